@@ -1,0 +1,494 @@
+"""Row statistics of logits [N, V]: one pass over V, a few numbers per row, one backward.
+
+One kernel reduces a segment of a row to a partial state, lane by lane; the second merges a row's
+segments with the few columns that no aligned vector covers, and makes the facts; the third turns
+per-row coefficients (made in torch) into dlogits, whatever was asked for. Segments depend on V
+alone, so that a row's facts do not depend on the batch. A pointer that is None prunes its part.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .online_softmax import (
+    LOWEST,
+    collapse_rest,
+    decayed_gap,
+    edge_columns,
+    first_maximum,
+    gap_and_decay,
+    log1p,
+    merge_rest,
+    row_offset,
+    weighted_gap,
+    whole_vectors,
+)
+
+IGNORED = tl.constexpr(-100)
+
+
+@triton.jit
+def row_counts(labels_ptr, row):
+    """Whether the row is wanted at all."""
+    if labels_ptr is not None:
+        return tl.load(labels_ptr + row) != IGNORED
+    return True
+
+
+@triton.jit
+def load_weight(weights_ptr, columns, valid):
+    """Vocabulary weights of these columns; 1 where none were given, 0 outside the row."""
+    if weights_ptr is not None:
+        return tl.load(weights_ptr + columns, mask=valid, other=0.0).to(tl.float32)
+    return tl.where(valid, 1.0, 0.0)
+
+
+@triton.jit
+def load_logit(row_ptr, label, vocab_size):
+    """The logit of one column; 0 for an ignored label, NaN for one outside the vocabulary (never
+    memory of somebody else)."""
+    inside = (label >= 0) & (label < vocab_size)
+    z = tl.load(row_ptr + label, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(inside | (label == IGNORED), z, float("nan"))
+
+
+@triton.jit
+def put(pointer, out, value, counts):
+    """Stores a row's fact where it is wanted; rows that do not count hold 0."""
+    if pointer is not None:
+        tl.store(pointer + out, tl.where(counts, value, 0))
+
+
+@triton.jit
+def collapse(
+    top,
+    rest,
+    order,
+    heat,
+    squares,
+    logit_sum,
+    bag,
+    seen,
+    offsets,
+    heat_ptr,
+    squares_ptr,
+    logit_sum_ptr,
+    bag_ptr,
+    offsets_ptr,
+):
+    """Merges the lanes' states into one; sums that nobody wants stay as they are."""
+    summit, is_first = first_maximum(top, order)
+    gap, decay = gap_and_decay(summit, top)
+    index = tl.min(tl.where(is_first, order, 2147483647), axis=-1, keep_dims=True)
+    if heat_ptr is not None:
+        warmth = decayed_gap(decay, gap)
+        heat = decay * heat + tl.where(is_first, 0.0, (1.0 + rest) * warmth)
+        heat = tl.sum(heat, axis=-1, keep_dims=True)
+    if squares_ptr is not None:
+        squares = collapse_rest(is_first, decay * decay, squares)
+    if logit_sum_ptr is not None:
+        logit_sum = tl.sum(logit_sum, axis=-1, keep_dims=True)
+    if bag_ptr is not None:
+        bag = tl.sum(decay * bag, axis=-1, keep_dims=True)
+    if offsets_ptr is not None:
+        offsets = tl.sum(offsets + weighted_gap(seen, gap), axis=-1, keep_dims=True)
+        seen = tl.sum(seen, axis=-1, keep_dims=True)
+    rest = collapse_rest(is_first, decay, rest)
+    return summit, rest, index, heat, squares, logit_sum, bag, seen, offsets
+
+
+@triton.jit
+def vocab_stats_kernel(
+    logits_ptr,  # [N, V], 16-byte aligned; row 0 starts base_shift elements later
+    labels_ptr,  # [N] int64, or None: every row counts
+    weights_ptr,  # [V], or None: all 1
+    top_ptr,  # [N, S] fp32, S segments a row: the largest logit
+    rest_ptr,  # [N, S] sum of exp(z - top) without the maximum
+    index_ptr,  # [N, S] int32 column of the maximum, or None
+    heat_ptr,  # [N, S] sum of exp(z - top) * (z - top), or None
+    squares_ptr,  # [N, S] sum of exp(2 (z - top)) without the maximum, or None
+    logit_sum_ptr,  # [N, S] sum of z, or None
+    bag_ptr,  # [N, S] sum of weight * exp(z - top), or None
+    seen_ptr,  # [N, S] sum of weight, or None
+    offsets_ptr,  # [N, S] sum of weight * (z - top), or None
+    vocab_size,
+    inner_size,
+    outer_stride,
+    inner_stride,
+    base_shift,
+    VEC: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    segment = tl.program_id(1)
+    # A branch, not an early return: a return in mid-kernel makes the compiler spill.
+    if row_counts(labels_ptr, row):
+        start = base_shift + row_offset(row, inner_size, outer_stride, inner_stride)
+        shift = (start % VEC).to(tl.int32)
+        row_ptr = logits_ptr + start // VEC * VEC
+        first, last = whole_vectors(shift, vocab_size, VEC)
+        lanes = tl.arange(0, BLOCK)
+
+        top = tl.full([BLOCK], LOWEST, tl.float32)
+        rest = tl.zeros([BLOCK], tl.float32)
+        order = lanes
+        heat = tl.zeros([BLOCK], tl.float32)
+        squares = tl.zeros([BLOCK], tl.float32)
+        logit_sum = tl.zeros([BLOCK], tl.float32)
+        bag = tl.zeros([BLOCK], tl.float32)
+        seen = tl.zeros([BLOCK], tl.float32)
+        offsets = tl.zeros([BLOCK], tl.float32)
+
+        for block in range(segment * SEGMENT, tl.minimum((segment + 1) * SEGMENT, last), BLOCK):
+            positions = block + lanes
+            valid = (positions >= first) & (positions < last)
+            z = tl.load(row_ptr + positions, mask=valid, other=float("-inf")).to(tl.float32)
+            columns = positions - shift
+            stays = top >= z
+            gap, decay = gap_and_decay(top, z)
+            if heat_ptr is not None:
+                warmth = decayed_gap(decay, gap)
+                heat = tl.where(stays, heat + warmth, decay * heat + (1.0 + rest) * warmth)
+            if squares_ptr is not None:
+                squares = merge_rest(stays, decay * decay, squares, 0.0)
+            if logit_sum_ptr is not None:
+                logit_sum += tl.where(valid, z, 0.0)
+            if bag_ptr is not None:
+                weight = load_weight(weights_ptr, columns, valid)
+                bag = tl.where(stays, bag + decay * weight, decay * bag + weight)
+            if offsets_ptr is not None:
+                weight = load_weight(weights_ptr, columns, valid)
+                offsets += weighted_gap(tl.where(stays, weight, seen), gap)
+                seen += weight
+            if index_ptr is not None:
+                order = tl.where(stays, order, columns)
+            rest = merge_rest(stays, decay, rest, 0.0)
+            top = tl.maximum(top, z)
+
+        # Where no index is kept, the lowest lane breaks ties: any one of them may stand for the
+        # maximum.
+        top, rest, order, heat, squares, logit_sum, bag, seen, offsets = collapse(
+            top,
+            rest,
+            order,
+            heat,
+            squares,
+            logit_sum,
+            bag,
+            seen,
+            offsets,
+            heat_ptr,
+            squares_ptr,
+            logit_sum_ptr,
+            bag_ptr,
+            offsets_ptr,
+        )
+        out = row * tl.num_programs(1) + segment + tl.zeros([1], tl.int32)
+        tl.store(top_ptr + out, top)
+        tl.store(rest_ptr + out, rest)
+        if index_ptr is not None:
+            tl.store(index_ptr + out, order)
+        if heat_ptr is not None:
+            tl.store(heat_ptr + out, heat)
+        if squares_ptr is not None:
+            tl.store(squares_ptr + out, squares)
+        if logit_sum_ptr is not None:
+            tl.store(logit_sum_ptr + out, logit_sum)
+        if bag_ptr is not None:
+            tl.store(bag_ptr + out, bag)
+        if offsets_ptr is not None:
+            tl.store(seen_ptr + out, seen)
+            tl.store(offsets_ptr + out, offsets)
+
+
+@triton.jit
+def vocab_stats_merge_kernel(
+    logits_ptr,  # [N, V] as in vocab_stats_kernel
+    labels_ptr,  # [N] int64 or None
+    contrast_ptr,  # [N] int64 or None
+    weights_ptr,  # [V] or None
+    top_ptr,  # [N, S] partial states as vocab_stats_kernel wrote them
+    rest_ptr,
+    index_ptr,
+    heat_ptr,
+    squares_ptr,
+    logit_sum_ptr,
+    bag_ptr,
+    seen_ptr,
+    offsets_ptr,
+    row_max_ptr,  # [N] fp32, kept for the backward
+    row_rest_ptr,  # [N] fp32, kept for the backward
+    lse_out,  # [N] fp32 facts, each or None
+    label_logit_out,
+    contrast_logit_out,
+    logp_out,
+    entropy_out,
+    logit_sum_out,
+    logp_sum_out,
+    sum_sq_probs_out,
+    bag_mass_out,
+    argmax_out,  # [N] int64 or None
+    n_segments,
+    vocab_size,
+    inner_size,
+    outer_stride,
+    inner_stride,
+    base_shift,
+    VEC: tl.constexpr,
+    LANES: tl.constexpr,  # at least n_segments + 2 * VEC
+):
+    row = tl.program_id(0).to(tl.int64)
+    out = row + tl.zeros([1], tl.int32)
+    counts = row_counts(labels_ptr, row)
+    start = base_shift + row_offset(row, inner_size, outer_stride, inner_stride)
+    shift = (start % VEC).to(tl.int32)
+    row_ptr = logits_ptr + start // VEC * VEC
+    lanes = tl.arange(0, LANES)
+    is_segment = lanes < tl.where(counts, n_segments, 0)
+    partial = row * n_segments + lanes
+    visible = tl.where(counts, vocab_size, 0)
+    positions, is_edge = edge_columns(lanes - n_segments, shift, visible, VEC)
+    columns = positions - shift
+
+    edge = tl.load(row_ptr + positions, mask=is_edge, other=float("-inf")).to(tl.float32)
+    top = tl.load(top_ptr + partial, mask=is_segment, other=LOWEST)
+    top = tl.where(is_segment, top, tl.maximum(edge, LOWEST))
+    rest = tl.load(rest_ptr + partial, mask=is_segment, other=0.0)
+    order = lanes
+    heat = tl.zeros([LANES], tl.float32)
+    squares = tl.zeros([LANES], tl.float32)
+    logit_sum = tl.zeros([LANES], tl.float32)
+    bag = tl.zeros([LANES], tl.float32)
+    seen = tl.zeros([LANES], tl.float32)
+    offsets = tl.zeros([LANES], tl.float32)
+    if index_ptr is not None:
+        order = tl.load(index_ptr + partial, mask=is_segment, other=0)
+        order = tl.where(is_segment, order, columns)
+    if heat_ptr is not None:
+        heat = tl.load(heat_ptr + partial, mask=is_segment, other=0.0)
+    if squares_ptr is not None:
+        squares = tl.load(squares_ptr + partial, mask=is_segment, other=0.0)
+    if logit_sum_ptr is not None:
+        logit_sum = tl.load(logit_sum_ptr + partial, mask=is_segment, other=0.0)
+        logit_sum += tl.where(is_edge, edge, 0.0)
+    if bag_ptr is not None:
+        bag = tl.load(bag_ptr + partial, mask=is_segment, other=0.0)
+        bag += load_weight(weights_ptr, columns, is_edge)
+    if offsets_ptr is not None:
+        seen = tl.load(seen_ptr + partial, mask=is_segment, other=0.0)
+        seen += load_weight(weights_ptr, columns, is_edge)
+        offsets = tl.load(offsets_ptr + partial, mask=is_segment, other=0.0)
+
+    top, rest, order, heat, squares, logit_sum, bag, seen, offsets = collapse(
+        top,
+        rest,
+        order,
+        heat,
+        squares,
+        logit_sum,
+        bag,
+        seen,
+        offsets,
+        heat_ptr,
+        squares_ptr,
+        logit_sum_ptr,
+        bag_ptr,
+        offsets_ptr,
+    )
+    # Without a finite maximum no probability is defined, though `rest` alone would not show it.
+    top = tl.where(top == LOWEST, float("-inf"), top)
+    endless = tl.abs(top) == float("inf")
+    rest = tl.where(endless, float("nan"), rest)
+    log_norm = log1p(rest)
+    put(row_max_ptr, out, top, counts)
+    put(row_rest_ptr, out, rest, counts)
+    put(lse_out, out, tl.where(endless, top, top + log_norm), counts)
+    if label_logit_out is not None or logp_out is not None:
+        z_label = load_logit(row_ptr + shift, tl.load(labels_ptr + out), vocab_size)
+        put(label_logit_out, out, z_label, counts)
+        put(logp_out, out, (z_label - top) - log_norm, counts)
+    if contrast_logit_out is not None:
+        contrast = tl.where(counts, tl.load(contrast_ptr + out), IGNORED)
+        put(contrast_logit_out, out, load_logit(row_ptr + shift, contrast, vocab_size), counts)
+    put(entropy_out, out, log_norm - heat / (1.0 + rest), counts)
+    put(logit_sum_out, out, logit_sum, counts)
+    put(logp_sum_out, out, offsets - seen * log_norm, counts)
+    put(sum_sq_probs_out, out, log1p(squares) - 2.0 * log_norm, counts)
+    put(bag_mass_out, out, bag / (1.0 + rest), counts)
+    put(argmax_out, out, order.to(tl.int64), counts)
+
+
+@triton.jit
+def load_coefficient(pointer, row):
+    """A row's coefficient, and 0 where that term is absent."""
+    if pointer is not None:
+        return tl.load(pointer + row)
+    return 0.0
+
+
+@triton.jit
+def logits_gradient(
+    z,
+    columns,
+    valid,
+    top,
+    rest,
+    label,
+    contrast,
+    row,
+    weights_ptr,
+    on_p_ptr,
+    on_p_gap_ptr,
+    on_p_squared_ptr,
+    on_p_weight_ptr,
+    on_one_ptr,
+    on_weight_ptr,
+    on_logp_ptr,
+    on_label_ptr,
+    on_contrast_ptr,
+):
+    """dlogits of these columns: p * (...) plus what falls on single columns."""
+    scale = 1.0 / (1.0 + rest)
+    gap = z - top
+    p = tl.exp(gap) * scale
+    on_p = load_coefficient(on_p_ptr, row)
+    if on_logp_ptr is not None:
+        on_logp = tl.load(on_logp_ptr + row)
+        is_label = columns == label
+        # The label's own gradient is 1 - p, never p - 1 rounded: r / (1 + r) where the label is the
+        # maximum.
+        missing = tl.where(z == top, rest * scale, 1.0 - p)
+        dz = p * tl.where(is_label, on_p, on_p - on_logp) + tl.where(
+            is_label, on_logp * missing, 0.0
+        )
+    else:
+        dz = p * on_p
+    if on_p_gap_ptr is not None:
+        dz += decayed_gap(p, gap) * tl.load(on_p_gap_ptr + row)
+    if on_p_squared_ptr is not None:
+        dz += p * p * tl.load(on_p_squared_ptr + row)
+    if on_p_weight_ptr is not None or on_weight_ptr is not None:
+        weight = load_weight(weights_ptr, columns, valid)
+        dz += weight * (p * load_coefficient(on_p_weight_ptr, row))
+        dz += weight * load_coefficient(on_weight_ptr, row)
+    if on_one_ptr is not None:
+        dz += tl.load(on_one_ptr + row)
+    if on_label_ptr is not None:
+        dz += tl.where(columns == label, tl.load(on_label_ptr + row), 0.0)
+    if on_contrast_ptr is not None:
+        dz += tl.where(columns == contrast, tl.load(on_contrast_ptr + row), 0.0)
+    return dz
+
+
+@triton.jit
+def vocab_stats_backward_kernel(
+    dlogits_ptr,  # [N, V], 16-byte aligned; row i starts at i * dlogits_stride
+    logits_ptr,  # [N, V] as in vocab_stats_kernel
+    labels_ptr,  # [N] int64 or None
+    contrast_ptr,  # [N] int64 or None
+    weights_ptr,  # [V] or None
+    row_max_ptr,  # [N] fp32
+    row_rest_ptr,  # [N] fp32
+    on_p_ptr,  # [N] fp32 coefficients, each or None: of p
+    on_p_gap_ptr,  # of p * (z - max)
+    on_p_squared_ptr,  # of p^2
+    on_p_weight_ptr,  # of p * weight
+    on_one_ptr,  # of 1
+    on_weight_ptr,  # of weight
+    on_logp_ptr,  # of [v = label] - p
+    on_label_ptr,  # of [v = label]
+    on_contrast_ptr,  # of [v = contrast label]
+    vocab_size,
+    dlogits_stride,
+    inner_size,
+    outer_stride,
+    inner_stride,
+    base_shift,
+    VEC: tl.constexpr,
+    SAME_SHIFT: tl.constexpr,  # logits and dlogits rows are equally far from alignment
+    SEGMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    segment = tl.program_id(1)
+    out_start = row * dlogits_stride
+    shift = (out_start % VEC).to(tl.int32)
+    out_ptr = dlogits_ptr + out_start // VEC * VEC
+    first, last = whole_vectors(shift, vocab_size, VEC)
+    stop = tl.minimum((segment + 1) * SEGMENT, last)
+    lanes = tl.arange(0, BLOCK)
+    edge_lanes = tl.arange(0, 2 * VEC)
+    edges, is_edge = edge_columns(edge_lanes, shift, vocab_size, VEC)
+    if row_counts(labels_ptr, row):
+        start = base_shift + row_offset(row, inner_size, outer_stride, inner_stride)
+        if SAME_SHIFT:
+            row_ptr = logits_ptr + start // VEC * VEC
+        else:
+            row_ptr = logits_ptr + (start - shift)
+        top = tl.load(row_max_ptr + row)
+        rest = tl.load(row_rest_ptr + row)
+        label = -1
+        contrast = -1
+        if labels_ptr is not None:
+            label = tl.load(labels_ptr + row)
+        if contrast_ptr is not None:
+            contrast = tl.load(contrast_ptr + row)
+        for block in range(segment * SEGMENT, stop, BLOCK):
+            positions = block + lanes
+            valid = (positions >= first) & (positions < last)
+            z = tl.load(row_ptr + positions, mask=valid, other=float("-inf")).to(tl.float32)
+            dz = logits_gradient(
+                z,
+                positions - shift,
+                valid,
+                top,
+                rest,
+                label,
+                contrast,
+                row,
+                weights_ptr,
+                on_p_ptr,
+                on_p_gap_ptr,
+                on_p_squared_ptr,
+                on_p_weight_ptr,
+                on_one_ptr,
+                on_weight_ptr,
+                on_logp_ptr,
+                on_label_ptr,
+                on_contrast_ptr,
+            )
+            tl.store(out_ptr + positions, dz.to(dlogits_ptr.dtype.element_ty), mask=valid)
+        if segment == 0:
+            z = tl.load(row_ptr + edges, mask=is_edge, other=float("-inf")).to(tl.float32)
+            dz = logits_gradient(
+                z,
+                edges - shift,
+                is_edge,
+                top,
+                rest,
+                label,
+                contrast,
+                row,
+                weights_ptr,
+                on_p_ptr,
+                on_p_gap_ptr,
+                on_p_squared_ptr,
+                on_p_weight_ptr,
+                on_one_ptr,
+                on_weight_ptr,
+                on_logp_ptr,
+                on_label_ptr,
+                on_contrast_ptr,
+            )
+            tl.store(out_ptr + edges, dz.to(dlogits_ptr.dtype.element_ty), mask=is_edge)
+    else:
+        for block in range(segment * SEGMENT, stop, BLOCK):
+            positions = block + lanes
+            valid = (positions >= first) & (positions < last)
+            zeros = tl.zeros([BLOCK], dlogits_ptr.dtype.element_ty)
+            tl.store(out_ptr + positions, zeros, mask=valid)
+        if segment == 0:
+            zeros = tl.zeros([2 * VEC], dlogits_ptr.dtype.element_ty)
+            tl.store(out_ptr + edges, zeros, mask=is_edge)

@@ -1,0 +1,158 @@
+"""Which implementation runs, on which device, and how a matrix of rows lies in memory.
+
+`choose` decides between Triton and torch; `Rows` describes [..., V] logits to a kernel without
+copying them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # the label of a row that does not count
+IMPLS = ("auto", "triton", "torch")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+GPU_TYPES = ("cuda", "xpu")  # ROCm devices call themselves cuda
+SLAB_BYTES = 1 << 20  # fp32 working set of the torch path on a CPU: a share of the L2 cache
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}: got {value!r}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """ValueError unless `tensor` holds one of the dtypes that the kernels and references know."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor: got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATS:
+        raise ValueError(
+            f"{name} must be float32, bfloat16, float16 or float64: got {tensor.dtype}; "
+            f"convert it with {name}.float()"
+        )
+
+
+def choose(impl: str, *tensors: Tensor | None) -> bool:
+    """True for the Triton kernels, False for the torch path. An explicit "triton" that cannot be
+    had raises.
+
+    "auto" takes Triton on a GPU and torch on a CPU; ONEPASS_IMPL replaces that preference, and
+    still falls back to torch where Triton cannot serve (float64, for one).
+    """
+    check_choice("impl", impl, IMPLS)
+    given = [t for t in tensors if t is not None]
+    wish = impl
+    if impl == "auto":
+        wish = os.environ.get("ONEPASS_IMPL", "auto")
+        check_choice("ONEPASS_IMPL", wish, IMPLS)
+    on_gpu = all(t.device.type in GPU_TYPES for t in given)
+    if wish == "torch" or (wish == "auto" and not on_gpu):
+        return False
+    reasons = _why_not_triton(given, on_gpu)
+    if reasons and impl == "triton":
+        raise ValueError(f"impl='triton' cannot serve this call: {'; '.join(reasons)}")
+    return not reasons
+
+
+def _why_not_triton(tensors: list[Tensor], on_gpu: bool) -> list[str]:
+    reasons = []
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("triton is not installed (a CUDA, ROCm or XPU build of torch brings it)")
+    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        devices = ", ".join(sorted({t.device.type for t in tensors}))
+        reasons.append(f"tensors are on {devices}, kernels need a GPU (or TRITON_INTERPRET=1)")
+    if any(t.dtype == torch.float64 for t in tensors):
+        reasons.append("float64 is served by the torch path only")
+    return reasons
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the tensor's GPU the current one: Triton launches on the current device, not on the
+    tensor's."""
+    if tensor.device.type in GPU_TYPES:
+        return getattr(torch, tensor.device.type).device(tensor.device)
+    return contextlib.nullcontext()
+
+
+def values_checked(tensor: Tensor) -> bool:
+    """Whether checks that read values may run: free on a CPU, a device sync elsewhere
+    (ONEPASS_STRICT=1)."""
+    return tensor.device.type == "cpu" or os.environ.get("ONEPASS_STRICT") == "1"
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and facts: float64 for float64, float32 for all else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def slabs(n_rows: int, row_numel: int) -> list[slice]:
+    """Slices of rows that keep the torch path's temporaries in cache."""
+    step = max(1, SLAB_BYTES // (4 * max(1, row_numel)))
+    return [slice(i, min(i + step, n_rows)) for i in range(0, n_rows, step)]
+
+
+def check_labels(name: str, labels: Tensor, vocab_size: int) -> None:
+    """IndexError naming the first label that is neither in the vocabulary nor -100."""
+    bad = ((labels < 0) | (labels >= vocab_size)) & (labels != IGNORED)
+    if bad.any():
+        at = int(bad.nonzero()[0, 0])
+        raise IndexError(
+            f"{name}[{at}] is {int(labels[at])}: wanted 0 <= label < {vocab_size} "
+            f"(the vocabulary size), or {IGNORED} to ignore the row"
+        )
+
+
+class Rows(NamedTuple):
+    """How the rows of [N, V] or [B, S, V] lie in memory, for a kernel that wants 16-byte loads.
+
+    `base` starts at an aligned address `base_shift` elements before row 0; row i lies at
+    i // inner_size * outer_stride + i % inner_size * inner_stride after that.
+    """
+
+    base: Tensor
+    n_rows: int
+    inner_size: int
+    outer_stride: int
+    inner_stride: int
+    base_shift: int
+    vec: int
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Rows:
+        """Describes a [N, V] or [B, S, V] tensor; copies it only if a row is not contiguous."""
+        if matrix.stride(-1) != 1 and matrix.shape[-1] > 1:
+            matrix = matrix.contiguous()
+        inner = matrix.shape[-2]
+        outer_stride = matrix.stride(0) if matrix.dim() == 3 else 0
+        vec = 16 // matrix.element_size()
+        shift = matrix.data_ptr() % 16 // matrix.element_size()
+        if (
+            shift > matrix.storage_offset()
+        ):  # the storage itself starts unaligned: loads stay narrow
+            shift, vec = 0, 1
+        base = matrix.as_strided((1,), (1,), matrix.storage_offset() - shift)
+        return cls(
+            base,
+            matrix.shape[:-1].numel(),
+            max(inner, 1),
+            outer_stride,
+            matrix.stride(-2),
+            shift,
+            vec,
+        )
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """[..., V] as [N, V], or as [B, S, V] where only that needs no copy; a copy where neither can
+    be had."""
+    if tensor.dim() == 1:
+        return tensor.unsqueeze(0)
+    if tensor.dim() in (2, 3):
+        return tensor
+    return tensor.reshape(-1, tensor.shape[-1])

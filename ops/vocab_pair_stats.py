@@ -1,0 +1,770 @@
+"""vocab_pair_stats: what two rows over one vocabulary have to tell a loss, each target shared by
+many rows.
+
+In this order: the result type, the reference (the definition, and the CPU path), the Triton
+launchers, the operators, the gradient, the public function. p = softmax(logits), q =
+softmax(target_logits) or target_probs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._declare import declare
+from ._launch import (
+    Rows,
+    accumulation_dtype,
+    as_matrix,
+    check_floating,
+    choose,
+    device_of,
+    slabs,
+    values_checked,
+)
+from .vocab_stats import SEGMENT, WARPS, gradient_like, mask_rows
+
+
+class VocabPairStats(NamedTuple):
+    """Per-row facts, each of shape `logits.shape[:-1]`, in nats; None where not asked for."""
+
+    cross_entropy: Tensor  # -sum_v q_v log p_v
+    kl: Tensor  # KL(q || p) = sum_v q_v (log q_v - log p_v)
+    reverse_kl: Tensor  # KL(p || q)
+    jsd: Tensor  # beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p
+    lse: Tensor  # of the logits
+    target_lse: Tensor  # of the target logits
+
+
+FACTS = VocabPairStats._fields
+OF_PROBS = ("cross_entropy", "lse")
+STATES = ("row_max", "row_rest", "target_max", "target_rest", "jsd_q", "jsd_p")
+COEFFICIENTS = ("on_p", "on_q", "on_cross", "on_kl", "on_reverse", "on_jsd")
+
+
+class Side(NamedTuple):
+    """A row's softmax: the distance of every logit from the maximum, and the mass beside the
+    maximum."""
+
+    z: Tensor  # [n, V]
+    top: Tensor  # [n]
+    rest: Tensor  # [n]
+    logp: Tensor  # [n, V]
+
+    @classmethod
+    def of(cls, logits: Tensor, top: Tensor | None = None, rest: Tensor | None = None) -> Side:
+        z = logits.to(accumulation_dtype(logits.dtype))
+        if top is None or rest is None:
+            summit, index = z.max(dim=-1, keepdim=True)
+            e = (z - summit).exp().scatter(-1, index, 0.0)
+            top = summit.squeeze(-1)
+            rest = e.sum(-1).masked_fill(top.isinf(), float("nan"))
+        logp = (z - top[:, None]) - rest.log1p()[:, None]
+        return cls(z, top, rest, logp.clamp_min(-1e30))
+
+    @property
+    def lse(self) -> Tensor:
+        return torch.where(self.top.isinf(), self.top, self.top + self.rest.log1p())
+
+
+def bend(x: Tensor) -> Tensor:
+    """expm1(x) - x without cancellation near 0."""
+    terms = 1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040 + x / 40320)))
+    series = x * x * (0.5 + x * (1 / 6 + x * terms))
+    small = x.abs() < (0.25 if x.dtype != torch.float64 else 1e-2)
+    return torch.where(small, series, torch.expm1(x) - x)
+
+
+def log_bend(y: Tensor) -> Tensor:
+    """y - log1p(y) without cancellation near 0, y > -1."""
+    w = y / (2 + y)
+    v = w * w
+    tail = 1 / 7 + v * (1 / 9 + v * (1 / 11 + v / 13))
+    series = y * w - 2 * w * v * (1 / 3 + v * (1 / 5 + v * tail))
+    small = y.abs() < (0.5 if y.dtype != torch.float64 else 2e-2)
+    return torch.where(small, series, y - torch.log1p(y))
+
+
+def divergence(own: Side, other: Side) -> Tensor:
+    """KL(own || other) of every row, [n], to full relative accuracy where the two are nearly
+    equal."""
+    p = own.logp.exp()
+    d = (other.z - own.z) - (other.lse - own.lse)[:, None]
+    d = torch.where(own.logp > -1e29, d, 0.0)
+    direct = torch.where(p > 0, p * (own.logp - other.logp), 0.0).sum(-1)
+    tame = d.clamp(-30.0, 30.0)
+    near = (p * bend(tame)).sum(-1)
+    y = (p * torch.expm1(tame)).sum(-1)
+    use_near = (near < 0.3) & (y.abs() < 0.5) & direct.isfinite() & (direct < 1e29)
+    bent = near - log_bend(torch.where(use_near, y, 0.0))
+    direct = torch.where(direct > 1e20, float("inf"), direct)
+    return torch.where(use_near, bent, direct)
+
+
+def log_share(log_own: Tensor, log_other: Tensor, weight: float) -> Tensor:
+    """log(m / own) for m = (1 - weight) own + weight other."""
+    d = log_other - log_own
+    close = torch.log1p((weight * torch.expm1(d.clamp(-60, 20))).clamp_min(-1 + 1e-30))
+    if weight == 0:
+        return close
+    return torch.where(d > 20, d + math.log(weight), close.clamp_min(-1e30))
+
+
+def share_divergence(
+    own: Tensor, other: Tensor, log_own: Tensor, log_other: Tensor, weight: float
+) -> Tensor:
+    """Sum over the columns of own * h(m / own - 1), h(y) = y - log1p(y): [n]."""
+    y = weight * torch.expm1((log_other - log_own).clamp(-60, 20))
+    near = y.abs() < 0.5
+    far = weight * (other - own) - torch.where(
+        own > 0, own * log_share(log_own, log_other, weight), 0.0
+    )
+    return torch.where(near, own * log_bend(torch.where(near, y, 0.0)), far).sum(-1)
+
+
+def vocab_pair_stats_reference(
+    logits: Tensor,  # [n, V]
+    target: Tensor,  # [n, V] logits or probabilities
+    probs: bool,
+    want: Sequence[str],
+    beta: float,
+) -> dict[str, Tensor]:
+    """The definition."""
+    s = Side.of(logits)
+    facts = {"row_max": s.top, "row_rest": s.rest, "lse": s.lse}
+    if probs:
+        q = target.to(s.z.dtype)
+        lift = torch.where(q == 0, 0.0, q * (s.top[:, None] - s.z))
+        facts["target_rest"] = q.sum(-1)
+        facts["cross_entropy"] = facts["target_rest"] * s.rest.log1p() + lift.sum(-1)
+        return facts
+    t = Side.of(target)
+    facts.update(target_max=t.top, target_rest=t.rest, target_lse=t.lse)
+    q = t.logp.exp()
+    if "cross_entropy" in want:
+        lift = torch.where(q > 0, q * (s.top[:, None] - s.z), 0.0)
+        facts["cross_entropy"] = s.rest.log1p() + lift.sum(-1)
+    if "kl" in want:
+        facts["kl"] = divergence(t, s)
+    if "reverse_kl" in want:
+        facts["reverse_kl"] = divergence(s, t)
+    if "jsd" in want:
+        p = s.logp.exp()
+        facts["jsd_q"] = beta * share_divergence(q, p, t.logp, s.logp, 1 - beta)
+        facts["jsd_p"] = (1 - beta) * share_divergence(p, q, s.logp, t.logp, beta)
+        facts["jsd"] = facts["jsd_q"] + facts["jsd_p"]
+    return facts
+
+
+def pair_coefficients(
+    facts: dict[str, Tensor], grads: dict[str, Tensor], probs: bool
+) -> dict[str, Tensor | None]:
+    """The gradients of any mix of facts, as one coefficient per row:
+
+    dz = p (on_p + on_reverse d + on_jsd c) + (on_cross + on_kl) (p - q), d = log p - log q
+    dt = q (on_q - on_cross log p - on_kl d + on_jsd c') + on_reverse (q - p)
+    with c = (1 - beta) (log p - log m), c' = beta (log q - log m); for probabilities dq = -on_cross
+    log p.
+    """
+
+    def total(*parts: Tensor | None) -> Tensor | None:
+        held = [part for part in parts if part is not None]
+        return sum(held[1:], held[0]) if held else None
+
+    def minus(name: str, fact: str) -> Tensor | None:
+        return -grads[name] * facts[fact] if name in grads else None
+
+    on_q = None
+    if not probs:
+        on_q = total(
+            grads.get("target_lse"),
+            minus("cross_entropy", "cross_entropy"),
+            minus("kl", "kl"),
+            minus("jsd", "jsd_q"),
+        )
+    return {
+        "on_p": total(grads.get("lse"), minus("reverse_kl", "reverse_kl"), minus("jsd", "jsd_p")),
+        "on_q": on_q,
+        "on_cross": grads.get("cross_entropy"),
+        "on_kl": grads.get("kl"),
+        "on_reverse": grads.get("reverse_kl"),
+        "on_jsd": grads.get("jsd"),
+    }
+
+
+def vocab_pair_stats_backward_reference(
+    logits: Tensor,  # [n, V]
+    target: Tensor,  # [n, V]
+    probs: bool,
+    facts: dict[str, Tensor],
+    coefficients: dict[str, Tensor | None],
+    beta: float,
+    need_target: bool = True,
+) -> tuple[Tensor, Any]:
+    """(dlogits, dtarget) [n, V] from the rows' coefficients, in the accumulation dtype."""
+    c = {name: 0.0 if value is None else value[:, None] for name, value in coefficients.items()}
+    s = Side.of(logits, facts["row_max"], facts["row_rest"])
+    p = s.logp.exp()
+    if probs:
+        q = target.to(p.dtype)
+        dz = p * (c["on_p"] + c["on_cross"] * facts["target_rest"][:, None]) - c["on_cross"] * q
+        return dz, -c["on_cross"] * s.logp + torch.zeros_like(q)
+    t = Side.of(target, facts["target_max"], facts["target_rest"])
+    q = t.logp.exp()
+    both = (s.z == s.top[:, None]) & (t.z == t.top[:, None])
+    missing = t.rest / (1 + t.rest) - s.rest / (1 + s.rest)
+    gap = p - q
+    gap = gap + torch.where(both, missing[:, None] - gap, 0.0).detach()
+    d = s.logp - t.logp
+    dz = p * c["on_p"] + (c["on_cross"] + c["on_kl"]) * gap
+    if coefficients["on_reverse"] is not None:
+        dz = dz + c["on_reverse"] * p * d
+    if coefficients["on_jsd"] is not None:
+        dz = dz - c["on_jsd"] * (1 - beta) * p * log_share(s.logp, t.logp, beta)
+    if not need_target:
+        return dz, None
+    dt = q * (c["on_q"] - c["on_cross"] * s.logp - c["on_kl"] * d) - c["on_reverse"] * gap
+    if coefficients["on_jsd"] is not None:
+        dt = dt - c["on_jsd"] * beta * q * log_share(t.logp, s.logp, 1 - beta)
+    return dz, dt
+
+
+def _pairs(n_pairs: int, n_rows: int, mask: Tensor | None) -> list[tuple[int, Any]]:
+    """(pair, rows that count) for every one of the K outputs; a slice where all do."""
+    if mask is None or mask.all():
+        return [(k, None) for k in range(n_pairs)]
+    return [(k, mask.view(n_pairs, n_rows)[k].nonzero().squeeze(-1)) for k in range(n_pairs)]
+
+
+def _forward_torch(
+    logits: Tensor,  # [K, N, V]
+    target: Tensor,  # [N, V]
+    mask: Tensor | None,  # [K, N]
+    probs: bool,
+    want: Sequence[str],
+    beta: float,
+    out: dict[str, Tensor],  # [K, N] each
+) -> None:
+    n_pairs, n_rows, vocab_size = logits.shape
+    for k, kept in _pairs(n_pairs, n_rows, mask):
+        for slab in slabs(n_rows if kept is None else kept.shape[0], 2 * vocab_size):
+            rows = slab if kept is None else kept[slab]
+            facts = vocab_pair_stats_reference(logits[k][rows], target[rows], probs, want, beta)
+            for name, place in out.items():
+                if name in facts:
+                    place[k, rows] = facts[name]
+
+
+def _backward_torch(
+    dlogits: Tensor | None,  # [K, N, V], zeros
+    dtarget: Tensor | None,  # [N, V], zeros
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    probs: bool,
+    beta: float,
+    facts: dict[str, Tensor],
+    coefficients: dict[str, Tensor | None],
+) -> None:
+    n_pairs, n_rows, vocab_size = logits.shape
+    # Rows outside, pairs inside: a target row's gradient is summed in one accumulation dtype,
+    # rounded once.
+    kept_of = dict(_pairs(n_pairs, n_rows, mask))
+    for slab in slabs(n_rows, 2 * vocab_size):
+        held = None
+        if dtarget is not None:
+            held = torch.zeros(
+                (slab.stop - slab.start, vocab_size),
+                dtype=facts["row_max"].dtype,
+                device=target.device,
+            )
+        for k in range(n_pairs):
+            kept = kept_of[k]
+            rows: Any = slab
+            if kept is not None:
+                rows = kept[(kept >= slab.start) & (kept < slab.stop)]
+            dz, dt = vocab_pair_stats_backward_reference(
+                logits[k][rows],
+                target[rows],
+                probs,
+                {name: fact[k, rows] for name, fact in facts.items() if fact.numel()},
+                {name: None if c is None else c[k, rows] for name, c in coefficients.items()},
+                beta,
+                dtarget is not None,
+            )
+            if dlogits is not None:
+                dlogits[k, rows] = dz.to(dlogits.dtype)
+            if held is not None and dt is not None:
+                held[slice(None) if kept is None else rows - slab.start] += dt
+        if dtarget is not None and held is not None:
+            dtarget[slab] = held.to(dtarget.dtype)
+
+
+def _vector(sides: Sequence[tuple[int, int, int, int]], vec: int, n_pairs: int, n_rows: int) -> int:
+    """`vec` where all matrices step through memory equally far from alignment, else 1 (narrow
+    accesses).
+
+    Each side is (shift of row 0, stride of a pair, stride of a row, stride of the target's outer
+    rows).
+    """
+    shift, _, row, _ = sides[0]
+    for other_shift, pair_stride, row_stride, outer_stride in sides:
+        alike = (other_shift - shift) % vec == 0 and (row_stride - row) % vec == 0
+        if not alike or (n_pairs > 1 and pair_stride % vec) or outer_stride % vec:
+            return 1
+    return vec
+
+
+class _Layout(NamedTuple):
+    """Both sides as the kernels take them."""
+
+    z: Rows
+    t: Rows
+    sizes: tuple[int, int, int]  # K, N, V
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, logits: Tensor, target: Tensor) -> _Layout:
+        z, t = Rows.of(logits), Rows.of(as_matrix(target))
+        n_pairs, n_rows, vocab_size = logits.shape
+        return cls(
+            z,
+            t,
+            (n_pairs, n_rows, vocab_size),
+            (
+                z.outer_stride,
+                z.inner_stride,
+                z.base_shift,
+                t.inner_size,
+                t.outer_stride,
+                t.inner_stride,
+                t.base_shift,
+            ),
+        )
+
+    def vec(self, *gradients: Tensor | None) -> int:
+        n_pairs, n_rows, _ = self.sizes
+        width = max(self.z.vec, self.t.vec)
+        z_side = (self.z.base_shift, self.z.outer_stride, self.z.inner_stride, 0)
+        outer = 0
+        if self.t.n_rows > self.t.inner_size:
+            outer = self.t.outer_stride - self.t.inner_size * self.t.inner_stride
+        t_side = (self.t.base_shift, 0, self.t.inner_stride, outer)
+        own = [(0, n_rows * g.stride(-2), g.stride(-2), 0) for g in gradients if g is not None]
+        return _vector([t_side, z_side, *own], width, n_pairs, n_rows)
+
+
+def _block(pairs: int, vocab_size: int) -> int:
+    """Columns per loop turn: a tile of 2048 elements over all pairs, less for a short row."""
+    import triton
+
+    return max(64, min(2048 // pairs, triton.next_power_of_2(vocab_size + 16)))
+
+
+def _forward_triton(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    probs: bool,
+    want: Sequence[str],
+    beta: float,
+    out: dict[str, Tensor],
+) -> None:
+    import triton
+
+    from ..kernels.vocab_pair_stats import (
+        vocab_jsd_kernel,
+        vocab_pair_stats_kernel,
+        vocab_pair_stats_merge_kernel,
+    )
+
+    layout = _Layout.of(logits, target)
+    n_pairs, n_rows, vocab_size = layout.sizes
+    vec = layout.vec()
+    n_segments = triton.cdiv(vocab_size + vec, SEGMENT)
+    tile = min(4, triton.next_power_of_2(n_pairs))
+    flags = {
+        "PROBS": probs,
+        "CROSS": "cross_entropy" in want,
+        "KL": "kl" in want,
+        "REVERSE_KL": "reverse_kl" in want,
+        "VEC": vec,
+    }
+    states = (out["row_max"], out["row_rest"], out["target_max"], out["target_rest"])
+    partials = torch.empty(
+        (14, n_pairs, n_rows, n_segments), dtype=torch.float32, device=logits.device
+    )
+    with device_of(logits):
+        vocab_pair_stats_kernel[(n_rows, n_segments, triton.cdiv(n_pairs, tile))](
+            layout.z.base,
+            layout.t.base,
+            mask,
+            partials,
+            *layout.sizes,
+            *layout.strides,
+            **flags,
+            SEGMENT=SEGMENT,
+            PAIRS=tile,
+            BLOCK=_block(tile, vocab_size),
+            num_warps=WARPS,
+        )
+        vocab_pair_stats_merge_kernel[(n_rows, n_pairs)](
+            layout.z.base,
+            layout.t.base,
+            mask,
+            partials,
+            *states,
+            *(out.get(name) for name in ("cross_entropy", "kl", "reverse_kl", "lse", "target_lse")),
+            n_segments,
+            *layout.sizes,
+            *layout.strides,
+            **flags,
+            LANES=triton.next_power_of_2(n_segments + 2 * vec),
+            num_warps=1,
+        )
+        if "jsd" in want:
+            parts = partials[:2]
+            vocab_jsd_kernel[(n_rows, n_segments, n_pairs)](
+                layout.z.base,
+                layout.t.base,
+                mask,
+                *states,
+                parts,
+                *layout.sizes,
+                *layout.strides,
+                float(beta),
+                VEC=vec,
+                SEGMENT=SEGMENT,
+                BLOCK=_block(1, vocab_size),
+                num_warps=WARPS,
+            )
+            for name, part in zip(("jsd_q", "jsd_p"), parts.sum(-1), strict=True):
+                if mask is not None:  # a pair that does not count has neither maxima nor parts
+                    part = torch.where(mask.view(n_pairs, n_rows), part, 0.0)
+                out[name].copy_(part)
+            torch.add(out["jsd_q"], out["jsd_p"], out=out["jsd"])
+
+
+def _backward_triton(
+    dlogits: Tensor | None,  # [K, N, V]
+    dtarget: Tensor | None,  # [N, V]
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    probs: bool,
+    beta: float,
+    facts: dict[str, Tensor],
+    coefficients: dict[str, Tensor | None],
+) -> None:
+    import triton
+
+    from ..kernels.vocab_pair_stats import vocab_pair_stats_backward_kernel
+
+    layout = _Layout.of(logits, target)
+    n_pairs, n_rows, vocab_size = layout.sizes
+    vec = layout.vec(dlogits, dtarget)
+    tile = triton.next_power_of_2(n_pairs)
+    with device_of(logits):
+        vocab_pair_stats_backward_kernel[(n_rows, triton.cdiv(vocab_size + vec, SEGMENT))](
+            dlogits,
+            dtarget,
+            layout.z.base,
+            layout.t.base,
+            mask,
+            *(facts[name] for name in STATES[:4]),
+            *(coefficients[name] for name in COEFFICIENTS),
+            *layout.sizes,
+            *layout.strides,
+            0 if dlogits is None else dlogits.stride(-2),
+            0 if dtarget is None else dtarget.stride(-2),
+            float(beta),
+            PROBS=probs,
+            VEC=vec,
+            SEGMENT=SEGMENT,
+            PAIRS=tile,
+            BLOCK=_block(tile, vocab_size),
+            num_warps=WARPS,
+        )
+
+
+def _stack(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """logits as [K, N, V] and target as [N, V]."""
+    vocab_size = target.shape[-1]
+    flat = target.reshape(-1, vocab_size)
+    return logits.reshape(-1, flat.shape[0], vocab_size), flat
+
+
+def _empty_facts(logits: Tensor, want: Sequence[str]) -> dict[str, Tensor]:
+    dtype = accumulation_dtype(logits.dtype)
+    names = (*STATES[:4], *(STATES[4:] if "jsd" in want else ()), *want)
+    return {name: logits.new_zeros(logits.shape[:-1], dtype=dtype) for name in names}
+
+
+def _as_outputs(logits: Tensor, facts: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    absent = accumulation_dtype(logits.dtype)
+    return tuple(
+        facts[name] if name in facts else logits.new_empty(0, dtype=absent)
+        for name in (*STATES, *FACTS)
+    )
+
+
+def _forward(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    probs: bool,
+    want: Sequence[str],
+    beta: float,
+    triton: bool,
+) -> tuple[Tensor, ...]:
+    facts = _empty_facts(logits, want)
+    if facts["row_max"].numel():
+        z, t = _stack(logits, target)
+        flat = {name: fact.view(z.shape[:-1]) for name, fact in facts.items()}
+        run = _forward_triton if triton else _forward_torch
+        run(z, t, mask, probs, want, beta, flat)
+    return _as_outputs(logits, facts)
+
+
+def _forward_fake(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    probs: bool,
+    want: Sequence[str],
+    beta: float,
+    triton: bool,
+) -> tuple[Tensor, ...]:
+    return _as_outputs(logits, _empty_facts(logits, want))
+
+
+def _empty_grads(
+    logits: Tensor, target: Tensor, need_logits: bool, need_target: bool
+) -> tuple[Tensor, Tensor]:
+    """Uninitialised gradients of both sides; empty where nobody asks."""
+    return (
+        gradient_like(logits) if need_logits else logits.new_empty(0),
+        gradient_like(target) if need_target else target.new_empty(0),
+    )
+
+
+def _backward_op(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    probs: bool,
+    beta: float,
+    row_max: Tensor,
+    row_rest: Tensor,
+    target_max: Tensor,
+    target_rest: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    *values, need_logits, need_target, triton = rest
+    dlogits, dtarget = _empty_grads(logits, target, need_logits, need_target)
+    if row_max.numel():
+        z, t = _stack(logits, target)
+        shape = z.shape[:-1]
+        if not triton:
+            dlogits.zero_()
+        run = _backward_triton if triton else _backward_torch
+        run(
+            dlogits.view(z.shape) if need_logits else None,
+            dtarget.view(t.shape) if need_target else None,
+            z,
+            t,
+            mask,
+            probs,
+            beta,
+            {
+                name: fact.view(shape)
+                for name, fact in zip(
+                    STATES, (row_max, row_rest, target_max, target_rest), strict=False
+                )
+            },
+            {
+                name: None if c is None else c.reshape(shape).contiguous()
+                for name, c in zip(COEFFICIENTS, values, strict=True)
+            },
+        )
+    else:
+        dtarget.zero_()
+    return dlogits, dtarget
+
+
+def _backward_fake(logits: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _empty_grads(logits, target, rest[-3], rest[-2])
+
+
+_vocab_pair_stats_backward = declare(
+    "vocab_pair_stats_backward(Tensor logits, Tensor target, Tensor? mask, bool probs, float beta, "
+    + ", ".join(f"Tensor {name}" for name in STATES[:4])
+    + ", "
+    + ", ".join(f"Tensor? {name}" for name in COEFFICIENTS)
+    + ", bool need_logits, bool need_target, bool triton) -> (Tensor dlogits, Tensor dtarget)",
+    implementation=_backward_op,
+    fake=_backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, mask, probs, want, beta, triton = inputs
+    ctx.save_for_backward(logits, target, mask, *output)
+    ctx.options = (probs, want, beta, triton)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    logits, target, mask, *saved = ctx.saved_tensors
+    probs, want, beta, triton = ctx.options
+    grads = {
+        fact: grad
+        for fact, grad in zip(FACTS, upstream[len(STATES) :], strict=True)
+        if grad is not None and fact in want
+    }
+    need_logits, need_target = ctx.needs_input_grad[:2]
+    nothing = (None,) * 5
+    if not grads:
+        return (None, None, *nothing)
+    if torch.is_grad_enabled():
+        dlogits, dtarget = _twice_differentiable(logits, target, mask, probs, grads, beta)
+    else:
+        facts = dict(zip((*STATES, *FACTS), saved, strict=True))
+        dlogits, dtarget = _vocab_pair_stats_backward(
+            logits,
+            target,
+            mask,
+            probs,
+            beta,
+            *(facts[name] for name in STATES[:4]),
+            *pair_coefficients(facts, grads, probs).values(),
+            need_logits,
+            need_target,
+            triton,
+        )
+    return dlogits if need_logits else None, dtarget if need_target else None, *nothing
+
+
+def _twice_differentiable(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    probs: bool,
+    grads: dict[str, Tensor],
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """The same gradients in torch operations that autograd can follow, for create_graph=True."""
+    z, t = _stack(logits, target)
+    n_pairs, n_rows, _ = z.shape
+    dlogits, dtarget = [], torch.zeros_like(t, dtype=accumulation_dtype(t.dtype))
+    for k, kept in _pairs(n_pairs, n_rows, mask):
+        rows: Any = slice(None) if kept is None else kept
+        facts = vocab_pair_stats_reference(z[k][rows], t[rows], probs, tuple(grads), beta)
+        picked = {name: grad.reshape(n_pairs, n_rows)[k][rows] for name, grad in grads.items()}
+        dz, dt = vocab_pair_stats_backward_reference(
+            z[k][rows], t[rows], probs, facts, pair_coefficients(facts, picked, probs), beta
+        )
+        if kept is not None:
+            dz = torch.zeros_like(z[k], dtype=dz.dtype).index_copy(0, kept, dz)
+            dt = torch.zeros_like(t, dtype=dz.dtype).index_copy(0, kept, dt)
+        dlogits.append(dz.to(z.dtype))
+        dtarget = dtarget + dt
+    return torch.stack(dlogits).view(logits.shape), dtarget.to(target.dtype).view(target.shape)
+
+
+_vocab_pair_stats = declare(
+    "vocab_pair_stats(Tensor logits, Tensor target, Tensor? mask, bool probs, str[] want, "
+    "float beta, bool triton) -> ("
+    + ", ".join(f"Tensor {name}" for name in (*STATES, *FACTS))
+    + ")",
+    implementation=_forward,
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def vocab_pair_stats(
+    logits: Tensor,
+    target_logits: Tensor | None = None,
+    *,
+    target_probs: Tensor | None = None,
+    mask: Tensor | None = None,
+    want: Sequence[str] = ("cross_entropy",),
+    jsd_beta: float = 0.5,
+    impl: str = "auto",
+) -> VocabPairStats:
+    """Per-row statistics of `logits` against target logits or probabilities, in one pass over the
+    vocabulary.
+
+    Args:
+        logits: [..., V] float32, bfloat16, float16 (float64 through the torch path), any strides.
+        target_logits: [..., V], of the shape of logits or of its trailing part: logits [K, N, V]
+            share each of the targets [N, V] among K rows, and the targets are read once. Any
+            floating dtype.
+        target_probs: the same, holding probabilities (taken as they are), for cross_entropy and
+            lse.
+        mask: logits.shape[:-1], rows that count (nonzero); others are not read, their facts and
+            gradients 0.
+        want: names of VocabPairStats fields.
+        jsd_beta: weight of the target in the Jensen-Shannon divergence's mixture, between 0 and 1.
+        impl: "auto" (Triton on a GPU, torch on a CPU), "triton" or "torch".
+
+    Returns:
+        VocabPairStats with the wanted fields, float32 (float64 for float64 logits), differentiable
+        with respect to both sides; one backward kernel serves whatever mix of upstream gradients
+        arrives.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit.
+
+    Formula, q = softmax(target_logits), p = softmax(logits), m = beta q + (1 - beta) p:
+    cross_entropy = -sum q log p, kl = sum q log(q / p), reverse_kl = sum p log(p / q),
+    jsd = beta sum q log(q / m) + (1 - beta) sum p log(p / m).
+    """
+    check_floating("logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., V] with V > 0: got shape {tuple(logits.shape)}")
+    if (target_logits is None) == (target_probs is None):
+        raise ValueError("pass either target_logits or target_probs: got both or neither")
+    probs = target_probs is not None
+    target: Any = target_probs if target_probs is not None else target_logits
+    name = "target_probs" if probs else "target_logits"
+    check_floating(name, target)
+    if logits.shape[logits.dim() - target.dim() :] != target.shape or target.dim() == 0:
+        raise ValueError(
+            f"{name} must have the shape of logits, {tuple(logits.shape)}, or of its trailing "
+            f"dimensions: got {tuple(target.shape)}"
+        )
+    if target.device != logits.device:
+        raise ValueError(
+            f"{name} is on {target.device}, logits on {logits.device}: move one of them"
+        )
+    if (logits.dtype == torch.float64) != (target.dtype == torch.float64):
+        raise ValueError(
+            f"logits and {name} must both be float64 or neither: got {logits.dtype}, {target.dtype}"
+        )
+    want = (want,) if isinstance(want, str) else tuple(want)
+    for fact in want:
+        if fact not in FACTS:
+            raise ValueError(f"want has no {fact!r}: choose among {', '.join(FACTS)}")
+        if probs and fact not in OF_PROBS:
+            raise ValueError(
+                f"want={fact!r} needs target_logits: pass target_logits=target_probs.log()"
+            )
+    if not 0.0 <= jsd_beta <= 1.0:
+        raise ValueError(f"jsd_beta must be between 0 and 1: got {jsd_beta}")
+    if probs and values_checked(target) and target.isnan().any():
+        raise ValueError("target_probs holds NaN: mask rows by `mask`, and give the others numbers")
+    flags = None if mask is None else mask_rows(mask, logits)
+    use_triton = choose(impl, logits, target)
+    outputs = _vocab_pair_stats(
+        logits, target, flags, probs, list(want), float(jsd_beta), use_triton
+    )
+    fields = dict(zip((*STATES, *FACTS), outputs, strict=True))
+    wanted: Any = {fact: fields[fact] if fact in want else None for fact in FACTS}
+    return VocabPairStats(**wanted)

@@ -1,0 +1,679 @@
+"""vocab_stats: what a row of logits has to tell a loss, in one pass, with one backward for all of
+it.
+
+In this order: the result type, the reference (the definition, and the CPU path), the Triton
+launchers, the operator, its gradient, the public function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._declare import declare
+from ._launch import (
+    IGNORED,
+    Rows,
+    accumulation_dtype,
+    as_matrix,
+    check_floating,
+    check_labels,
+    choose,
+    device_of,
+    slabs,
+    values_checked,
+)
+
+
+class VocabStats(NamedTuple):
+    """Per-row facts, each of shape `logits.shape[:-1]`; None where not asked for. p =
+    softmax(logits)."""
+
+    lse: Tensor  # log sum_v exp(z_v)
+    label_logit: Tensor  # z_label
+    contrast_logit: Tensor  # z_contrast_label
+    logp: Tensor  # log p_label
+    entropy: Tensor  # -sum_v p_v log p_v, in nats
+    logit_sum: Tensor  # sum_v z_v
+    logp_sum: Tensor  # sum_v w_v log p_v; w = bag_weights, or 1
+    sum_sq_probs: Tensor  # log sum_v p_v^2
+    bag_mass: Tensor  # sum_v w_v p_v; w = bag_weights
+    argmax: Tensor  # int64, the first column of the largest logit
+
+
+FACTS = VocabStats._fields
+NEEDS = {
+    "label_logit": "labels",
+    "logp": "labels",
+    "contrast_logit": "contrast_labels",
+    "bag_mass": "bag_weights",
+}
+COEFFICIENTS = (
+    "on_p",
+    "on_p_gap",
+    "on_p_squared",
+    "on_p_weight",
+    "on_one",
+    "on_weight",
+    "on_logp",
+    "on_label",
+    "on_contrast",
+)
+
+
+def vocab_stats_reference(
+    logits: Tensor,  # [n, V]
+    labels: Tensor | None,  # [n], all within the vocabulary
+    contrast_labels: Tensor | None,  # [n], within the vocabulary or -100
+    bag_weights: Tensor | None,  # [V]
+    want: Sequence[str],
+) -> dict[str, Tensor]:
+    """The definition. `row_rest` sums exp(z - max) without the maximum: 1 + row_rest is the usual
+    sum, but log1p(row_rest) and row_rest / (1 + row_rest) stay exact as one probability nears 1.
+    """
+    z = logits.to(accumulation_dtype(logits.dtype))
+    top, index = z.max(dim=-1, keepdim=True)
+    gap = z - top
+    e = gap.exp()
+    endless = top.isinf().squeeze(-1)
+    rest = e.scatter(-1, index, 0.0).sum(-1).masked_fill(endless, float("nan"))
+    top = top.squeeze(-1)
+    log_norm = rest.log1p()
+    facts = {"row_max": top, "row_rest": rest}
+    if "lse" in want:
+        facts["lse"] = torch.where(endless, top, top + log_norm)
+    if labels is not None and ("label_logit" in want or "logp" in want):
+        facts["label_logit"] = z.gather(-1, labels[:, None]).squeeze(-1)
+        facts["logp"] = (facts["label_logit"] - top) - log_norm
+    if contrast_labels is not None and "contrast_logit" in want:
+        at_contrast = z.gather(-1, contrast_labels.clamp_min(0)[:, None]).squeeze(-1)
+        facts["contrast_logit"] = at_contrast.masked_fill(contrast_labels == IGNORED, 0.0)
+    if "entropy" in want:
+        heat = torch.where(e > 0, e * gap, 0.0).sum(-1)
+        facts["entropy"] = log_norm - heat / (1 + rest)
+    if "logit_sum" in want:
+        facts["logit_sum"] = z.sum(-1)
+    if "logp_sum" in want:
+        offsets = gap if bag_weights is None else weighted(bag_weights, gap)
+        facts["logp_sum"] = offsets.sum(-1) - weight_sum(z, bag_weights) * log_norm
+    if "sum_sq_probs" in want:
+        squares = (e * e).scatter(-1, index, 0.0).sum(-1)
+        facts["sum_sq_probs"] = squares.log1p() - 2 * log_norm
+    if bag_weights is not None and "bag_mass" in want:
+        facts["bag_mass"] = (e * bag_weights).sum(-1) / (1 + rest)
+    facts["argmax"] = index.squeeze(-1)
+    return facts
+
+
+def weighted(bag_weights: Tensor, gap: Tensor) -> Tensor:
+    """weights * gap, and 0 where the weight is 0 although the logit is -inf."""
+    return torch.where(bag_weights == 0, 0.0, bag_weights * gap)
+
+
+def weight_sum(logits: Tensor, bag_weights: Tensor | None) -> Tensor | float:
+    """The sum of the vocabulary weights: V where there are none."""
+    return float(logits.shape[-1]) if bag_weights is None else bag_weights.sum()
+
+
+def row_coefficients(
+    facts: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor],
+    total_weight: Tensor | float,
+    has_weights: bool,
+) -> dict[str, Tensor | None]:
+    """The gradient of any mix of facts is p * (on_p + ...) + ...: these are its coefficients, one
+    per row.
+
+    dz = p (on_p + on_p_gap (z - max) + on_p_squared p + on_p_weight w) + on_one + on_weight w
+         + on_logp ([v = label] - p) + on_label [v = label] + on_contrast [v = contrast label]
+    """
+    out: dict[str, Tensor | None] = dict.fromkeys(COEFFICIENTS)
+
+    def add(name: str, value: Tensor) -> None:
+        held = out[name]
+        out[name] = value if held is None else held + value
+
+    for fact, grad in grads.items():
+        if fact == "lse":
+            add("on_p", grad)
+        elif fact == "entropy":
+            # dH/dz = -p (log p + H) = -p ((z - max) + H - log1p(rest)): nothing cancels at the
+            # maximum.
+            add("on_p", -grad * (facts["entropy"] - torch.log1p(facts["row_rest"])))
+            add("on_p_gap", -grad)
+        elif fact == "sum_sq_probs":
+            add("on_p", -2 * grad)
+            add("on_p_squared", 2 * grad * torch.exp(-facts["sum_sq_probs"]))
+        elif fact == "bag_mass":
+            add("on_p", -grad * facts["bag_mass"])
+            add("on_p_weight", grad)
+        elif fact == "logp_sum":
+            add("on_p", -grad * total_weight)
+            add("on_weight" if has_weights else "on_one", grad)
+        elif fact == "logit_sum":
+            add("on_one", grad)
+        else:
+            add({"logp": "on_logp", "label_logit": "on_label"}.get(fact, "on_contrast"), grad)
+    return out
+
+
+def vocab_stats_backward_reference(
+    logits: Tensor,  # [n, V]
+    labels: Any,  # [n] or None, as the coefficients need it
+    contrast_labels: Any,  # [n] or None
+    bag_weights: Any,  # [V] or None
+    row_max: Tensor,  # [n]
+    row_rest: Tensor,  # [n]
+    coefficients: dict[str, Tensor | None],  # each [n] or None
+) -> Tensor:
+    """dlogits [n, V] from the rows' coefficients, in the accumulation dtype."""
+    z = logits.to(row_max.dtype)
+    gap = z - row_max[:, None]
+    scale = 1 / (1 + row_rest)
+    p = gap.exp() * scale[:, None]
+    c: dict[str, Any] = {
+        name: None if value is None else value[:, None] for name, value in coefficients.items()
+    }
+    on_p = c["on_p"]
+    on_logp = c["on_logp"]
+    if on_logp is None:
+        dz = torch.zeros_like(p) if on_p is None else p * on_p
+    else:
+        at = labels[:, None]
+        p_label = p.gather(-1, at)
+        # The label's own gradient is 1 - p: r / (1 + r) where it is the maximum. That is put in as
+        # a correction of the value alone, since of several equal maxima only one is outside of r.
+        missing = 1 - p_label
+        is_top = z.gather(-1, at) == row_max[:, None]
+        exact = (row_rest * scale)[:, None]
+        missing = missing + torch.where(is_top, exact - missing, 0.0).detach()
+        own = on_logp * missing if on_p is None else p_label * on_p + on_logp * missing
+        dz = (p * (-on_logp if on_p is None else on_p - on_logp)).scatter(-1, at, own)
+    if c["on_p_gap"] is not None:
+        dz = dz + torch.where(p > 0, p * gap, 0.0) * c["on_p_gap"]
+    if c["on_p_squared"] is not None:
+        dz = dz + p * p * c["on_p_squared"]
+    if c["on_p_weight"] is not None:
+        dz = dz + bag_weights * (p * c["on_p_weight"])
+    if c["on_weight"] is not None:
+        dz = dz + bag_weights * c["on_weight"]
+    if c["on_one"] is not None:
+        dz = dz + c["on_one"]
+    if c["on_label"] is not None:
+        dz = dz.scatter_add(-1, labels[:, None], c["on_label"])
+    if c["on_contrast"] is not None:
+        aimed = torch.where(contrast_labels[:, None] == IGNORED, 0.0, c["on_contrast"])
+        dz = dz.scatter_add(-1, contrast_labels.clamp_min(0)[:, None], aimed)
+    return dz
+
+
+def kept_rows(labels: Tensor | None) -> Tensor | None:
+    """Indices of the rows that count; None where all do."""
+    if labels is None:
+        return None
+    kept = labels != IGNORED
+    return None if kept.all() else kept.nonzero().squeeze(-1)
+
+
+def pick(tensor: Tensor | None, rows: Any) -> Tensor | None:
+    """tensor[rows], for a tensor that may be absent."""
+    return None if tensor is None else tensor[rows]
+
+
+def _forward_torch(
+    logits: Tensor,  # [N, V]
+    labels: Tensor | None,
+    contrast_labels: Tensor | None,
+    bag_weights: Tensor | None,
+    want: Sequence[str],
+    out: dict[str, Tensor],
+) -> None:
+    kept = kept_rows(labels)
+    n_rows = logits.shape[0] if kept is None else kept.shape[0]
+    for slab in slabs(n_rows, logits.shape[-1]):
+        rows = slab if kept is None else kept[slab]
+        facts = vocab_stats_reference(
+            logits[rows], pick(labels, rows), pick(contrast_labels, rows), bag_weights, want
+        )
+        for name, target in out.items():
+            target[rows] = facts[name]
+
+
+def _backward_torch(
+    dlogits: Tensor,  # [N, V], zeros
+    logits: Tensor,
+    labels: Tensor | None,
+    contrast_labels: Tensor | None,
+    bag_weights: Tensor | None,
+    row_max: Tensor,
+    row_rest: Tensor,
+    coefficients: dict[str, Tensor | None],
+) -> None:
+    kept = kept_rows(labels)
+    n_rows = logits.shape[0] if kept is None else kept.shape[0]
+    for slab in slabs(n_rows, logits.shape[-1]):
+        rows = slab if kept is None else kept[slab]
+        dlogits[rows] = vocab_stats_backward_reference(
+            logits[rows],
+            pick(labels, rows),
+            pick(contrast_labels, rows),
+            bag_weights,
+            row_max[rows],
+            row_rest[rows],
+            {name: pick(value, rows) for name, value in coefficients.items()},
+        ).to(dlogits.dtype)
+
+
+SEGMENT = 16384  # columns a program reads: fixed, so that a row's sums do not depend on the batch
+WARPS = 8
+
+
+def _block(vocab_size: int, element_size: int) -> int:
+    """Columns per loop turn: two 16-byte loads for each of the 256 threads, less for a short
+    row."""
+    import triton
+
+    full = 2 * (16 // element_size) * 32 * WARPS
+    return min(full, max(128, triton.next_power_of_2(vocab_size + 16)))
+
+
+def _forward_triton(
+    logits: Tensor,  # [N, V] or [B, S, V]
+    labels: Tensor | None,
+    contrast_labels: Tensor | None,
+    bag_weights: Tensor | None,
+    out: dict[str, Tensor],
+) -> None:
+    import triton
+
+    from ..kernels.vocab_stats import vocab_stats_kernel, vocab_stats_merge_kernel
+
+    vocab_size = logits.shape[-1]
+    rows = Rows.of(logits)
+    n_segments = triton.cdiv(vocab_size + rows.vec, SEGMENT)
+    shape = (rows.n_rows, n_segments)
+
+    def partial(wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        return torch.empty(shape, dtype=dtype, device=logits.device) if wanted else None
+
+    states = (
+        partial(True),
+        partial(True),
+        partial("argmax" in out, torch.int32),
+        partial("entropy" in out),
+        partial("sum_sq_probs" in out),
+        partial("logit_sum" in out),
+        partial("bag_mass" in out),
+        partial("logp_sum" in out),
+        partial("logp_sum" in out),
+    )
+    where = (vocab_size, rows.inner_size, rows.outer_stride, rows.inner_stride, rows.base_shift)
+    with device_of(logits):
+        vocab_stats_kernel[shape](
+            rows.base,
+            labels,
+            bag_weights,
+            *states,
+            *where,
+            VEC=rows.vec,
+            SEGMENT=SEGMENT,
+            BLOCK=_block(vocab_size, logits.element_size()),
+            num_warps=WARPS,
+        )
+        vocab_stats_merge_kernel[(rows.n_rows,)](
+            rows.base,
+            labels,
+            contrast_labels,
+            bag_weights,
+            *states,
+            out["row_max"],
+            out["row_rest"],
+            *(out.get(fact) for fact in FACTS_IN_KERNEL_ORDER),
+            n_segments,
+            *where,
+            VEC=rows.vec,
+            LANES=triton.next_power_of_2(n_segments + 2 * rows.vec),
+            num_warps=1,
+        )
+
+
+FACTS_IN_KERNEL_ORDER = (
+    "lse",
+    "label_logit",
+    "contrast_logit",
+    "logp",
+    "entropy",
+    "logit_sum",
+    "logp_sum",
+    "sum_sq_probs",
+    "bag_mass",
+    "argmax",
+)
+
+
+def _backward_triton(
+    dlogits: Tensor,  # [N, V] or [B, S, V]; rows at one common stride
+    logits: Tensor,
+    labels: Tensor | None,
+    contrast_labels: Tensor | None,
+    bag_weights: Tensor | None,
+    row_max: Tensor,
+    row_rest: Tensor,
+    coefficients: dict[str, Tensor | None],
+) -> None:
+    import triton
+
+    from ..kernels.vocab_stats import vocab_stats_backward_kernel
+
+    vocab_size = logits.shape[-1]
+    rows = Rows.of(logits)
+    stride = dlogits.stride(-2)
+    steps_alike = (rows.inner_stride - stride) % rows.vec == 0 and (
+        rows.n_rows <= rows.inner_size
+        or (rows.outer_stride - rows.inner_size * stride) % rows.vec == 0
+    )
+    with device_of(logits):
+        vocab_stats_backward_kernel[(rows.n_rows, triton.cdiv(vocab_size + rows.vec, SEGMENT))](
+            dlogits,
+            rows.base,
+            labels,
+            contrast_labels,
+            bag_weights,
+            row_max,
+            row_rest,
+            *(coefficients[name] for name in COEFFICIENTS),
+            vocab_size,
+            stride,
+            rows.inner_size,
+            rows.outer_stride,
+            rows.inner_stride,
+            rows.base_shift,
+            VEC=rows.vec,
+            SAME_SHIFT=rows.base_shift == 0 and steps_alike,
+            SEGMENT=SEGMENT,
+            BLOCK=_block(vocab_size, logits.element_size()),
+            num_warps=WARPS,
+        )
+
+
+def _empty_facts(logits: Tensor, want: Sequence[str]) -> dict[str, Tensor]:
+    dtype = accumulation_dtype(logits.dtype)
+    names = ("row_max", "row_rest", *(fact for fact in FACTS if fact in want))
+    return {
+        name: logits.new_zeros(logits.shape[:-1], dtype=torch.int64 if name == "argmax" else dtype)
+        for name in names
+    }
+
+
+def _as_outputs(logits: Tensor, facts: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """All outputs of the operator; those that nobody wants are empty."""
+    absent = accumulation_dtype(logits.dtype)
+    return tuple(
+        facts[name] if name in facts else logits.new_empty(0, dtype=absent)
+        for name in ("row_max", "row_rest", *FACTS)
+    )
+
+
+def _forward(
+    logits: Tensor,
+    labels: Tensor | None,
+    contrast_labels: Tensor | None,
+    bag_weights: Tensor | None,
+    want: Sequence[str],
+    triton: bool,
+) -> tuple[Tensor, ...]:
+    facts = _empty_facts(logits, want)
+    if facts["row_max"].numel():
+        flat = {name: fact.view(-1) for name, fact in facts.items()}
+        if values_checked(logits):
+            for name, ids in (("labels", labels), ("contrast_labels", contrast_labels)):
+                if ids is not None:
+                    check_labels(name, ids, logits.shape[-1])
+        if triton:
+            _forward_triton(as_matrix(logits), labels, contrast_labels, bag_weights, flat)
+        else:
+            rows = logits.reshape(-1, logits.shape[-1])
+            _forward_torch(rows, labels, contrast_labels, bag_weights, want, flat)
+    return _as_outputs(logits, facts)
+
+
+def _forward_fake(
+    logits: Tensor,
+    labels: Tensor | None,
+    contrast_labels: Tensor | None,
+    bag_weights: Tensor | None,
+    want: Sequence[str],
+    triton: bool,
+) -> tuple[Tensor, ...]:
+    return _as_outputs(logits, _empty_facts(logits, want))
+
+
+def gradient_like(logits: Tensor) -> Tensor:
+    """An uninitialised gradient whose rows keep the logits' padded stride, with the padding zeroed.
+
+    Equal strides keep loads and stores equally aligned. A GEMM may multiply what lies beyond its
+    columns by zero, hence the zeros (NaN there would become NaN in the result).
+    """
+    vocab_size = logits.shape[-1]
+    stride = logits.stride(-2) if logits.dim() > 1 else vocab_size
+    if not vocab_size < stride < vocab_size + 64 or logits.stride(-1) != 1:
+        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    padded = logits.new_empty((*logits.shape[:-1], stride))
+    padded[..., vocab_size:] = 0
+    return padded[..., :vocab_size]
+
+
+def _backward_op(
+    logits: Tensor,
+    labels: Tensor | None,
+    contrast_labels: Tensor | None,
+    bag_weights: Tensor | None,
+    row_max: Tensor,
+    row_rest: Tensor,
+    *rest: Any,
+) -> Tensor:
+    triton = rest[-1]
+    coefficients = dict(zip(COEFFICIENTS, rest[:-1], strict=True))
+    dlogits = gradient_like(logits)
+    if dlogits.numel():
+        args = (labels, contrast_labels, bag_weights, row_max, row_rest, coefficients)
+        if triton:
+            _backward_triton(as_matrix(dlogits), as_matrix(logits), *args)
+        else:
+            dlogits.zero_() if labels is not None else None
+            flat = dlogits.view(-1, logits.shape[-1])
+            _backward_torch(flat, logits.reshape(-1, logits.shape[-1]), *args)
+    return dlogits
+
+
+def _backward_fake(logits: Tensor, *rest: Any) -> Tensor:
+    return gradient_like(logits)
+
+
+_vocab_stats_backward = declare(
+    "vocab_stats_backward(Tensor logits, Tensor? labels, Tensor? contrast_labels, "
+    "Tensor? bag_weights, Tensor row_max, Tensor row_rest, "
+    + ", ".join(f"Tensor? {name}" for name in COEFFICIENTS)
+    + ", bool triton) -> Tensor",
+    implementation=_backward_op,
+    fake=_backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, contrast_labels, bag_weights, want, triton = inputs
+    facts = dict(zip(("row_max", "row_rest", *FACTS), output, strict=True))
+    ctx.save_for_backward(
+        logits,
+        labels,
+        contrast_labels,
+        bag_weights,
+        *(facts[name] for name in ("row_max", "row_rest", "entropy", "sum_sq_probs", "bag_mass")),
+    )
+    ctx.want, ctx.triton = want, triton
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    logits, labels, contrast_labels, bag_weights, *saved = ctx.saved_tensors
+    grads = {
+        fact: grad.reshape(-1).contiguous()
+        for fact, grad in zip(FACTS, upstream[2:], strict=True)
+        if grad is not None and fact in ctx.want and fact != "argmax"
+    }
+    nothing = (None,) * 5
+    if not grads:
+        return (None, *nothing)
+    if torch.is_grad_enabled():
+        dlogits = _twice_differentiable(logits, labels, contrast_labels, bag_weights, grads)
+        return (dlogits, *nothing)
+    names = ("row_max", "row_rest", "entropy", "sum_sq_probs", "bag_mass")
+    facts = {name: fact.reshape(-1) for name, fact in zip(names, saved, strict=True)}
+    total = weight_sum(logits, bag_weights)
+    coefficients = row_coefficients(facts, grads, total, bag_weights is not None)
+    dlogits = _vocab_stats_backward(
+        logits,
+        labels,
+        contrast_labels,
+        bag_weights,
+        facts["row_max"],
+        facts["row_rest"],
+        *coefficients.values(),
+        ctx.triton,
+    )
+    return (dlogits, *nothing)
+
+
+def _twice_differentiable(
+    logits: Tensor,
+    labels: Tensor | None,
+    contrast_labels: Tensor | None,
+    bag_weights: Tensor | None,
+    grads: dict[str, Tensor],
+) -> Tensor:
+    """The same gradient in torch operations that autograd can follow, for create_graph=True."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    kept = kept_rows(labels)
+    rows: Any = slice(None) if kept is None else kept
+    picked = (flat[rows], pick(labels, rows), pick(contrast_labels, rows), bag_weights)
+    facts = vocab_stats_reference(*picked, want=tuple(grads))
+    coefficients = row_coefficients(
+        facts,
+        {fact: grad[rows] for fact, grad in grads.items()},
+        weight_sum(logits, bag_weights),
+        bag_weights is not None,
+    )
+    dz = vocab_stats_backward_reference(*picked, facts["row_max"], facts["row_rest"], coefficients)
+    dz = dz.to(logits.dtype)
+    if kept is not None:
+        dz = torch.zeros_like(flat).index_copy(0, kept, dz)
+    return dz.view(logits.shape)
+
+
+_vocab_stats = declare(
+    "vocab_stats(Tensor logits, Tensor? labels, Tensor? contrast_labels, Tensor? bag_weights, "
+    "str[] want, bool triton) -> (Tensor row_max, Tensor row_rest, "
+    + ", ".join(f"Tensor {fact}" for fact in FACTS)
+    + ")",
+    implementation=_forward,
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def label_rows(name: str, labels: Tensor, logits: Tensor) -> Tensor:
+    """Labels as int64 [N], after checking that they fit the logits."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        came = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"{name} must be an integer tensor of token ids: got {came}")
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{name} must have the shape of logits without its last dimension, "
+            f"{tuple(logits.shape[:-1])}: got {tuple(labels.shape)}"
+        )
+    return labels.to(device=logits.device, dtype=torch.int64).reshape(-1).contiguous()
+
+
+def mask_rows(mask: Tensor, logits: Tensor, name: str = "mask") -> Tensor:
+    """A mask as bool [N] (nonzero counts), after checking that it fits."""
+    if not isinstance(mask, Tensor) or mask.shape != logits.shape[:-1]:
+        came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"{name} must have the shape of its rows, {tuple(logits.shape[:-1])}: got {came}"
+        )
+    return (mask != 0).to(logits.device).reshape(-1)
+
+
+def vocab_stats(
+    logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    contrast_labels: Tensor | None = None,
+    bag_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    want: Sequence[str] | None = None,
+    impl: str = "auto",
+) -> VocabStats:
+    """Per-row statistics of `logits`, shape `logits.shape[:-1]`, in one pass over the vocabulary.
+
+    Args:
+        logits: [..., V] float32, bfloat16, float16 (float64 through the torch path), any strides.
+        labels: [...] integer token ids for `logp` and `label_logit`; a row labelled -100 is not
+            read: all its facts are 0 and so is its gradient.
+        contrast_labels: [...] a second id per row, for `contrast_logit` (-100: 0 there).
+        bag_weights: [V] weights of the vocabulary for `bag_mass` and `logp_sum`, without gradient.
+        mask: [...] rows that count (nonzero); others are treated as labelled -100.
+        want: names of VocabStats fields; by default ("lse",), or ("lse", "logp") with labels.
+        impl: "auto" (Triton on a GPU, torch on a CPU), "triton" or "torch".
+
+    Returns:
+        VocabStats with the wanted fields, float32 (float64 for float64 logits); all but `argmax`
+        are differentiable, and one backward kernel serves any mix of upstream gradients.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit.
+        IndexError: a label outside the vocabulary. On a GPU only with ONEPASS_STRICT=1, since the
+            check has to wait for the device; without it the row's facts become NaN.
+
+    Formula: logp = (z_y - m) - log1p(r), entropy = log1p(r) - sum_v e_v (z_v - m) / (1 + r),
+    with m = max z, e = exp(z - m) and r = sum of e without the maximal element.
+    """
+    check_floating("logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., V] with V > 0: got shape {tuple(logits.shape)}")
+    if want is None:
+        want = ("lse",) if labels is None else ("lse", "logp")
+    elif isinstance(want, str):
+        want = (want,)
+    given = {"labels": labels, "contrast_labels": contrast_labels, "bag_weights": bag_weights}
+    for fact in want:
+        if fact not in FACTS:
+            raise ValueError(f"want has no {fact!r}: choose among {', '.join(FACTS)}")
+        if fact in NEEDS and given[NEEDS[fact]] is None:
+            raise ValueError(f"want={fact!r} needs {NEEDS[fact]}")
+    if labels is not None:
+        labels = label_rows("labels", labels, logits)
+    if mask is not None:
+        counts = mask_rows(mask, logits)
+        labels = torch.where(counts, 0 if labels is None else labels, IGNORED)
+    if contrast_labels is not None:
+        contrast_labels = label_rows("contrast_labels", contrast_labels, logits)
+    if bag_weights is not None:
+        check_floating("bag_weights", bag_weights)
+        if bag_weights.shape != logits.shape[-1:]:
+            raise ValueError(
+                f"bag_weights must be [V] = {tuple(logits.shape[-1:])}: "
+                f"got {tuple(bag_weights.shape)}"
+            )
+        if bag_weights.requires_grad:
+            raise ValueError("bag_weights is not differentiated: pass bag_weights.detach()")
+        bag_weights = bag_weights.to(logits.device, accumulation_dtype(logits.dtype)).contiguous()
+    use_triton = choose(impl, logits)
+    outputs = _vocab_stats(logits, labels, contrast_labels, bag_weights, list(want), use_triton)
+    fields = dict(zip(FACTS, outputs[2:], strict=True))
+    wanted: Any = {fact: fields[fact] if fact in want else None for fact in FACTS}
+    return VocabStats(**wanted)

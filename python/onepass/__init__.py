@@ -1,0 +1,65 @@
+"""onepass: fused losses for language-model training beyond next-token cross-entropy.
+
+Kernels return a few numbers per row, losses are plain torch on those numbers, one backward kernel
+turns their gradients back. Names load on first use, so that importing the package costs nothing and
+needs no Triton.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "VocabStats": ".ops.vocab_stats",
+    "vocab_stats": ".ops.vocab_stats",
+    "VocabPairStats": ".ops.vocab_pair_stats",
+    "vocab_pair_stats": ".ops.vocab_pair_stats",
+    "RowMoments": ".ops.row_moments",
+    "row_moments": ".ops.row_moments",
+    "cross_entropy": ".losses",
+    "masked_cross_entropy": ".losses",
+    "masked_inner_product": ".losses",
+    "masked_normalized_l2": ".losses",
+    "masked_mean": ".reduce",
+}
+__all__ = [
+    "RowMoments",
+    "VocabPairStats",
+    "VocabStats",
+    "__version__",
+    "cross_entropy",
+    "masked_cross_entropy",
+    "masked_inner_product",
+    "masked_mean",
+    "masked_normalized_l2",
+    "row_moments",
+    "vocab_pair_stats",
+    "vocab_stats",
+]
+
+if TYPE_CHECKING:
+    from .losses import (
+        cross_entropy,
+        masked_cross_entropy,
+        masked_inner_product,
+        masked_normalized_l2,
+    )
+    from .ops.row_moments import RowMoments, row_moments
+    from .ops.vocab_pair_stats import VocabPairStats, vocab_pair_stats
+    from .ops.vocab_stats import VocabStats, vocab_stats
+    from .reduce import masked_mean
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'onepass' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

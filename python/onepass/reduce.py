@@ -1,0 +1,61 @@
+"""Reductions of per-row losses: the only place that divides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def reduce_rows(
+    values: Tensor,
+    mask: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    num_items: Tensor | float | None = None,
+) -> Tensor:
+    """Weighted rows reduced to their mean, their sum, or left as they are.
+
+    Args:
+        values: [...] per-row losses.
+        mask: [...] weights; bool or int counts as 0/1. A row of weight 0 contributes nothing,
+            whatever it holds.
+        reduction: "mean", "sum" or "none".
+        num_items: divides the sum instead of the sum of weights (gradient accumulation over
+            micro-batches).
+
+    Formula: mean = sum(mask * values) / max(sum(mask), 1): 0 with a live graph where no row counts.
+    """
+    if mask is not None:
+        weights = mask.to(values.dtype)
+        values = torch.where(weights != 0, values, 0.0) * weights
+    if reduction == "none":
+        return values
+    total = values.sum()
+    if reduction == "sum":
+        return total
+    if num_items is not None:
+        return total / num_items
+    if mask is None:
+        return total / max(values.numel(), 1)
+    return total / weights.sum().clamp_min(1)
+
+
+def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of `values` [...] over the rows where `mask` [...] is set, weighted where it is a float;
+    0-dim.
+
+    No row set: 0, with a live graph and zero gradients, never NaN. A NaN in a row that is not set
+        does not
+    leak. Integer values are taken as float32.
+
+    Formula: sum(mask * values) / max(sum(mask), 1).
+    """
+    if mask is not None and mask.shape != values.shape:
+        raise ValueError(
+            f"mask must have the shape of values, {tuple(values.shape)}: got {tuple(mask.shape)}"
+        )
+    if not values.is_floating_point():
+        values = values.float()
+    return reduce_rows(values, mask)
