@@ -23,10 +23,30 @@ def log1p(x):
 
 
 @triton.jit
-def gap_and_decay(a, b):
-    """-|a - b| and its exponential."""
+def plain_exp(x):
+    """exp(x) by Triton's own means: any back-end, and the interpreter."""
+    return tl.exp(x)
+
+
+@triton.jit
+def flushed_exp(x):
+    """exp(x) on CUDA, flushed to 0 below 1e-38: without the instructions by which Triton's own
+    serves the denormal range, which a sum next to 1 never sees."""
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;",
+        "=f,f",
+        [x * 1.4426950408889634],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def gap_and_decay(a, b, EXP: tl.constexpr):
+    """-|a - b| and its exponential; EXP is one of the two functions above."""
     gap = -tl.abs(a - b)
-    return gap, tl.exp(gap)
+    return gap, EXP(gap)
 
 
 @triton.jit
@@ -39,6 +59,12 @@ def decayed_gap(decay, gap):
 def merge_rest(a_wins, decay, rest_a, rest_b):
     """The winner keeps its rest; the loser adds all its mass, its own maximum included."""
     return tl.where(a_wins, rest_a + decay * (1.0 + rest_b), rest_b + decay * (1.0 + rest_a))
+
+
+@triton.jit
+def add_to_rest(a_wins, decay, rest):
+    """`merge_rest` with a single column: rest + decay, or decay * rest + decay where that wins."""
+    return tl.where(a_wins, 1.0, decay) * rest + decay
 
 
 @triton.jit

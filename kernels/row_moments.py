@@ -19,7 +19,8 @@ def layer_pointer(pointer, layer, TABLE: tl.constexpr, DTYPE: tl.constexpr):
     if TABLE:
         address = tl.load(pointer + layer).to(tl.pointer_type(DTYPE))
         return tl.multiple_of(address, 16)
-    return pointer
+    else:
+        return pointer
 
 
 @triton.jit
@@ -76,7 +77,8 @@ def load_upstream(pointer, at):
     """A row's upstream gradient; 0 where that moment was not used."""
     if pointer is not None:
         return tl.load(pointer + at)
-    return 0.0
+    else:
+        return 0.0
 
 
 @triton.jit
@@ -103,6 +105,13 @@ def row_moments_backward_kernel(
     at = layer.to(tl.int64) * tl.num_programs(0) + row
     x_row = layer_pointer(x_ptr, layer, TABLE, DTYPE) + row * x_stride
     y_row = layer_pointer(y_ptr, layer, TABLE, DTYPE) + row * y_stride
+    # Outside the loop, lest every turn look its address up.
+    dx_row = x_row
+    dy_row = y_row
+    if dx_ptr is not None:
+        dx_row = layer_pointer(dx_ptr, layer, TABLE, DTYPE) + row * hidden_size
+    if dy_ptr is not None:
+        dy_row = layer_pointer(dy_ptr, layer, TABLE, DTYPE) + row * hidden_size
     on_dd = 2.0 * load_upstream(on_dd_ptr, at)
     on_xy = load_upstream(on_xy_ptr, at)
     on_difference = 2.0 * load_upstream(on_difference_ptr, at)
@@ -121,17 +130,13 @@ def row_moments_backward_kernel(
             pull = on_dd * (x - y)
             if dx_ptr is not None:
                 dx = pull + on_x * x + on_xy * y
-                dx_row = layer_pointer(dx_ptr, layer, TABLE, DTYPE) + row * hidden_size
                 tl.store(dx_row + columns, dx.to(DTYPE), mask=valid)
             if dy_ptr is not None:
                 dy = on_y * y + on_xy * x - pull
-                dy_row = layer_pointer(dy_ptr, layer, TABLE, DTYPE) + row * hidden_size
                 tl.store(dy_row + columns, dy.to(DTYPE), mask=valid)
         else:
             zeros = tl.zeros([BLOCK], DTYPE)
             if dx_ptr is not None:
-                dx_row = layer_pointer(dx_ptr, layer, TABLE, DTYPE) + row * hidden_size
                 tl.store(dx_row + columns, zeros, mask=valid)
             if dy_ptr is not None:
-                dy_row = layer_pointer(dy_ptr, layer, TABLE, DTYPE) + row * hidden_size
                 tl.store(dy_row + columns, zeros, mask=valid)

@@ -13,25 +13,31 @@ import triton.language as tl
 
 from .online_softmax import (
     LOWEST,
+    add_to_rest,
     collapse_rest,
     decayed_gap,
     edge_columns,
     first_maximum,
     gap_and_decay,
     log1p,
-    merge_rest,
+    plain_exp,
     row_offset,
     whole_vectors,
 )
 
+NEAR_ORIGIN = tl.constexpr(1.0)  # maxima this close: the two rows' logits may be subtracted
 FAR = tl.constexpr(0.3)  # beyond this bend the direct form of a divergence is the more accurate one
 
 
 @triton.jit
-def bend_of(x):
-    """expm1(x) - x to full relative accuracy, x within +-60."""
-    series = x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x / 5040)))))
-    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0 - x)
+def bend_and_growth(x):
+    """expm1(x) - x and expm1(x) to full relative accuracy, x up to 80: exp overflows soon after."""
+    x = tl.minimum(x, 80.0)
+    e = tl.exp(x)
+    small = tl.abs(x) < 0.25
+    s = tl.where(small, x, 0.0)  # the series alone, whose powers of a large x would overflow
+    series = s * s * (0.5 + s * (1 / 6 + s * (1 / 24 + s * (1 / 120 + s * (1 / 720 + s / 5040)))))
+    return tl.where(small, series, e - 1.0 - x), tl.where(small, series + x, e - 1.0)
 
 
 @triton.jit
@@ -82,10 +88,9 @@ def fold_direction(
     if KL:
         warmth = decayed_gap(decay, gap)
         heat = tl.where(stays, heat + warmth, decay * heat + mass * warmth)
-        step = tl.minimum(tl.maximum(x - centre, -60.0), 60.0)
+        step = x - centre
         shift = tl.where(stays, step, -step)
-        bend = bend_of(shift)
-        grow = bend + shift
+        bend, grow = bend_and_growth(shift)
         moved = decay * ((1.0 + grow) * near + grow * drift + bend * mass)
         near = tl.where(stays, near + decay * bend, moved)
         drift = tl.where(stays, drift + decay * shift, decay * (drift + shift * mass))
@@ -104,9 +109,8 @@ def collapse_direction(
         heat = decay * heat + tl.where(is_first, 0.0, mass * decayed_gap(decay, gap))
         heat = tl.sum(heat, axis=-1, keep_dims=True)
         middle = tl.sum(tl.where(is_first, centre, 0.0), axis=-1, keep_dims=True)
-        shift = tl.minimum(tl.maximum(centre - middle, -60.0), 60.0)
-        bend = bend_of(shift)
-        grow = bend + shift
+        shift = centre - middle
+        bend, grow = bend_and_growth(shift)
         near = decay * ((1.0 + grow) * near + grow * drift + bend * mass)
         near = tl.sum(near, axis=-1, keep_dims=True)
         drift = tl.sum(decay * (drift + shift * mass), axis=-1, keep_dims=True)
@@ -115,16 +119,22 @@ def collapse_direction(
 
 
 @triton.jit
-def divergence(near, drift, cross, heat, rest, rest_other):
-    """The KL divergence from one direction's sums: `rest` of the weighing side, `rest_other` of the
-    other."""
+def divergence(near, drift, cross, heat, rest, rest_other, offset):
+    """The KL divergence from one direction's sums.
+
+    `rest` is the weighing side's, `offset` the distance of the two rows' maxima.
+    """
     mass = 1.0 + rest
     bend = near / mass
     y = bend + drift / mass
-    # The entropy and the cross-entropy, each without a difference of large numbers of its own.
-    direct = (log1p(rest_other) + cross / mass) - (log1p(rest) - heat / mass)
-    use_near = (bend < FAR) & (tl.abs(y) < 0.5) & (tl.abs(direct) < float("inf"))
-    return tl.where(use_near, bend - log_bend_of(tl.where(use_near, y, 0.0)), direct)
+    # The cross-entropy less the entropy, each without a difference of large numbers of its own.
+    scale = log1p(rest_other) + cross / mass
+    direct = scale - (log1p(rest) - heat / mass)
+    is_near = (bend < FAR) & (tl.abs(y) < 0.5) & (tl.abs(offset) <= NEAR_ORIGIN)
+    bent = bend - log_bend_of(tl.where(is_near, y, 0.0))
+    # Where a column's exponential overflowed the two disagree by more than `direct` can be wrong.
+    agree = tl.abs(bent - direct) <= 1e-5 * (1.0 + scale)
+    return tl.where(is_near & agree, bent, direct)
 
 
 @triton.jit
@@ -132,7 +142,8 @@ def pair_counts(mask_ptr, at, inside):
     """Which of these pairs of rows are wanted."""
     if mask_ptr is not None:
         return tl.load(mask_ptr + at, mask=inside, other=0) != 0
-    return inside
+    else:
+        return inside
 
 
 @triton.jit
@@ -161,6 +172,7 @@ def vocab_pair_stats_kernel(
     CROSS: tl.constexpr,  # cross-entropy is wanted
     KL: tl.constexpr,  # KL(q || p) is wanted
     REVERSE_KL: tl.constexpr,  # KL(p || q) is wanted
+    EXP: tl.constexpr,  # plain_exp or flushed_exp
     VEC: tl.constexpr,  # 1 where the rows of the two sides are not equally far from alignment
     SEGMENT: tl.constexpr,
     PAIRS: tl.constexpr,  # rows of logits a program holds, a power of two
@@ -208,7 +220,7 @@ def vocab_pair_stats_kernel(
         nothing = 0.0 if PROBS else float("-inf")
         t = tl.load(t_row + positions, mask=valid, other=nothing).to(tl.float32)
         stays = top >= z
-        gap, decay = gap_and_decay(top, z)
+        gap, decay = gap_and_decay(top, z, EXP)
         new_top = tl.maximum(top, z)
         if PROBS:
             weighed = scaled_lift(t, 1.0, 0.0, new_top - z)
@@ -216,10 +228,10 @@ def vocab_pair_stats_kernel(
             t_rest += t
         else:
             t_stays = t_top >= t
-            t_gap, t_decay = gap_and_decay(t_top, t)
+            t_gap, t_decay = gap_and_decay(t_top, t, EXP)
             new_t_top = tl.maximum(t_top, t)
             x = tl.maximum(z, LOWEST) - tl.maximum(t, LOWEST)
-            x = tl.minimum(tl.maximum(x, -1e30), 1e30)
+            x = tl.minimum(tl.maximum(x, -1e15), 1e15)
             if CROSS or KL:
                 t_heat, t_cross, t_near, t_drift, t_centre = fold_direction(
                     t_stays, t_gap, t_decay, t_rest, t_heat, t_cross,
@@ -230,9 +242,9 @@ def vocab_pair_stats_kernel(
                     stays, gap, decay, rest, heat, cross,
                     new_t_top - t_top, new_t_top - t, near, drift, centre, -x, REVERSE_KL,
                 )  # fmt: skip
-            t_rest = merge_rest(t_stays, t_decay, t_rest, 0.0)
+            t_rest = add_to_rest(t_stays, t_decay, t_rest)
             t_top = new_t_top
-        rest = merge_rest(stays, decay, rest, 0.0)
+        rest = add_to_rest(stays, decay, rest)
         top = new_top
 
     t_top += zeros
@@ -274,7 +286,7 @@ def collapse_pair(
     """Merges the lanes' states [PAIRS, lanes] into one [PAIRS, 1]."""
     order = order + tl.zeros_like(top).to(tl.int32)
     summit, is_first = first_maximum(top, order)
-    gap, decay = gap_and_decay(summit, top)
+    gap, decay = gap_and_decay(summit, top, plain_exp)
     if PROBS:
         t_cross += scaled_lift(t_rest, 1.0, 0.0, summit - top)
         t_cross = tl.sum(t_cross, axis=-1, keep_dims=True)
@@ -282,7 +294,7 @@ def collapse_pair(
         t_top = summit
     else:
         t_summit, t_is_first = first_maximum(t_top, order)
-        t_gap, t_decay = gap_and_decay(t_summit, t_top)
+        t_gap, t_decay = gap_and_decay(t_summit, t_top, plain_exp)
         if CROSS or KL:
             t_heat, t_cross, t_near, t_drift, t_centre = collapse_direction(
                 t_is_first, t_gap, t_decay, t_rest, t_heat, t_cross, summit - top,
@@ -396,7 +408,7 @@ def vocab_pair_stats_merge_kernel(
         t_cross += tl.where(is_edge, top - z, 0.0)
         cross += tl.where(is_edge, t_top - t, 0.0)
     x = tl.maximum(z, LOWEST) - tl.maximum(t, LOWEST)
-    x = tl.minimum(tl.maximum(x, -1e30), 1e30)
+    x = tl.minimum(tl.maximum(x, -1e15), 1e15)
     if KL:
         t_heat = load_plane(partials_ptr, 5 * plane, partial, is_segment, 0.0)
         t_near = load_plane(partials_ptr, 6 * plane, partial, is_segment, 0.0)
@@ -417,6 +429,7 @@ def vocab_pair_stats_merge_kernel(
         lanes, top, rest, t_top, t_rest, t_heat, t_cross, t_near, t_drift, t_centre,
         heat, cross, near, drift, centre, PROBS, CROSS, KL, REVERSE_KL,
     )  # fmt: skip
+    offset = top - t_top
     top, rest, lse = finish(top, rest)
     put(row_max_ptr, out, top, counts)
     put(row_rest_ptr, out, rest, counts)
@@ -431,10 +444,10 @@ def vocab_pair_stats_merge_kernel(
         put(target_rest_ptr, out, t_rest, counts)
         put(cross_entropy_out, out, log1p(rest) + t_cross / (1.0 + t_rest), counts)
         if KL:
-            kl = divergence(t_near, t_drift, t_cross, t_heat, t_rest, rest)
+            kl = divergence(t_near, t_drift, t_cross, t_heat, t_rest, rest, offset)
             put(kl_out, out, kl, counts)
         if REVERSE_KL:
-            reverse_kl = divergence(near, drift, cross, heat, rest, t_rest)
+            reverse_kl = divergence(near, drift, cross, heat, rest, t_rest, offset)
             put(reverse_kl_out, out, reverse_kl, counts)
 
 
@@ -448,43 +461,61 @@ def finish(top, rest):
 
 
 @triton.jit
-def log_share(log_own, log_other, weight):
-    """log(m / own), m = (1 - weight) own + weight other: log1p(weight * expm1(d)), d = log_other -
-    log_own."""
-    d = log_other - log_own
-    near = tl.minimum(tl.maximum(d, -60.0), 20.0)
-    close = log1p_signed(weight * (bend_of(near) + near))
-    return tl.where((d > 20.0) & (weight > 0.0), d + tl.log(tl.maximum(weight, 1e-30)), close)
+def log_of_mixture(d, beta):
+    """log(m / q), m = beta q + (1 - beta) p, d = log p - log q; and m / q - 1, for d up to 20."""
+    share = 1.0 - beta + tl.zeros_like(d)
+    _, grow = bend_and_growth(tl.minimum(d, 20.0))
+    x = tl.maximum(share * grow, -1.0 + 1e-7)
+    u = 1.0 + x
+    close = tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+    far = tl.where(share > 0.0, d + tl.log(tl.maximum(share, 1e-30)), 0.0)
+    return tl.where(d > 20.0, far, close), x
 
 
 @triton.jit
-def log1p_signed(x):
-    """log(1 + x) for x >= -1; at -1 a very negative number, so that 0 times it is 0."""
-    u = tl.maximum(1.0 + x, 1e-30)
-    exact = u == 1.0
-    return tl.where(exact, x, tl.log(u) * (x / tl.where(exact, 1.0, u - 1.0)))
+def entropy_bend(x, log_1p):
+    """(1 + x) log(1 + x) - x to full relative accuracy, given log(1 + x)."""
+    small = tl.abs(x) < 0.25
+    s = tl.where(small, x, 0.0)
+    tail = 1 / 30 - s * (1 / 42 - s * (1 / 56 - s * (1 / 72 - s / 90)))
+    series = s * s * (0.5 - s * (1 / 6 - s * (1 / 12 - s * (1 / 20 - s * tail))))
+    return tl.where(small, series, (1.0 + x) * log_1p - x)
 
 
 @triton.jit
-def pair_of_logs(z, t, top, rest, t_top, t_rest):
-    """p, q and their logarithms, -1e30 standing for -inf so that no difference is undefined."""
-    log_p = tl.maximum((z - top) - log1p(rest), -1e30)
-    log_q = tl.maximum((t - t_top) - log1p(t_rest), -1e30)
-    return tl.exp(log_p), tl.exp(log_q), log_p, log_q
+def pair_of_logs(z, t, top, rest, t_top, t_rest, EXP: tl.constexpr):
+    """p, q, log p and log p - log q; -1e30 and +-1e15 stand for the infinities, so that a
+    probability of 0 times them is 0.
 
-
-@triton.jit
-def share_divergence(own, other, log_own, log_other, weight):
-    """A column's share of KL(own || m): own * h(m / own - 1), h(y) = y - log1p(y) >= 0.
-
-    The linear terms sum to 0 over both halves of the divergence: nothing cancels in the sum.
+    Of rows with a common origin the logits' own difference is exact near p = q; of others it would
+    carry that origin's rounding.
     """
-    d = tl.minimum(tl.maximum(log_other - log_own, -60.0), 20.0)
-    y = weight * (bend_of(d) + d)
-    near = tl.abs(y) < 0.5
-    close = own * log_bend_of(tl.where(near, y, 0.0))
-    far = weight * (other - own) - own * log_share(log_own, log_other, weight)
-    return tl.where(near, close, far)
+    gap = z - top
+    t_gap = t - t_top
+    log_rests = log1p(rest) - log1p(t_rest)
+    log_p = tl.maximum(gap - log1p(rest), -1e30)
+    log_q = tl.maximum(t_gap - log1p(t_rest), -1e30)
+    own = tl.maximum(z, LOWEST) - tl.maximum(t, LOWEST) - ((top - t_top) + log_rests)
+    apart = tl.maximum(gap, LOWEST) - tl.maximum(t_gap, LOWEST) - log_rests
+    d = tl.where(tl.abs(top - t_top) <= NEAR_ORIGIN, own, apart)
+    return EXP(log_p), EXP(log_q), log_p, tl.minimum(tl.maximum(d, -1e15), 1e15)
+
+
+@triton.jit
+def jsd_of(p, q, d, beta):
+    """A column's shares of the divergence and of beta * KL(q || m), without their linear terms.
+
+    q ((1 - beta) psi(u) - psi((1 - beta) u)), psi(x) = (1 + x) log(1 + x) - x, u = p / q - 1: the
+    terms of first order are gone before anything is rounded, so that nothing cancels near p = q.
+    """
+    log_m, x = log_of_mixture(d, beta)
+    _, u = bend_and_growth(tl.minimum(d, 20.0))
+    near = tl.abs(u) < 0.5
+    close = q * ((1.0 - beta) * entropy_bend(u, d) - entropy_bend(x, log_m))
+    far = (1.0 - beta) * p * d - (beta * q + (1.0 - beta) * p) * log_m
+    close_q = q * log_bend_of(tl.where(near, x, 0.0))
+    far_q = (1.0 - beta) * (p - q) - q * log_m
+    return tl.where(near, close, far), beta * tl.where(near, close_q, far_q)
 
 
 @triton.jit
@@ -496,7 +527,7 @@ def vocab_jsd_kernel(
     row_rest_ptr,
     target_max_ptr,
     target_rest_ptr,
-    parts_ptr,  # [2, K, N, S] fp32: beta * KL(q || m) and (1 - beta) * KL(p || m) of each segment
+    parts_ptr,  # [2, K, N, S] fp32: of each segment, the divergence and its part beta * KL(q || m)
     n_pairs,
     n_rows,
     vocab_size,
@@ -508,6 +539,7 @@ def vocab_jsd_kernel(
     target_inner_stride,
     target_shift,
     beta,
+    EXP: tl.constexpr,
     VEC: tl.constexpr,
     SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -532,27 +564,29 @@ def vocab_jsd_kernel(
     t_top = tl.load(target_max_ptr + at)
     t_rest = tl.load(target_rest_ptr + at)
     lanes = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
     on_q = tl.zeros([BLOCK], tl.float32)
-    on_p = tl.zeros([BLOCK], tl.float32)
     for block in range(segment * SEGMENT, tl.minimum((segment + 1) * SEGMENT, last), BLOCK):
         positions = block + lanes
         valid = (positions >= first) & (positions < last)
         z = tl.load(z_row + positions, mask=valid, other=float("-inf")).to(tl.float32)
         t = tl.load(t_row + positions, mask=valid, other=float("-inf")).to(tl.float32)
-        p, q, log_p, log_q = pair_of_logs(z, t, top, rest, t_top, t_rest)
-        on_q += tl.where(valid, share_divergence(q, p, log_q, log_p, 1.0 - beta), 0.0)
-        on_p += tl.where(valid, share_divergence(p, q, log_p, log_q, beta), 0.0)
+        p, q, _, d = pair_of_logs(z, t, top, rest, t_top, t_rest, EXP)
+        both, part = jsd_of(p, q, d, beta)
+        total += tl.where(valid, both, 0.0)
+        on_q += tl.where(valid, part, 0.0)
     if segment == 0:
         positions, valid = edge_columns(lanes, shift, visible, VEC)
         z = tl.load(z_row + positions, mask=valid, other=float("-inf")).to(tl.float32)
         t = tl.load(t_row + positions, mask=valid, other=float("-inf")).to(tl.float32)
-        p, q, log_p, log_q = pair_of_logs(z, t, top, rest, t_top, t_rest)
-        on_q += tl.where(valid, share_divergence(q, p, log_q, log_p, 1.0 - beta), 0.0)
-        on_p += tl.where(valid, share_divergence(p, q, log_p, log_q, beta), 0.0)
+        p, q, _, d = pair_of_logs(z, t, top, rest, t_top, t_rest, EXP)
+        both, part = jsd_of(p, q, d, beta)
+        total += tl.where(valid, both, 0.0)
+        on_q += tl.where(valid, part, 0.0)
     out = at * tl.num_programs(1) + segment
     plane = n_pairs.to(tl.int64) * n_rows * tl.num_programs(1)
-    tl.store(parts_ptr + out, beta * tl.sum(on_q))
-    tl.store(parts_ptr + plane + out, (1.0 - beta) * tl.sum(on_p))
+    tl.store(parts_ptr + out, tl.sum(total))
+    tl.store(parts_ptr + plane + out, tl.sum(on_q))
 
 
 @triton.jit
@@ -561,39 +595,41 @@ def load_upstream(pointer, at, counts):
     count."""
     if pointer is not None:
         return tl.load(pointer + at, mask=counts, other=0.0)
-    return 0.0
+    else:
+        return 0.0
 
 
 @triton.jit
 def pair_gradient(
     z, t, counts, top, rest, t_top, t_rest, on_p, on_q, on_cross, on_kl, on_reverse, on_jsd, beta,
     PROBS: tl.constexpr, REVERSE_KL: tl.constexpr, JSD: tl.constexpr, NEED_TARGET: tl.constexpr,
+    EXP: tl.constexpr,
 ):  # fmt: skip
     """dlogits [PAIRS, columns] and, summed over the pairs, dtarget [1, columns]."""
     if PROBS:
         log_p = tl.maximum((z - top) - log1p(rest), -1e30)
-        p = tl.exp(log_p)
+        p = EXP(log_p)
         dz = on_p * p + on_cross * (t_rest * p - t)
         dt = tl.sum(tl.where(counts, -on_cross * log_p, 0.0), axis=0, keep_dims=True)
         return dz, dt
-    p, q, log_p, log_q = pair_of_logs(z, t, top, rest, t_top, t_rest)
+    p, q, log_p, d = pair_of_logs(z, t, top, rest, t_top, t_rest, EXP)
     # Where both sides agree on one near-certain column, p - q is the difference of what they leave
     # to the rest.
     missing = t_rest / (1.0 + t_rest) - rest / (1.0 + rest)
     gap = tl.where((z == top) & (t == t_top), missing, p - q)
     dz = on_p * p + (on_cross + on_kl) * gap
-    d = log_p - log_q
     if REVERSE_KL:
         dz += on_reverse * p * d
     if JSD:
-        dz -= on_jsd * (1.0 - beta) * p * log_share(log_p, log_q, beta)
+        log_m, _ = log_of_mixture(d, beta)
+        dz += on_jsd * (1.0 - beta) * p * (d - log_m)
     dt = 0.0 * q
     if NEED_TARGET:
         dt += q * (on_q - on_cross * log_p - on_kl * d)
         if REVERSE_KL:
             dt -= on_reverse * gap
         if JSD:
-            dt -= on_jsd * beta * q * log_share(log_q, log_p, 1.0 - beta)
+            dt -= on_jsd * beta * q * log_m
         dt = tl.sum(tl.where(counts, dt, 0.0), axis=0, keep_dims=True)
     return dz, dt
 
@@ -629,6 +665,7 @@ def vocab_pair_stats_backward_kernel(
     dtarget_stride,
     beta,
     PROBS: tl.constexpr,
+    EXP: tl.constexpr,
     VEC: tl.constexpr,
     SEGMENT: tl.constexpr,
     PAIRS: tl.constexpr,  # at least n_pairs
@@ -670,43 +707,43 @@ def vocab_pair_stats_backward_kernel(
     on_jsd = load_upstream(on_jsd_ptr, at, counts)
     lanes = tl.arange(0, BLOCK)[None, :]
     edges, is_edge = edge_columns(tl.arange(0, 2 * VEC)[None, :], shift, vocab_size, VEC)
-    edges = tl.where(segment == 0, edges, vocab_size)
-    is_edge = (
-        is_edge & (edges < shift + vocab_size) & (edges < tl.where(segment == 0, 2147483647, 0))
-    )
+    is_edge = is_edge & (edges < tl.where(segment == 0, shift + vocab_size, 0))
+    # Bounds that are multiples of VEC keep the loads wide; where no pair counts nothing is read.
+    read_end = tl.multiple_of(tl.where(any_counts, last, 0), VEC)
+    edge_end = tl.where(any_counts, shift + vocab_size, 0)
 
     for block in range(segment * SEGMENT, tl.minimum((segment + 1) * SEGMENT, last), BLOCK):
         positions = block + lanes
         valid = (positions >= first) & (positions < last)
         step(
             z_row, t_row, dz_row, dt_row, dlogits_ptr, dtarget_ptr,
-            positions, valid, counts, inside, any_counts, top, rest, t_top, t_rest,
+            positions, valid, read_end, counts, inside, top, rest, t_top, t_rest,
             on_p, on_q, on_cross, on_kl, on_reverse, on_jsd, beta,
-            PROBS, on_reverse_ptr, on_jsd_ptr,
+            PROBS, on_reverse_ptr, on_jsd_ptr, EXP,
         )  # fmt: skip
     step(
         z_row, t_row, dz_row, dt_row, dlogits_ptr, dtarget_ptr,
-        edges, is_edge, counts, inside, any_counts, top, rest, t_top, t_rest,
+        edges, is_edge, edge_end, counts, inside, top, rest, t_top, t_rest,
         on_p, on_q, on_cross, on_kl, on_reverse, on_jsd, beta,
-        PROBS, on_reverse_ptr, on_jsd_ptr,
+        PROBS, on_reverse_ptr, on_jsd_ptr, EXP,
     )  # fmt: skip
 
 
 @triton.jit
 def step(
     z_row, t_row, dz_row, dt_row, dlogits_ptr, dtarget_ptr,
-    positions, valid, counts, inside, any_counts, top, rest, t_top, t_rest,
+    positions, valid, read_end, counts, inside, top, rest, t_top, t_rest,
     on_p, on_q, on_cross, on_kl, on_reverse, on_jsd, beta,
-    PROBS: tl.constexpr, on_reverse_ptr, on_jsd_ptr,
+    PROBS: tl.constexpr, on_reverse_ptr, on_jsd_ptr, EXP: tl.constexpr,
 ):  # fmt: skip
     """Reads one block of all pairs, writes its gradients; pairs that do not count get zeros and are
     not read."""
-    read = positions < tl.where(any_counts, 2147483647, 0)
     z = tl.load(z_row + positions, mask=valid & counts, other=0.0).to(tl.float32)
-    t = tl.load(t_row + positions, mask=valid & read, other=0.0).to(tl.float32)
+    t = tl.load(t_row + positions, mask=valid & (positions < read_end), other=0.0).to(tl.float32)
     dz, dt = pair_gradient(
         z, t, counts, top, rest, t_top, t_rest, on_p, on_q, on_cross, on_kl, on_reverse, on_jsd,
         beta, PROBS, on_reverse_ptr is not None, on_jsd_ptr is not None, dtarget_ptr is not None,
+        EXP,
     )  # fmt: skip
     if dlogits_ptr is not None:
         dz = tl.where(counts, dz, 0.0).to(dlogits_ptr.dtype.element_ty)

@@ -13,13 +13,14 @@ import triton.language as tl
 
 from .online_softmax import (
     LOWEST,
+    add_to_rest,
     collapse_rest,
     decayed_gap,
     edge_columns,
     first_maximum,
     gap_and_decay,
     log1p,
-    merge_rest,
+    plain_exp,
     row_offset,
     weighted_gap,
     whole_vectors,
@@ -33,7 +34,8 @@ def row_counts(labels_ptr, row):
     """Whether the row is wanted at all."""
     if labels_ptr is not None:
         return tl.load(labels_ptr + row) != IGNORED
-    return True
+    else:
+        return True
 
 
 @triton.jit
@@ -41,7 +43,8 @@ def load_weight(weights_ptr, columns, valid):
     """Vocabulary weights of these columns; 1 where none were given, 0 outside the row."""
     if weights_ptr is not None:
         return tl.load(weights_ptr + columns, mask=valid, other=0.0).to(tl.float32)
-    return tl.where(valid, 1.0, 0.0)
+    else:
+        return tl.where(valid, 1.0, 0.0)
 
 
 @triton.jit
@@ -79,7 +82,7 @@ def collapse(
 ):
     """Merges the lanes' states into one; sums that nobody wants stay as they are."""
     summit, is_first = first_maximum(top, order)
-    gap, decay = gap_and_decay(summit, top)
+    gap, decay = gap_and_decay(summit, top, plain_exp)
     index = tl.min(tl.where(is_first, order, 2147483647), axis=-1, keep_dims=True)
     if heat_ptr is not None:
         warmth = decayed_gap(decay, gap)
@@ -117,6 +120,7 @@ def vocab_stats_kernel(
     outer_stride,
     inner_stride,
     base_shift,
+    EXP: tl.constexpr,  # plain_exp or flushed_exp
     VEC: tl.constexpr,
     SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -147,12 +151,12 @@ def vocab_stats_kernel(
             z = tl.load(row_ptr + positions, mask=valid, other=float("-inf")).to(tl.float32)
             columns = positions - shift
             stays = top >= z
-            gap, decay = gap_and_decay(top, z)
+            gap, decay = gap_and_decay(top, z, EXP)
             if heat_ptr is not None:
                 warmth = decayed_gap(decay, gap)
                 heat = tl.where(stays, heat + warmth, decay * heat + (1.0 + rest) * warmth)
             if squares_ptr is not None:
-                squares = merge_rest(stays, decay * decay, squares, 0.0)
+                squares = add_to_rest(stays, decay * decay, squares)
             if logit_sum_ptr is not None:
                 logit_sum += tl.where(valid, z, 0.0)
             if bag_ptr is not None:
@@ -164,7 +168,7 @@ def vocab_stats_kernel(
                 seen += weight
             if index_ptr is not None:
                 order = tl.where(stays, order, columns)
-            rest = merge_rest(stays, decay, rest, 0.0)
+            rest = add_to_rest(stays, decay, rest)
             top = tl.maximum(top, z)
 
         # Where no index is kept, the lowest lane breaks ties: any one of them may stand for the
@@ -325,60 +329,37 @@ def load_coefficient(pointer, row):
     """A row's coefficient, and 0 where that term is absent."""
     if pointer is not None:
         return tl.load(pointer + row)
-    return 0.0
+    else:
+        return 0.0
 
 
 @triton.jit
 def logits_gradient(
-    z,
-    columns,
-    valid,
-    top,
-    rest,
-    label,
-    contrast,
-    row,
-    weights_ptr,
-    on_p_ptr,
-    on_p_gap_ptr,
-    on_p_squared_ptr,
-    on_p_weight_ptr,
-    on_one_ptr,
-    on_weight_ptr,
-    on_logp_ptr,
-    on_label_ptr,
-    on_contrast_ptr,
-):
-    """dlogits of these columns: p * (...) plus what falls on single columns."""
-    scale = 1.0 / (1.0 + rest)
+    z, columns, valid, top, scale, label, contrast, weights_ptr,
+    on_p, on_p_gap, on_p_squared, on_p_weight, on_one, on_weight, at_label, on_label, on_contrast,
+    on_p_gap_ptr, on_p_squared_ptr, on_p_weight_ptr, on_one_ptr, on_weight_ptr,
+    at_label_ptr, on_label_ptr, on_contrast_ptr,
+    EXP: tl.constexpr,
+):  # fmt: skip
+    """dlogits of these columns; where a pointer is None its coefficient has no part in it."""
     gap = z - top
-    p = tl.exp(gap) * scale
-    on_p = load_coefficient(on_p_ptr, row)
-    if on_logp_ptr is not None:
-        on_logp = tl.load(on_logp_ptr + row)
-        is_label = columns == label
-        # The label's own gradient is 1 - p, never p - 1 rounded: r / (1 + r) where the label is the
-        # maximum.
-        missing = tl.where(z == top, rest * scale, 1.0 - p)
-        dz = p * tl.where(is_label, on_p, on_p - on_logp) + tl.where(
-            is_label, on_logp * missing, 0.0
-        )
-    else:
-        dz = p * on_p
+    e = EXP(gap)
+    p = e * scale
+    dz = e * (scale * on_p)
+    if at_label_ptr is not None:
+        dz = tl.where(columns == label, at_label, dz)
     if on_p_gap_ptr is not None:
-        dz += decayed_gap(p, gap) * tl.load(on_p_gap_ptr + row)
+        dz += decayed_gap(p, gap) * on_p_gap
     if on_p_squared_ptr is not None:
-        dz += p * p * tl.load(on_p_squared_ptr + row)
+        dz += p * p * on_p_squared
     if on_p_weight_ptr is not None or on_weight_ptr is not None:
-        weight = load_weight(weights_ptr, columns, valid)
-        dz += weight * (p * load_coefficient(on_p_weight_ptr, row))
-        dz += weight * load_coefficient(on_weight_ptr, row)
+        dz += load_weight(weights_ptr, columns, valid) * (p * on_p_weight + on_weight)
     if on_one_ptr is not None:
-        dz += tl.load(on_one_ptr + row)
+        dz += on_one
     if on_label_ptr is not None:
-        dz += tl.where(columns == label, tl.load(on_label_ptr + row), 0.0)
+        dz += tl.where(columns == label, on_label, 0.0)
     if on_contrast_ptr is not None:
-        dz += tl.where(columns == contrast, tl.load(on_contrast_ptr + row), 0.0)
+        dz += tl.where(columns == contrast, on_contrast, 0.0)
     return dz
 
 
@@ -397,7 +378,7 @@ def vocab_stats_backward_kernel(
     on_p_weight_ptr,  # of p * weight
     on_one_ptr,  # of 1
     on_weight_ptr,  # of weight
-    on_logp_ptr,  # of [v = label] - p
+    at_label_ptr,  # what p * on_p becomes at the label, where that would cancel
     on_label_ptr,  # of [v = label]
     on_contrast_ptr,  # of [v = contrast label]
     vocab_size,
@@ -406,6 +387,7 @@ def vocab_stats_backward_kernel(
     outer_stride,
     inner_stride,
     base_shift,
+    EXP: tl.constexpr,  # plain_exp or flushed_exp
     VEC: tl.constexpr,
     SAME_SHIFT: tl.constexpr,  # logits and dlogits rows are equally far from alignment
     SEGMENT: tl.constexpr,
@@ -428,60 +410,45 @@ def vocab_stats_backward_kernel(
         else:
             row_ptr = logits_ptr + (start - shift)
         top = tl.load(row_max_ptr + row)
-        rest = tl.load(row_rest_ptr + row)
+        scale = 1.0 / (1.0 + tl.load(row_rest_ptr + row))
         label = -1
         contrast = -1
         if labels_ptr is not None:
-            label = tl.load(labels_ptr + row)
+            label = tl.load(labels_ptr + row).to(tl.int32)
         if contrast_ptr is not None:
-            contrast = tl.load(contrast_ptr + row)
+            contrast = tl.load(contrast_ptr + row).to(tl.int32)
+        on_p = load_coefficient(on_p_ptr, row)
+        on_p_gap = load_coefficient(on_p_gap_ptr, row)
+        on_p_squared = load_coefficient(on_p_squared_ptr, row)
+        on_p_weight = load_coefficient(on_p_weight_ptr, row)
+        on_one = load_coefficient(on_one_ptr, row)
+        on_weight = load_coefficient(on_weight_ptr, row)
+        at_label = load_coefficient(at_label_ptr, row)
+        on_label = load_coefficient(on_label_ptr, row)
+        on_contrast = load_coefficient(on_contrast_ptr, row)
         for block in range(segment * SEGMENT, stop, BLOCK):
             positions = block + lanes
             valid = (positions >= first) & (positions < last)
             z = tl.load(row_ptr + positions, mask=valid, other=float("-inf")).to(tl.float32)
             dz = logits_gradient(
-                z,
-                positions - shift,
-                valid,
-                top,
-                rest,
-                label,
-                contrast,
-                row,
-                weights_ptr,
-                on_p_ptr,
-                on_p_gap_ptr,
-                on_p_squared_ptr,
-                on_p_weight_ptr,
-                on_one_ptr,
-                on_weight_ptr,
-                on_logp_ptr,
-                on_label_ptr,
-                on_contrast_ptr,
-            )
+                z, positions - shift, valid, top, scale, label, contrast, weights_ptr,
+                on_p, on_p_gap, on_p_squared, on_p_weight, on_one, on_weight,
+                at_label, on_label, on_contrast,
+                on_p_gap_ptr, on_p_squared_ptr, on_p_weight_ptr, on_one_ptr, on_weight_ptr,
+                at_label_ptr, on_label_ptr, on_contrast_ptr,
+                EXP,
+            )  # fmt: skip
             tl.store(out_ptr + positions, dz.to(dlogits_ptr.dtype.element_ty), mask=valid)
         if segment == 0:
             z = tl.load(row_ptr + edges, mask=is_edge, other=float("-inf")).to(tl.float32)
             dz = logits_gradient(
-                z,
-                edges - shift,
-                is_edge,
-                top,
-                rest,
-                label,
-                contrast,
-                row,
-                weights_ptr,
-                on_p_ptr,
-                on_p_gap_ptr,
-                on_p_squared_ptr,
-                on_p_weight_ptr,
-                on_one_ptr,
-                on_weight_ptr,
-                on_logp_ptr,
-                on_label_ptr,
-                on_contrast_ptr,
-            )
+                z, edges - shift, is_edge, top, scale, label, contrast, weights_ptr,
+                on_p, on_p_gap, on_p_squared, on_p_weight, on_one, on_weight,
+                at_label, on_label, on_contrast,
+                on_p_gap_ptr, on_p_squared_ptr, on_p_weight_ptr, on_one_ptr, on_weight_ptr,
+                at_label_ptr, on_label_ptr, on_contrast_ptr,
+                EXP,
+            )  # fmt: skip
             tl.store(out_ptr + edges, dz.to(dlogits_ptr.dtype.element_ty), mask=is_edge)
     else:
         for block in range(segment * SEGMENT, stop, BLOCK):

@@ -80,6 +80,19 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def exponential(tensor: Tensor) -> Any:
+    """The kernels' exponential for the tensor's device."""
+    from ..kernels.online_softmax import flushed_exp, plain_exp
+
+    return flushed_exp if tensor.device.type == "cuda" and torch.version.cuda else plain_exp
+
+
+def warps(threads: int, tensor: Tensor) -> int:
+    """Warps that make up so many threads: of 64 lanes on AMD, of 32 elsewhere."""
+    is_amd = tensor.device.type == "cuda" and torch.version.hip is not None
+    return threads // (64 if is_amd else 32)
+
+
 def values_checked(tensor: Tensor) -> bool:
     """Whether checks that read values may run: free on a CPU, a device sync elsewhere
     (ONEPASS_STRICT=1)."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._declare import declare
-from ._launch import accumulation_dtype, check_floating, choose, device_of, slabs
+from ._launch import accumulation_dtype, check_floating, choose, device_of, slabs, warps
 from .vocab_stats import mask_rows
 
 
@@ -131,7 +131,7 @@ def _meta(layers: list[Tensor]) -> dict[str, Any]:
         "TABLE": len(layers) > 1,
         "DTYPE": dtypes[layers[0].dtype],
         "BLOCK": min(1024, max(128, triton.next_power_of_2(layers[0].shape[-1]))),
-        "num_warps": 4,
+        "num_warps": warps(128, layers[0]),
     }
 
 

@@ -23,10 +23,12 @@ from ._launch import (
     check_floating,
     choose,
     device_of,
+    exponential,
     slabs,
     values_checked,
+    warps,
 )
-from .vocab_stats import SEGMENT, WARPS, gradient_like, mask_rows
+from .vocab_stats import SEGMENT, THREADS, gradient_like, mask_rows
 
 
 class VocabPairStats(NamedTuple):
@@ -41,6 +43,7 @@ class VocabPairStats(NamedTuple):
 
 
 FACTS = VocabPairStats._fields
+NEAR_ORIGIN = 1.0  # maxima this close: the two rows' logits may be subtracted
 OF_PROBS = ("cross_entropy", "lse")
 STATES = ("row_max", "row_rest", "target_max", "target_rest", "jsd_q", "jsd_p")
 COEFFICIENTS = ("on_p", "on_q", "on_cross", "on_kl", "on_reverse", "on_jsd")
@@ -73,10 +76,11 @@ class Side(NamedTuple):
 
 def bend(x: Tensor) -> Tensor:
     """expm1(x) - x without cancellation near 0."""
-    terms = 1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040 + x / 40320)))
-    series = x * x * (0.5 + x * (1 / 6 + x * terms))
     small = x.abs() < (0.25 if x.dtype != torch.float64 else 1e-2)
-    return torch.where(small, series, torch.expm1(x) - x)
+    s = torch.where(small, x, 0.0)  # the series alone, whose powers of a large x would overflow
+    terms = 1 / 24 + s * (1 / 120 + s * (1 / 720 + s * (1 / 5040 + s / 40320)))
+    series = s * s * (0.5 + s * (1 / 6 + s * terms))
+    return torch.where(small, series, torch.expm1(x.clamp_max(80.0)) - x)
 
 
 def log_bend(y: Tensor) -> Tensor:
@@ -93,37 +97,67 @@ def divergence(own: Side, other: Side) -> Tensor:
     """KL(own || other) of every row, [n], to full relative accuracy where the two are nearly
     equal."""
     p = own.logp.exp()
-    d = (other.z - own.z) - (other.lse - own.lse)[:, None]
-    d = torch.where(own.logp > -1e29, d, 0.0)
-    direct = torch.where(p > 0, p * (own.logp - other.logp), 0.0).sum(-1)
-    tame = d.clamp(-30.0, 30.0)
-    near = (p * bend(tame)).sum(-1)
-    y = (p * torch.expm1(tame)).sum(-1)
-    use_near = (near < 0.3) & (y.abs() < 0.5) & direct.isfinite() & (direct < 1e29)
-    bent = near - log_bend(torch.where(use_near, y, 0.0))
-    direct = torch.where(direct > 1e20, float("inf"), direct)
-    return torch.where(use_near, bent, direct)
+    d = log_ratio(other, own)
+    scale = torch.where(p > 0, p * -other.logp, 0.0).sum(-1)
+    direct = scale - torch.where(p > 0, p * -own.logp, 0.0).sum(-1)
+    bent = (p * bend(d)).sum(-1)
+    y = (p * torch.expm1(d.clamp_max(80.0))).sum(-1)
+    is_near = (bent < 0.3) & (y.abs() < 0.5) & ((own.top - other.top).abs() <= NEAR_ORIGIN)
+    bent = bent - log_bend(torch.where(is_near, y, 0.0))
+    # Where a column's exponential overflowed the two disagree by more than `direct` can be wrong.
+    agree = (bent - direct).abs() <= 1e-5 * (1 + scale)
+    direct = torch.where(scale > 1e20, float("inf"), direct)
+    return torch.where(is_near & agree, bent, direct)
 
 
-def log_share(log_own: Tensor, log_other: Tensor, weight: float) -> Tensor:
-    """log(m / own) for m = (1 - weight) own + weight other."""
-    d = log_other - log_own
-    close = torch.log1p((weight * torch.expm1(d.clamp(-60, 20))).clamp_min(-1 + 1e-30))
-    if weight == 0:
-        return close
-    return torch.where(d > 20, d + math.log(weight), close.clamp_min(-1e30))
+def log_ratio(above: Side, below: Side) -> Tensor:
+    """log-probabilities of `above` less those of `below`; 0 where neither has any probability.
+
+    Of rows with a common origin the logits' own difference is exact near equality; of others it
+    would carry that origin's rounding.
+    """
+    log_rests = (above.rest.log1p() - below.rest.log1p())[:, None]
+    offset = (above.top - below.top)[:, None]
+    own = (above.z - below.z) - (offset + log_rests)
+    apart = (above.z - above.top[:, None]) - (below.z - below.top[:, None]) - log_rests
+    d = torch.where(offset.abs() <= NEAR_ORIGIN, own, apart)
+    return torch.where((above.logp > -1e29) | (below.logp > -1e29), d, 0.0).clamp(-1e15, 1e15)
 
 
-def share_divergence(
-    own: Tensor, other: Tensor, log_own: Tensor, log_other: Tensor, weight: float
-) -> Tensor:
-    """Sum over the columns of own * h(m / own - 1), h(y) = y - log1p(y): [n]."""
-    y = weight * torch.expm1((log_other - log_own).clamp(-60, 20))
-    near = y.abs() < 0.5
-    far = weight * (other - own) - torch.where(
-        own > 0, own * log_share(log_own, log_other, weight), 0.0
+def log_of_mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log(m / q), m = beta q + (1 - beta) p, d = log p - log q; and m / q - 1, for d up to 20."""
+    x = ((1 - beta) * torch.expm1(d.clamp_max(20.0))).clamp_min(-1 + 1e-7)
+    return (torch.where(d > 20, d + math.log(1 - beta), x.log1p()) if beta < 1 else x.log1p()), x
+
+
+def entropy_bend(x: Tensor, log_1p: Tensor) -> Tensor:
+    """(1 + x) log(1 + x) - x without cancellation near 0, given log(1 + x)."""
+    small = x.abs() < (0.25 if x.dtype != torch.float64 else 1e-2)
+    s = torch.where(small, x, 0.0)
+    tail = 1 / 30 - s * (1 / 42 - s * (1 / 56 - s * (1 / 72 - s / 90)))
+    series = s * s * (0.5 - s * (1 / 6 - s * (1 / 12 - s * (1 / 20 - s * tail))))
+    return torch.where(small, series, (1 + x) * log_1p - x)
+
+
+def jensen_shannon(s: Side, t: Side, beta: float) -> tuple[Tensor, Tensor]:
+    """The divergence of every row and its part beta * KL(q || m), [n] each.
+
+    q ((1 - beta) psi(u) - psi((1 - beta) u)), psi(x) = (1 + x) log(1 + x) - x, u = p / q - 1: the
+    terms of first order are gone before anything is rounded.
+    """
+    p, q = s.logp.exp(), t.logp.exp()
+    d = log_ratio(s, t)
+    log_m, x = log_of_mixture(d, beta)
+    u = torch.expm1(d.clamp_max(20.0))
+    near = u.abs() < 0.5
+    close = q * ((1 - beta) * entropy_bend(u, d) - entropy_bend(x, log_m))
+    far = (1 - beta) * torch.where(p > 0, p * d, 0.0) - (beta * q + (1 - beta) * p) * log_m
+    close_q = q * log_bend(torch.where(near, x, 0.0))
+    far_q = (1 - beta) * (p - q) - q * log_m
+    return (
+        torch.where(near, close, far).sum(-1),
+        beta * torch.where(near, close_q, far_q).sum(-1),
     )
-    return torch.where(near, own * log_bend(torch.where(near, y, 0.0)), far).sum(-1)
 
 
 def vocab_pair_stats_reference(
@@ -153,10 +187,8 @@ def vocab_pair_stats_reference(
     if "reverse_kl" in want:
         facts["reverse_kl"] = divergence(s, t)
     if "jsd" in want:
-        p = s.logp.exp()
-        facts["jsd_q"] = beta * share_divergence(q, p, t.logp, s.logp, 1 - beta)
-        facts["jsd_p"] = (1 - beta) * share_divergence(p, q, s.logp, t.logp, beta)
-        facts["jsd"] = facts["jsd_q"] + facts["jsd_p"]
+        facts["jsd"], facts["jsd_q"] = jensen_shannon(s, t, beta)
+        facts["jsd_p"] = facts["jsd"] - facts["jsd_q"]
     return facts
 
 
@@ -219,17 +251,18 @@ def vocab_pair_stats_backward_reference(
     missing = t.rest / (1 + t.rest) - s.rest / (1 + s.rest)
     gap = p - q
     gap = gap + torch.where(both, missing[:, None] - gap, 0.0).detach()
-    d = s.logp - t.logp
+    d = log_ratio(s, t)
     dz = p * c["on_p"] + (c["on_cross"] + c["on_kl"]) * gap
     if coefficients["on_reverse"] is not None:
         dz = dz + c["on_reverse"] * p * d
     if coefficients["on_jsd"] is not None:
-        dz = dz - c["on_jsd"] * (1 - beta) * p * log_share(s.logp, t.logp, beta)
+        log_m, _ = log_of_mixture(d, beta)
+        dz = dz + c["on_jsd"] * (1 - beta) * p * (d - log_m)
     if not need_target:
         return dz, None
     dt = q * (c["on_q"] - c["on_cross"] * s.logp - c["on_kl"] * d) - c["on_reverse"] * gap
     if coefficients["on_jsd"] is not None:
-        dt = dt - c["on_jsd"] * beta * q * log_share(t.logp, s.logp, 1 - beta)
+        dt = dt - c["on_jsd"] * beta * q * log_m
     return dz, dt
 
 
@@ -407,10 +440,11 @@ def _forward_triton(
             *layout.sizes,
             *layout.strides,
             **flags,
+            EXP=exponential(logits),
             SEGMENT=SEGMENT,
             PAIRS=tile,
             BLOCK=_block(tile, vocab_size),
-            num_warps=WARPS,
+            num_warps=warps(THREADS, logits),
         )
         vocab_pair_stats_merge_kernel[(n_rows, n_pairs)](
             layout.z.base,
@@ -437,16 +471,17 @@ def _forward_triton(
                 *layout.sizes,
                 *layout.strides,
                 float(beta),
+                EXP=exponential(logits),
                 VEC=vec,
                 SEGMENT=SEGMENT,
                 BLOCK=_block(1, vocab_size),
-                num_warps=WARPS,
+                num_warps=warps(THREADS, logits),
             )
-            for name, part in zip(("jsd_q", "jsd_p"), parts.sum(-1), strict=True):
-                if mask is not None:  # a pair that does not count has neither maxima nor parts
+            for name, part in zip(("jsd", "jsd_q"), parts.sum(-1), strict=True):
+                if mask is not None:  # a pair that does not count has no maxima to measure from
                     part = torch.where(mask.view(n_pairs, n_rows), part, 0.0)
                 out[name].copy_(part)
-            torch.add(out["jsd_q"], out["jsd_p"], out=out["jsd"])
+            torch.sub(out["jsd"], out["jsd_q"], out=out["jsd_p"])
 
 
 def _backward_triton(
@@ -483,11 +518,12 @@ def _backward_triton(
             0 if dtarget is None else dtarget.stride(-2),
             float(beta),
             PROBS=probs,
+            EXP=exponential(logits),
             VEC=vec,
             SEGMENT=SEGMENT,
             PAIRS=tile,
             BLOCK=_block(tile, vocab_size),
-            num_warps=WARPS,
+            num_warps=warps(THREADS, logits),
         )
 
 

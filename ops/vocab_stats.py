@@ -23,8 +23,10 @@ from ._launch import (
     check_labels,
     choose,
     device_of,
+    exponential,
     slabs,
     values_checked,
+    warps,
 )
 
 
@@ -51,6 +53,7 @@ NEEDS = {
     "contrast_logit": "contrast_labels",
     "bag_mass": "bag_weights",
 }
+KEPT = ("row_max", "row_rest", "logp", "entropy", "sum_sq_probs", "bag_mass")  # for the backward
 COEFFICIENTS = (
     "on_p",
     "on_p_gap",
@@ -58,7 +61,7 @@ COEFFICIENTS = (
     "on_p_weight",
     "on_one",
     "on_weight",
-    "on_logp",
+    "at_label",
     "on_label",
     "on_contrast",
 )
@@ -128,7 +131,8 @@ def row_coefficients(
     per row.
 
     dz = p (on_p + on_p_gap (z - max) + on_p_squared p + on_p_weight w) + on_one + on_weight w
-         + on_logp ([v = label] - p) + on_label [v = label] + on_contrast [v = contrast label]
+         + on_label [v = label] + on_contrast [v = contrast label]
+    and at the label p on_p gives way to at_label, in which nothing cancels as p nears 1.
     """
     out: dict[str, Tensor | None] = dict.fromkeys(COEFFICIENTS)
 
@@ -155,8 +159,15 @@ def row_coefficients(
             add("on_weight" if has_weights else "on_one", grad)
         elif fact == "logit_sum":
             add("on_one", grad)
+        elif fact == "logp":
+            add("on_p", -grad)
         else:
-            add({"logp": "on_logp", "label_logit": "on_label"}.get(fact, "on_contrast"), grad)
+            add("on_label" if fact == "label_logit" else "on_contrast", grad)
+    if "logp" in grads:
+        logp, on_logp = facts["logp"], grads["logp"]
+        # The label's own share of the gradient is 1 - p = -expm1(logp), never p - 1 rounded.
+        others = out["on_p"] + on_logp
+        out["at_label"] = logp.exp() * others - on_logp * torch.expm1(logp)
     return out
 
 
@@ -177,21 +188,9 @@ def vocab_stats_backward_reference(
     c: dict[str, Any] = {
         name: None if value is None else value[:, None] for name, value in coefficients.items()
     }
-    on_p = c["on_p"]
-    on_logp = c["on_logp"]
-    if on_logp is None:
-        dz = torch.zeros_like(p) if on_p is None else p * on_p
-    else:
-        at = labels[:, None]
-        p_label = p.gather(-1, at)
-        # The label's own gradient is 1 - p: r / (1 + r) where it is the maximum. That is put in as
-        # a correction of the value alone, since of several equal maxima only one is outside of r.
-        missing = 1 - p_label
-        is_top = z.gather(-1, at) == row_max[:, None]
-        exact = (row_rest * scale)[:, None]
-        missing = missing + torch.where(is_top, exact - missing, 0.0).detach()
-        own = on_logp * missing if on_p is None else p_label * on_p + on_logp * missing
-        dz = (p * (-on_logp if on_p is None else on_p - on_logp)).scatter(-1, at, own)
+    dz = torch.zeros_like(p) if c["on_p"] is None else p * c["on_p"]
+    if c["at_label"] is not None:
+        dz = dz.scatter(-1, labels[:, None], c["at_label"])
     if c["on_p_gap"] is not None:
         dz = dz + torch.where(p > 0, p * gap, 0.0) * c["on_p_gap"]
     if c["on_p_squared"] is not None:
@@ -268,7 +267,7 @@ def _backward_torch(
 
 
 SEGMENT = 16384  # columns a program reads: fixed, so that a row's sums do not depend on the batch
-WARPS = 8
+THREADS = 256
 
 
 def _block(vocab_size: int, element_size: int) -> int:
@@ -276,7 +275,7 @@ def _block(vocab_size: int, element_size: int) -> int:
     row."""
     import triton
 
-    full = 2 * (16 // element_size) * 32 * WARPS
+    full = 2 * (16 // element_size) * THREADS
     return min(full, max(128, triton.next_power_of_2(vocab_size + 16)))
 
 
@@ -318,10 +317,11 @@ def _forward_triton(
             bag_weights,
             *states,
             *where,
+            EXP=exponential(logits),
             VEC=rows.vec,
             SEGMENT=SEGMENT,
             BLOCK=_block(vocab_size, logits.element_size()),
-            num_warps=WARPS,
+            num_warps=warps(THREADS, logits),
         )
         vocab_stats_merge_kernel[(rows.n_rows,)](
             rows.base,
@@ -391,11 +391,12 @@ def _backward_triton(
             rows.outer_stride,
             rows.inner_stride,
             rows.base_shift,
+            EXP=exponential(logits),
             VEC=rows.vec,
             SAME_SHIFT=rows.base_shift == 0 and steps_alike,
             SEGMENT=SEGMENT,
             BLOCK=_block(vocab_size, logits.element_size()),
-            num_warps=WARPS,
+            num_warps=warps(THREADS, logits),
         )
 
 
@@ -511,7 +512,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         labels,
         contrast_labels,
         bag_weights,
-        *(facts[name] for name in ("row_max", "row_rest", "entropy", "sum_sq_probs", "bag_mass")),
+        *(facts[name] for name in KEPT),
     )
     ctx.want, ctx.triton = want, triton
     ctx.set_materialize_grads(False)
@@ -530,8 +531,7 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         dlogits = _twice_differentiable(logits, labels, contrast_labels, bag_weights, grads)
         return (dlogits, *nothing)
-    names = ("row_max", "row_rest", "entropy", "sum_sq_probs", "bag_mass")
-    facts = {name: fact.reshape(-1) for name, fact in zip(names, saved, strict=True)}
+    facts = {name: fact.reshape(-1) for name, fact in zip(KEPT, saved, strict=True)}
     total = weight_sum(logits, bag_weights)
     coefficients = row_coefficients(facts, grads, total, bag_weights is not None)
     dlogits = _vocab_stats_backward(

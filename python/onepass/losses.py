@@ -59,16 +59,14 @@ def token_losses(
                 f"target probabilities must have the shape of logits, {tuple(logits.shape)}: "
                 f"got {tuple(target.shape)}"
             )
+        if label_smoothing:
+            wide = target.to(accumulation_dtype(logits.dtype))
+            target = (1 - label_smoothing) * wide + label_smoothing / logits.shape[-1]
         if class_weights is not None:
             target = target * class_weights
         want = ("cross_entropy", "lse") if z_loss else ("cross_entropy",)
         pair = vocab_pair_stats(logits, target_probs=target, mask=mask, want=want, impl=impl)
         loss, lse = pair.cross_entropy, pair.lse
-        smooth = None
-        if label_smoothing:
-            smooth = vocab_stats(
-                logits, bag_weights=class_weights, mask=mask, want=("logp_sum",), impl=impl
-            ).logp_sum
     else:
         wanted = ["logp"]
         if z_loss:
@@ -81,8 +79,8 @@ def token_losses(
         loss, lse, smooth = -stats.logp, stats.lse, stats.logp_sum
         if class_weights is not None:
             loss = loss * class_weights.to(loss.dtype)[target.clamp(0, logits.shape[-1] - 1)]
-    if smooth is not None:
-        loss = (1 - label_smoothing) * loss - label_smoothing / logits.shape[-1] * smooth
+        if label_smoothing:
+            loss = (1 - label_smoothing) * loss - label_smoothing / logits.shape[-1] * smooth
     if z_loss:
         loss = loss + z_loss * lse.square()
     return loss

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .ops._launch import accumulation_dtype
+
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -48,7 +50,7 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
     No row set: 0, with a live graph and zero gradients, never NaN. A NaN in a row that is not set
         does not
-    leak. Integer values are taken as float32.
+    leak. The mean is float32 (float64 for float64 values).
 
     Formula: sum(mask * values) / max(sum(mask), 1).
     """
@@ -56,6 +58,4 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"mask must have the shape of values, {tuple(values.shape)}: got {tuple(mask.shape)}"
         )
-    if not values.is_floating_point():
-        values = values.float()
-    return reduce_rows(values, mask)
+    return reduce_rows(values.to(accumulation_dtype(values.dtype)), mask)
