@@ -462,14 +462,15 @@ def finish(top, rest):
 
 @triton.jit
 def log_of_mixture(d, beta):
-    """log(m / q), m = beta q + (1 - beta) p, d = log p - log q; and m / q - 1, for d up to 20."""
+    """log(m / q) of the mixture m = beta q + (1 - beta) p, d = log p - log q; and, for d up to 20,
+    m / q - 1 and p / q - 1."""
     share = 1.0 - beta + tl.zeros_like(d)
     _, grow = bend_and_growth(tl.minimum(d, 20.0))
     x = tl.maximum(share * grow, -1.0 + 1e-7)
     u = 1.0 + x
     close = tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
     far = tl.where(share > 0.0, d + tl.log(tl.maximum(share, 1e-30)), 0.0)
-    return tl.where(d > 20.0, far, close), x
+    return tl.where(d > 20.0, far, close), x, grow
 
 
 @triton.jit
@@ -508,14 +509,12 @@ def jsd_of(p, q, d, beta):
     q ((1 - beta) psi(u) - psi((1 - beta) u)), psi(x) = (1 + x) log(1 + x) - x, u = p / q - 1: the
     terms of first order are gone before anything is rounded, so that nothing cancels near p = q.
     """
-    log_m, x = log_of_mixture(d, beta)
-    _, u = bend_and_growth(tl.minimum(d, 20.0))
+    log_m, x, u = log_of_mixture(d, beta)
     near = tl.abs(u) < 0.5
     close = q * ((1.0 - beta) * entropy_bend(u, d) - entropy_bend(x, log_m))
     far = (1.0 - beta) * p * d - (beta * q + (1.0 - beta) * p) * log_m
-    close_q = q * log_bend_of(tl.where(near, x, 0.0))
-    far_q = (1.0 - beta) * (p - q) - q * log_m
-    return tl.where(near, close, far), beta * tl.where(near, close_q, far_q)
+    excess = tl.where(d > 20.0, (1.0 - beta) * (p - q), q * x)
+    return tl.where(near, close, far), beta * (excess - q * log_m)
 
 
 @triton.jit
@@ -621,7 +620,7 @@ def pair_gradient(
     if REVERSE_KL:
         dz += on_reverse * p * d
     if JSD:
-        log_m, _ = log_of_mixture(d, beta)
+        log_m, _, _ = log_of_mixture(d, beta)
         dz += on_jsd * (1.0 - beta) * p * (d - log_m)
     dt = 0.0 * q
     if NEED_TARGET:
