@@ -28,6 +28,7 @@ from ._launch import (
     values_checked,
     warps,
 )
+from ._softmax import exponentials
 from .vocab_stats import SEGMENT, THREADS, gradient_like, mask_rows
 
 
@@ -62,10 +63,7 @@ class Side(NamedTuple):
     def of(cls, logits: Tensor, top: Tensor | None = None, rest: Tensor | None = None) -> Side:
         z = logits.to(accumulation_dtype(logits.dtype))
         if top is None or rest is None:
-            summit, index = z.max(dim=-1, keepdim=True)
-            e = (z - summit).exp().scatter(-1, index, 0.0)
-            top = summit.squeeze(-1)
-            rest = e.sum(-1).masked_fill(top.isinf(), float("nan"))
+            top, _, _, rest = exponentials(z)
         logp = (z - top[:, None]) - rest.log1p()[:, None]
         return cls(z, top, rest, logp.clamp_min(-1e30))
 
@@ -391,11 +389,13 @@ class _Layout(NamedTuple):
         return _vector([t_side, z_side, *own], width, n_pairs, n_rows)
 
 
-def _block(pairs: int, vocab_size: int) -> int:
-    """Columns per loop turn: a tile of 2048 elements over all pairs, less for a short row."""
+def _block(pairs: int, logits: Tensor, target: Tensor) -> int:
+    """Columns per loop turn: a 16-byte load a thread, over all pairs; less for a short row."""
     import triton
 
-    return max(64, min(2048 // pairs, triton.next_power_of_2(vocab_size + 16)))
+    size = max(logits.element_size(), target.element_size())
+    tile = THREADS * 16 // size // pairs
+    return max(64, min(tile, triton.next_power_of_2(logits.shape[-1] + 16)))
 
 
 def _forward_triton(
@@ -443,7 +443,7 @@ def _forward_triton(
             EXP=exponential(logits),
             SEGMENT=SEGMENT,
             PAIRS=tile,
-            BLOCK=_block(tile, vocab_size),
+            BLOCK=_block(tile, logits, target),
             num_warps=warps(THREADS, logits),
         )
         vocab_pair_stats_merge_kernel[(n_rows, n_pairs)](
@@ -474,7 +474,7 @@ def _forward_triton(
                 EXP=exponential(logits),
                 VEC=vec,
                 SEGMENT=SEGMENT,
-                BLOCK=_block(1, vocab_size),
+                BLOCK=_block(1, logits, target),
                 num_warps=warps(THREADS, logits),
             )
             for name, part in zip(("jsd", "jsd_q"), parts.sum(-1), strict=True):
@@ -522,7 +522,7 @@ def _backward_triton(
             VEC=vec,
             SEGMENT=SEGMENT,
             PAIRS=tile,
-            BLOCK=_block(tile, vocab_size),
+            BLOCK=_block(tile, logits, target),
             num_warps=warps(THREADS, logits),
         )
 

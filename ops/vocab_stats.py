@@ -28,6 +28,7 @@ from ._launch import (
     values_checked,
     warps,
 )
+from ._softmax import exponentials, sum_beside_one
 
 
 class VocabStats(NamedTuple):
@@ -78,16 +79,11 @@ def vocab_stats_reference(
     sum, but log1p(row_rest) and row_rest / (1 + row_rest) stay exact as one probability nears 1.
     """
     z = logits.to(accumulation_dtype(logits.dtype))
-    top, index = z.max(dim=-1, keepdim=True)
-    gap = z - top
-    e = gap.exp()
-    endless = top.isinf().squeeze(-1)
-    rest = e.scatter(-1, index, 0.0).sum(-1).masked_fill(endless, float("nan"))
-    top = top.squeeze(-1)
+    top, gap, e, rest = exponentials(z)
     log_norm = rest.log1p()
     facts = {"row_max": top, "row_rest": rest}
     if "lse" in want:
-        facts["lse"] = torch.where(endless, top, top + log_norm)
+        facts["lse"] = torch.where(top.isinf(), top, top + log_norm)
     if labels is not None and ("label_logit" in want or "logp" in want):
         facts["label_logit"] = z.gather(-1, labels[:, None]).squeeze(-1)
         facts["logp"] = (facts["label_logit"] - top) - log_norm
@@ -103,11 +99,11 @@ def vocab_stats_reference(
         offsets = gap if bag_weights is None else weighted(bag_weights, gap)
         facts["logp_sum"] = offsets.sum(-1) - weight_sum(z, bag_weights) * log_norm
     if "sum_sq_probs" in want:
-        squares = (e * e).scatter(-1, index, 0.0).sum(-1)
-        facts["sum_sq_probs"] = squares.log1p() - 2 * log_norm
+        facts["sum_sq_probs"] = sum_beside_one(e * e).log1p() - 2 * log_norm
     if bag_weights is not None and "bag_mass" in want:
         facts["bag_mass"] = (e * bag_weights).sum(-1) / (1 + rest)
-    facts["argmax"] = index.squeeze(-1)
+    if "argmax" in want:
+        facts["argmax"] = z.argmax(-1)
     return facts
 
 
@@ -184,13 +180,15 @@ def vocab_stats_backward_reference(
     z = logits.to(row_max.dtype)
     gap = z - row_max[:, None]
     scale = 1 / (1 + row_rest)
-    p = gap.exp() * scale[:, None]
+    e = gap.exp()
     c: dict[str, Any] = {
         name: None if value is None else value[:, None] for name, value in coefficients.items()
     }
-    dz = torch.zeros_like(p) if c["on_p"] is None else p * c["on_p"]
+    dz = torch.zeros_like(e) if c["on_p"] is None else e * (scale[:, None] * c["on_p"])
     if c["at_label"] is not None:
         dz = dz.scatter(-1, labels[:, None], c["at_label"])
+    if any(c[name] is not None for name in ("on_p_gap", "on_p_squared", "on_p_weight")):
+        p = e * scale[:, None]
     if c["on_p_gap"] is not None:
         dz = dz + torch.where(p > 0, p * gap, 0.0) * c["on_p_gap"]
     if c["on_p_squared"] is not None:

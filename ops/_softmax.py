@@ -1,0 +1,41 @@
+"""A row's exponentials in torch: what the references of both vocabulary families start from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Exponentials(NamedTuple):
+    """A row relative to its maximum, with the mass beside the maximum."""
+
+    top: Tensor  # [n] the largest logit
+    gap: Tensor  # [n, V] z - top
+    e: Tensor  # [n, V] exp(z - top): 1 at the maximum
+    rest: Tensor  # [n] sum of e without the maximum; NaN where the maximum is not finite
+
+
+def exponentials(z: Tensor) -> Exponentials:
+    """Of logits [n, V], float32 or float64."""
+    top = z.amax(dim=-1, keepdim=True)
+    gap = z - top
+    e = gap.exp()
+    top = top.squeeze(-1)
+    rest = sum_beside_one(e).masked_fill(top.isinf(), float("nan"))
+    return Exponentials(top, gap, e, rest)
+
+
+def sum_beside_one(e: Tensor) -> Tensor:
+    """sum(e) - 1 of rows [n, V] whose maximum is 1, to full relative accuracy however small it is.
+
+    From 2 on the subtraction costs nothing. Below, exactly one element is 1, and the others are
+    summed without it.
+    """
+    total = e.sum(-1)
+    rest = total - 1
+    small = (total < 2).nonzero().squeeze(-1)
+    if small.numel() == 0:
+        return rest
+    picked = e[small]
+    return rest.index_copy(0, small, picked.masked_fill(picked == 1, 0.0).sum(-1))
