@@ -534,10 +534,12 @@ def _stack(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return logits.reshape(-1, flat.shape[0], vocab_size), flat
 
 
-def _empty_facts(logits: Tensor, want: Sequence[str]) -> dict[str, Tensor]:
+def _empty_facts(logits: Tensor, want: Sequence[str], triton: bool) -> dict[str, Tensor]:
+    """Room for the facts: the kernels write all of it, the torch path only pairs that count."""
     dtype = accumulation_dtype(logits.dtype)
     names = (*STATES[:4], *(STATES[4:] if "jsd" in want else ()), *want)
-    return {name: logits.new_zeros(logits.shape[:-1], dtype=dtype) for name in names}
+    room = torch.empty if triton else torch.zeros
+    return {name: room(logits.shape[:-1], dtype=dtype, device=logits.device) for name in names}
 
 
 def _as_outputs(logits: Tensor, facts: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -557,7 +559,7 @@ def _forward(
     beta: float,
     triton: bool,
 ) -> tuple[Tensor, ...]:
-    facts = _empty_facts(logits, want)
+    facts = _empty_facts(logits, want, triton)
     if facts["row_max"].numel():
         z, t = _stack(logits, target)
         flat = {name: fact.view(z.shape[:-1]) for name, fact in facts.items()}
@@ -575,7 +577,7 @@ def _forward_fake(
     beta: float,
     triton: bool,
 ) -> tuple[Tensor, ...]:
-    return _as_outputs(logits, _empty_facts(logits, want))
+    return _as_outputs(logits, _empty_facts(logits, want, triton))
 
 
 def _empty_grads(

@@ -1,5 +1,4 @@
-"""vocab_stats: what a row of logits has to tell a loss, in one pass, with one backward for all of
-it.
+"""vocab_stats: what a row of logits tells a loss, in one pass, with one backward for all of it.
 
 In this order: the result type, the reference (the definition, and the CPU path), the Triton
 launchers, the operator, its gradient, the public function.
@@ -240,7 +239,7 @@ def _forward_torch(
 
 
 def _backward_torch(
-    dlogits: Tensor,  # [N, V], zeros
+    dlogits: Tensor,  # [N, V]
     logits: Tensor,
     labels: Tensor | None,
     contrast_labels: Tensor | None,
@@ -250,6 +249,8 @@ def _backward_torch(
     coefficients: dict[str, Tensor | None],
 ) -> None:
     kept = kept_rows(labels)
+    if kept is not None:
+        dlogits.zero_()
     n_rows = logits.shape[0] if kept is None else kept.shape[0]
     for slab in slabs(n_rows, logits.shape[-1]):
         rows = slab if kept is None else kept[slab]
@@ -398,11 +399,17 @@ def _backward_triton(
         )
 
 
-def _empty_facts(logits: Tensor, want: Sequence[str]) -> dict[str, Tensor]:
+def _empty_facts(logits: Tensor, want: Sequence[str], triton: bool) -> dict[str, Tensor]:
+    """Room for the facts: the kernels write all of it, the torch path only rows that count."""
     dtype = accumulation_dtype(logits.dtype)
     names = ("row_max", "row_rest", *(fact for fact in FACTS if fact in want))
+    room = torch.empty if triton else torch.zeros
     return {
-        name: logits.new_zeros(logits.shape[:-1], dtype=torch.int64 if name == "argmax" else dtype)
+        name: room(
+            logits.shape[:-1],
+            dtype=torch.int64 if name == "argmax" else dtype,
+            device=logits.device,
+        )
         for name in names
     }
 
@@ -424,7 +431,7 @@ def _forward(
     want: Sequence[str],
     triton: bool,
 ) -> tuple[Tensor, ...]:
-    facts = _empty_facts(logits, want)
+    facts = _empty_facts(logits, want, triton)
     if facts["row_max"].numel():
         flat = {name: fact.view(-1) for name, fact in facts.items()}
         if values_checked(logits):
@@ -447,7 +454,7 @@ def _forward_fake(
     want: Sequence[str],
     triton: bool,
 ) -> tuple[Tensor, ...]:
-    return _as_outputs(logits, _empty_facts(logits, want))
+    return _as_outputs(logits, _empty_facts(logits, want, triton))
 
 
 def gradient_like(logits: Tensor) -> Tensor:
@@ -482,7 +489,6 @@ def _backward_op(
         if triton:
             _backward_triton(as_matrix(dlogits), as_matrix(logits), *args)
         else:
-            dlogits.zero_() if labels is not None else None
             flat = dlogits.view(-1, logits.shape[-1])
             _backward_torch(flat, logits.reshape(-1, logits.shape[-1]), *args)
     return dlogits
