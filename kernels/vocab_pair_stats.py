@@ -158,6 +158,7 @@ def vocab_pair_stats_kernel(
     target_ptr,  # [N, V] logits or probabilities, likewise
     mask_ptr,  # [K, N] bool, or None: every pair counts
     partials_ptr,  # [14, K, N, S] fp32: see the stores at the end
+    plane,  # K N S
     n_pairs,  # K
     n_rows,  # N
     vocab_size,
@@ -257,7 +258,6 @@ def vocab_pair_stats_kernel(
         heat, cross, near, drift, centre, PROBS, CROSS, KL, REVERSE_KL,
     )  # fmt: skip
     out = at * tl.num_programs(1) + segment
-    plane = n_pairs.to(tl.int64) * n_rows * tl.num_programs(1)
     put_plane(partials_ptr, 0 * plane, out, top, counts)
     put_plane(partials_ptr, 1 * plane, out, rest, counts)
     put_plane(partials_ptr, 2 * plane, out, t_top, counts)
@@ -333,6 +333,7 @@ def vocab_pair_stats_merge_kernel(
     target_ptr,
     mask_ptr,
     partials_ptr,
+    plane,
     row_max_ptr,  # [K, N] fp32, kept for the backward: of the logits
     row_rest_ptr,
     target_max_ptr,  # [K, N] of the target; for probabilities nothing and their sum
@@ -380,7 +381,6 @@ def vocab_pair_stats_merge_kernel(
     t = tl.load(target_ptr + t_start + columns, mask=is_edge, other=nothing).to(tl.float32)
 
     partial = (pair * n_rows + row) * n_segments + lanes
-    plane = n_pairs.to(tl.int64) * n_rows * n_segments
     top = load_plane(partials_ptr, 0 * plane, partial, is_segment, LOWEST)
     top = tl.maximum(top, z)
     rest = load_plane(partials_ptr, 1 * plane, partial, is_segment, 0.0)
@@ -526,6 +526,7 @@ def vocab_jsd_kernel(
     row_rest_ptr,
     target_max_ptr,
     target_rest_ptr,
+    plane,  # K N S
     parts_ptr,  # [2, K, N, S] fp32: of each segment, the divergence and its part beta * KL(q || m)
     n_pairs,
     n_rows,
@@ -583,7 +584,6 @@ def vocab_jsd_kernel(
         total += tl.where(valid, both, 0.0)
         on_q += tl.where(valid, part, 0.0)
     out = at * tl.num_programs(1) + segment
-    plane = n_pairs.to(tl.int64) * n_rows * tl.num_programs(1)
     tl.store(parts_ptr + out, tl.sum(total))
     tl.store(parts_ptr + plane + out, tl.sum(on_q))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,14 +40,14 @@ def job(
 
     No integer is promised to be a multiple of anything, save those in `known`.
     """
-    off = set(off)
-    names = [n for n in function_arguments(fn) if n not in constexprs and n not in off]
-    pointers = [n for n in names if n.endswith(("_ptr", "_out"))]
-    kinds = {n: "*fp32" if n in pointers else "i32" for n in names}
     if "EXP" in function_arguments(fn):
         module = importlib.import_module("onepass.kernels.online_softmax")
         # What the launchers pass: the flushing exponential where there is CUDA.
         constexprs["EXP"] = module.flushed_exp if target.startswith("sm_") else module.plain_exp
+    off = set(off)
+    names = [n for n in function_arguments(fn) if n not in constexprs and n not in off]
+    pointers = [n for n in names if n.endswith(("_ptr", "_out"))]
+    kinds = {n: "*fp32" if n in pointers else "i32" for n in names}
     return Job(
         fn,
         {**kinds, **{n: t for n, t in (types or {}).items() if n in names}},
@@ -54,6 +55,39 @@ def job(
         multiples_of_16=[*pointers, *known],
         target=target,
         num_warps=warps if target.startswith("sm_") else max(1, warps // 2),  # as many threads
+    )
+
+
+def with_ones(job: Job) -> Job:
+    """The same launch where every size and stride is 1, which Triton makes constants of."""
+    sizes = [name for name, kind in job.signature.items() if kind == "i32"]
+    kept = {name: kind for name, kind in job.signature.items() if name not in sizes}
+    aligned = [name for name in job.multiples_of_16 if name not in sizes]
+    return replace(
+        job,
+        signature=kept,
+        constexprs={**job.constexprs, **dict.fromkeys(sizes, 1)},
+        multiples_of_16=aligned,
+    )
+
+
+def bare(job: Job) -> Job:
+    """The same launch without labels, masks, weights or upstream gradients."""
+    optional = {"labels_ptr", "contrast_ptr", "weights_ptr", "mask_ptr", "at_label_ptr"}
+    optional |= {"on_label_ptr", "on_contrast_ptr", "label_logit_out", "logp_out"}
+    optional |= {"contrast_logit_out", "on_weight_ptr", "on_p_weight_ptr", "bag_ptr"}
+    optional |= {"bag_mass_out", "dx_ptr", "dlogits_ptr"} - (
+        {"dlogits_ptr"}
+        if "row_max_ptr" in job.signature and "dtarget_ptr" not in job.signature
+        else set()
+    )
+    off = [name for name in job.signature if name in optional]
+    kept = {name: kind for name, kind in job.signature.items() if name not in off}
+    return replace(
+        job,
+        signature=kept,
+        constexprs={**job.constexprs, **dict.fromkeys(off)},
+        multiples_of_16=[name for name in job.multiples_of_16 if name not in off],
     )
 
 
@@ -211,6 +245,17 @@ def compiled(
     if request.param not in all_compiled:
         pytest.skip(why_not(request.param))
     return all_compiled[request.param].result()
+
+
+def test_other_specialisations_compile() -> None:
+    """What a launch on a GPU also meets, and the interpreter does not: sizes of 1 become constants
+    (K = 1 target rows, one segment, N = 1), absent pointers meet each other."""
+    if why_not("sm_90"):
+        pytest.skip(why_not("sm_90"))
+    jobs = stats_jobs("sm_90", "bf16", 8, True) | pair_jobs("sm_90", "bf16", 8, True)
+    jobs |= moments_jobs("sm_90", "bf16")
+    variants = [change(job) for job in jobs.values() for change in (with_ones, bare)]
+    assert all(kernel.registers for kernel in compile_kernels(variants))
 
 
 def test_nothing_spills(compiled: dict[str, Compiled]) -> None:

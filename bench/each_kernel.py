@@ -1,0 +1,130 @@
+"""Runs every kernel of the package once, forward and backward, on shapes easy to get wrong.
+
+For compute-sanitizer (`bench/on_gpu.sh OUTDIR --sanitize`), which slows a kernel a hundredfold:
+the shapes are small, their rows odd, strided, masked and split. Prints what it ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+IGNORED = -100
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run each op in each dtype; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m onepass.bench.each_kernel")
+    parser.add_argument("--impl", default="triton", choices=("triton", "torch"))
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--small", action="store_true", help="sizes for Triton's interpreter")
+    args = parser.parse_args(argv)
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("each_kernel: --device: got cuda, but torch sees no GPU", file=sys.stderr)
+        return 2
+    # One short row block, an odd row, one split over several programs.
+    shapes = ((3, 19),) if args.small else ((5, 7), (37, 1537), (9, 32001), (1, 50257))
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)[: 2 if args.small else 3]
+    for dtype in dtypes:
+        for rows, columns in shapes:
+            generator = torch.Generator(args.device).manual_seed(rows * columns)
+            draw = Draw(generator, dtype, args.impl)
+            for op in (vocab_stats, vocab_pair_stats, row_moments):
+                total = op(draw, rows, columns)
+                if not bool(torch.isfinite(total)):
+                    print(f"{op.__name__} {rows}x{columns} {dtype}: {float(total)}")
+                    return 1
+            print(f"ok {rows}x{columns} {dtype}")
+    return 0
+
+
+class Draw:
+    """Makes the tensors of one shape and dtype."""
+
+    def __init__(self, generator: Any, dtype: Any, impl: str) -> None:
+        self.generator, self.dtype, self.impl = generator, dtype, impl
+
+    def rows(self, *shape: int, padded: int = 0) -> Any:
+        """A leaf of normal numbers whose rows lie `padded` elements further apart than wide."""
+        import torch
+
+        *leading, columns = shape
+        full = torch.randn(
+            (*leading, columns + padded), generator=self.generator, device=self.generator.device
+        )
+        return full.to(self.dtype)[..., :columns].detach().requires_grad_(True)
+
+    def labels(self, rows: int, columns: int) -> Any:
+        """Labels with the last column among them, every third one ignored."""
+        import torch
+
+        labels = torch.randint(
+            columns, (rows,), generator=self.generator, device=self.generator.device
+        )
+        labels[0] = columns - 1
+        labels[1::3] = IGNORED
+        return labels
+
+
+def backward(outputs: Any, leaves: Sequence[Any]) -> Any:
+    """The sum of the outputs and of all gradients: finite if and only if every one of them is."""
+    import torch
+
+    scalar = sum(o.float().sum() for o in outputs if o is not None and o.is_floating_point())
+    gradients = torch.autograd.grad(scalar, list(leaves))
+    return scalar.detach() + sum(g.float().sum() for g in gradients)
+
+
+def vocab_stats(draw: Draw, rows: int, columns: int) -> Any:
+    """Every fact, of padded rows with ignored labels."""
+    from .. import VocabStats
+    from .. import vocab_stats as op
+
+    logits = draw.rows(rows, columns, padded=3)
+    contrast = draw.labels(rows, columns)
+    weights = draw.rows(columns).detach().float().abs()
+    facts = op(
+        logits,
+        draw.labels(rows, columns),
+        contrast_labels=contrast,
+        bag_weights=weights,
+        want=VocabStats._fields,
+        impl=draw.impl,
+    )
+    return backward(facts, [logits])
+
+
+def vocab_pair_stats(draw: Draw, rows: int, columns: int) -> Any:
+    """Every fact with gradients to both sides, then two students on one teacher, then probs."""
+    from .. import vocab_pair_stats as op
+
+    want = ("cross_entropy", "kl", "reverse_kl", "jsd", "lse")
+    logits, target = draw.rows(rows, columns, padded=5), draw.rows(rows, columns)
+    total = backward(op(logits, target, want=want, impl=draw.impl), [logits, target])
+    students = draw.rows(2, rows, columns)
+    shared = op(students, target.detach(), want=("cross_entropy", "jsd"), impl=draw.impl)
+    total = total + backward(shared, [students])
+    probs = target.detach().float().softmax(-1).to(draw.dtype)
+    from_probs = op(logits, target_probs=probs, want=("cross_entropy", "lse"), impl=draw.impl)
+    return total + backward(from_probs, [logits])
+
+
+def row_moments(draw: Draw, rows: int, columns: int) -> Any:
+    """Two layers of different strides, one row masked."""
+    import torch
+
+    from .. import row_moments as op
+
+    x = [draw.rows(rows, columns, padded=1), draw.rows(rows, columns)]
+    y = [draw.rows(rows, columns), draw.rows(rows, columns, padded=8)]
+    mask = torch.ones(rows, dtype=torch.bool, device=x[0].device)
+    mask[-1] = rows == 1
+    return backward(op(x, y, mask, impl=draw.impl), [*x, *y])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
