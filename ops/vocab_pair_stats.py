@@ -51,25 +51,49 @@ COEFFICIENTS = ("on_p", "on_q", "on_cross", "on_kl", "on_reverse", "on_jsd")
 
 
 class Side(NamedTuple):
-    """A row's softmax: the distance of every logit from the maximum, and the mass beside the
-    maximum."""
+    """A row's softmax: its exponentials, and the mass beside the maximum."""
 
     z: Tensor  # [n, V]
     top: Tensor  # [n]
+    gap: Tensor  # [n, V] z - top
+    e: Tensor  # [n, V] exp(gap)
     rest: Tensor  # [n]
-    logp: Tensor  # [n, V]
 
     @classmethod
     def of(cls, logits: Tensor, top: Tensor | None = None, rest: Tensor | None = None) -> Side:
         z = logits.to(accumulation_dtype(logits.dtype))
         if top is None or rest is None:
-            top, _, _, rest = exponentials(z)
-        logp = (z - top[:, None]) - rest.log1p()[:, None]
-        return cls(z, top, rest, logp.clamp_min(-1e30))
+            top, gap, e, rest = exponentials(z)
+        else:
+            gap = z - top[:, None]
+            e = gap.exp()
+        return cls(z, top, gap, e, rest)
+
+    def rows(self, index: Tensor) -> Side:
+        return Side(*(part[index] for part in self))
+
+    @property
+    def p(self) -> Tensor:
+        return self.e * (1 / (1 + self.rest))[:, None]
+
+    @property
+    def logp(self) -> Tensor:
+        return (self.gap - self.rest.log1p()[:, None]).clamp_min(-1e30)
 
     @property
     def lse(self) -> Tensor:
         return torch.where(self.top.isinf(), self.top, self.top + self.rest.log1p())
+
+    @property
+    def entropy(self) -> Tensor:
+        # A gap of -inf goes with an exponential of 0, which the clamp lets count as 0.
+        heat = (self.e * self.gap.clamp_min(-1e30)).sum(-1)
+        return self.rest.log1p() - heat / (1 + self.rest)
+
+    def cross_entropy(self, other: Side) -> Tensor:
+        """-sum p log p_other, with the probabilities of this side."""
+        lift = torch.where(self.e > 0, self.e * other.gap, 0.0).sum(-1)
+        return other.rest.log1p() - lift / (1 + self.rest)
 
 
 def bend(x: Tensor) -> Tensor:
@@ -91,21 +115,23 @@ def log_bend(y: Tensor) -> Tensor:
     return torch.where(small, series, y - torch.log1p(y))
 
 
-def divergence(own: Side, other: Side) -> Tensor:
+def divergence(own: Side, other: Side, cross_entropy: Tensor) -> Tensor:
     """KL(own || other) of every row, [n], to full relative accuracy where the two are nearly
-    equal."""
-    p = own.logp.exp()
-    d = log_ratio(other, own)
-    scale = torch.where(p > 0, p * -other.logp, 0.0).sum(-1)
-    direct = scale - torch.where(p > 0, p * -own.logp, 0.0).sum(-1)
+    equal; of rows that are not, cross-entropy less entropy."""
+    direct = cross_entropy - own.entropy
+    close = (own.top - other.top).abs() <= NEAR_ORIGIN
+    near = ((direct < 0.5) & close).nonzero().squeeze(-1)
+    if near.numel() == 0:
+        return direct
+    own, other = own.rows(near), other.rows(near)
+    p, d = own.p, log_ratio(other, own)
     bent = (p * bend(d)).sum(-1)
     y = (p * torch.expm1(d.clamp_max(80.0))).sum(-1)
-    is_near = (bent < 0.3) & (y.abs() < 0.5) & ((own.top - other.top).abs() <= NEAR_ORIGIN)
-    bent = bent - log_bend(torch.where(is_near, y, 0.0))
+    usable = (bent < 0.3) & (y.abs() < 0.5)
+    bent = bent - log_bend(torch.where(usable, y, 0.0))
     # Where a column's exponential overflowed the two disagree by more than `direct` can be wrong.
-    agree = (bent - direct).abs() <= 1e-5 * (1 + scale)
-    direct = torch.where(scale > 1e20, float("inf"), direct)
-    return torch.where(is_near & agree, bent, direct)
+    agree = (bent - direct[near]).abs() <= 1e-5 * (1 + cross_entropy[near])
+    return direct.index_copy(0, near, torch.where(usable & agree, bent, direct[near]))
 
 
 def log_ratio(above: Side, below: Side) -> Tensor:
@@ -117,9 +143,9 @@ def log_ratio(above: Side, below: Side) -> Tensor:
     log_rests = (above.rest.log1p() - below.rest.log1p())[:, None]
     offset = (above.top - below.top)[:, None]
     own = (above.z - below.z) - (offset + log_rests)
-    apart = (above.z - above.top[:, None]) - (below.z - below.top[:, None]) - log_rests
+    apart = (above.gap - below.gap) - log_rests
     d = torch.where(offset.abs() <= NEAR_ORIGIN, own, apart)
-    return torch.where((above.logp > -1e29) | (below.logp > -1e29), d, 0.0).clamp(-1e15, 1e15)
+    return torch.where((above.e > 0) | (below.e > 0), d, 0.0).clamp(-1e15, 1e15)
 
 
 def log_of_mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -138,23 +164,35 @@ def entropy_bend(x: Tensor, log_1p: Tensor) -> Tensor:
 
 
 def jensen_shannon(s: Side, t: Side, beta: float) -> tuple[Tensor, Tensor]:
-    """The divergence of every row and its part beta * KL(q || m), [n] each.
+    """The divergence of every row and its part beta * KL(q || m), [n] each: the entropy of the
+    mixture less the mixture of the entropies, but for rows that are close."""
+    p, q = s.p, t.p
+    m = beta * q + (1 - beta) * p
+    log_m = m.clamp_min(torch.finfo(m.dtype).tiny).log()
+    part = -beta * ((q * log_m).sum(-1) + t.entropy)
+    direct = part - (1 - beta) * ((p * log_m).sum(-1) + s.entropy)
+    near = (direct < 0.05).nonzero().squeeze(-1)
+    if near.numel() == 0:
+        return direct, part
+    close, close_part = close_jensen_shannon(s.rows(near), t.rows(near), beta)
+    return direct.index_copy(0, near, close), part.index_copy(0, near, close_part)
 
-    q ((1 - beta) psi(u) - psi((1 - beta) u)), psi(x) = (1 + x) log(1 + x) - x, u = p / q - 1: the
-    terms of first order are gone before anything is rounded.
+
+def close_jensen_shannon(s: Side, t: Side, beta: float) -> tuple[Tensor, Tensor]:
+    """The same for p near q: q ((1 - beta) psi(u) - psi((1 - beta) u)), u = p / q - 1 and
+    psi(x) = (1 + x) log(1 + x) - x. The terms of first order are gone before anything is rounded.
     """
-    p, q = s.logp.exp(), t.logp.exp()
+    p, q = s.p, t.p
     d = log_ratio(s, t)
     log_m, x = log_of_mixture(d, beta)
     u = torch.expm1(d.clamp_max(20.0))
     near = u.abs() < 0.5
     close = q * ((1 - beta) * entropy_bend(u, d) - entropy_bend(x, log_m))
     far = (1 - beta) * torch.where(p > 0, p * d, 0.0) - (beta * q + (1 - beta) * p) * log_m
-    close_q = q * log_bend(torch.where(near, x, 0.0))
-    far_q = (1 - beta) * (p - q) - q * log_m
+    excess = torch.where(d > 20, (1 - beta) * (p - q), q * x)
     return (
         torch.where(near, close, far).sum(-1),
-        beta * torch.where(near, close_q, far_q).sum(-1),
+        beta * (excess - q * log_m).sum(-1),
     )
 
 
@@ -170,20 +208,18 @@ def vocab_pair_stats_reference(
     facts = {"row_max": s.top, "row_rest": s.rest, "lse": s.lse}
     if probs:
         q = target.to(s.z.dtype)
-        lift = torch.where(q == 0, 0.0, q * (s.top[:, None] - s.z))
+        lift = torch.where(q == 0, 0.0, q * s.gap).sum(-1)
         facts["target_rest"] = q.sum(-1)
-        facts["cross_entropy"] = facts["target_rest"] * s.rest.log1p() + lift.sum(-1)
+        facts["cross_entropy"] = facts["target_rest"] * s.rest.log1p() - lift
         return facts
     t = Side.of(target)
     facts.update(target_max=t.top, target_rest=t.rest, target_lse=t.lse)
-    q = t.logp.exp()
-    if "cross_entropy" in want:
-        lift = torch.where(q > 0, q * (s.top[:, None] - s.z), 0.0)
-        facts["cross_entropy"] = s.rest.log1p() + lift.sum(-1)
+    if "cross_entropy" in want or "kl" in want:
+        facts["cross_entropy"] = t.cross_entropy(s)
     if "kl" in want:
-        facts["kl"] = divergence(t, s)
+        facts["kl"] = divergence(t, s, facts["cross_entropy"])
     if "reverse_kl" in want:
-        facts["reverse_kl"] = divergence(s, t)
+        facts["reverse_kl"] = divergence(s, t, s.cross_entropy(t))
     if "jsd" in want:
         facts["jsd"], facts["jsd_q"] = jensen_shannon(s, t, beta)
         facts["jsd_p"] = facts["jsd"] - facts["jsd_q"]
@@ -238,30 +274,43 @@ def vocab_pair_stats_backward_reference(
     """(dlogits, dtarget) [n, V] from the rows' coefficients, in the accumulation dtype."""
     c = {name: 0.0 if value is None else value[:, None] for name, value in coefficients.items()}
     s = Side.of(logits, facts["row_max"], facts["row_rest"])
-    p = s.logp.exp()
+    p = s.p
     if probs:
         q = target.to(p.dtype)
         dz = p * (c["on_p"] + c["on_cross"] * facts["target_rest"][:, None]) - c["on_cross"] * q
-        return dz, -c["on_cross"] * s.logp + torch.zeros_like(q)
+        return dz, -c["on_cross"] * s.logp if need_target else None
     t = Side.of(target, facts["target_max"], facts["target_rest"])
-    q = t.logp.exp()
-    both = (s.z == s.top[:, None]) & (t.z == t.top[:, None])
-    missing = t.rest / (1 + t.rest) - s.rest / (1 + s.rest)
-    gap = p - q
-    gap = gap + torch.where(both, missing[:, None] - gap, 0.0).detach()
-    d = log_ratio(s, t)
-    dz = p * c["on_p"] + (c["on_cross"] + c["on_kl"]) * gap
+    q = t.p
+    gap = beside_one(s, t, p - q)
+    dz = (c["on_cross"] + c["on_kl"]) * gap
+    if coefficients["on_p"] is not None:
+        dz = dz + p * c["on_p"]
+    has_jsd = coefficients["on_jsd"] is not None
+    if has_jsd or coefficients["on_reverse"] is not None or need_target:
+        d = log_ratio(s, t)
     if coefficients["on_reverse"] is not None:
         dz = dz + c["on_reverse"] * p * d
-    if coefficients["on_jsd"] is not None:
+    if has_jsd:
         log_m, _ = log_of_mixture(d, beta)
         dz = dz + c["on_jsd"] * (1 - beta) * p * (d - log_m)
     if not need_target:
         return dz, None
     dt = q * (c["on_q"] - c["on_cross"] * s.logp - c["on_kl"] * d) - c["on_reverse"] * gap
-    if coefficients["on_jsd"] is not None:
+    if has_jsd:
         dt = dt - c["on_jsd"] * beta * q * log_m
     return dz, dt
+
+
+def beside_one(s: Side, t: Side, gap: Tensor) -> Tensor:
+    """p - q, made exact where both sides agree on one near-certain column: there it is the
+    difference of what they leave to the rest. Only the value is corrected, not the graph."""
+    sure = ((s.rest < 1) & (t.rest < 1)).nonzero().squeeze(-1)
+    if sure.numel() == 0:
+        return gap
+    both = (s.gap[sure] == 0) & (t.gap[sure] == 0)
+    missing = (t.rest / (1 + t.rest) - s.rest / (1 + s.rest))[sure, None]
+    correction = torch.where(both, missing - gap[sure], 0.0).detach()
+    return gap.index_add(0, sure, correction)
 
 
 def _pairs(n_pairs: int, n_rows: int, mask: Tensor | None) -> list[tuple[int, Any]]:
