@@ -737,8 +737,10 @@ def step(
 ):  # fmt: skip
     """Reads one block of all pairs, writes its gradients; pairs that do not count get zeros and are
     not read."""
-    z = tl.load(z_row + positions, mask=valid & counts, other=0.0).to(tl.float32)
-    t = tl.load(t_row + positions, mask=valid & (positions < read_end), other=0.0).to(tl.float32)
+    nothing = 0.0 if PROBS else float("-inf")
+    z = tl.load(z_row + positions, mask=valid & counts, other=float("-inf")).to(tl.float32)
+    t = tl.load(t_row + positions, mask=valid & (positions < read_end), other=nothing)
+    t = t.to(tl.float32)
     dz, dt = pair_gradient(
         z, t, counts, top, rest, t_top, t_rest, on_p, on_q, on_cross, on_kl, on_reverse, on_jsd,
         beta, PROBS, on_reverse_ptr is not None, on_jsd_ptr is not None, dtarget_ptr is not None,
@@ -748,4 +750,5 @@ def step(
         dz = tl.where(counts, dz, 0.0).to(dlogits_ptr.dtype.element_ty)
         tl.store(dz_row + positions, dz, mask=valid & inside)
     if dtarget_ptr is not None:
+        dt = tl.where(valid, dt, 0.0)  # other lanes may hold what the dtype cannot
         tl.store(dt_row + positions, dt.to(dtarget_ptr.dtype.element_ty), mask=valid)

@@ -14,28 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-IGNORED = -100  # the label of a row that does not count
+from ._check import check_choice
+
 IMPLS = ("auto", "triton", "torch")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GPU_TYPES = ("cuda", "xpu")  # ROCm devices call themselves cuda
 SLAB_BYTES = 1 << 20  # fp32 working set of the torch path on a CPU: a share of the L2 cache
-
-
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}: got {value!r}")
-
-
-def check_floating(name: str, tensor: Tensor) -> None:
-    """ValueError unless `tensor` holds one of the dtypes that the kernels and references know."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor: got {type(tensor).__name__}")
-    if tensor.dtype not in FLOATS:
-        raise ValueError(
-            f"{name} must be float32, bfloat16, float16 or float64: got {tensor.dtype}; "
-            f"convert it with {name}.float()"
-        )
 
 
 def choose(impl: str, *tensors: Tensor | None) -> bool:
@@ -64,12 +47,17 @@ def _why_not_triton(tensors: list[Tensor], on_gpu: bool) -> list[str]:
     reasons = []
     if importlib.util.find_spec("triton") is None:
         reasons.append("triton is not installed (a CUDA, ROCm or XPU build of torch brings it)")
-    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+    if not on_gpu and not interpreting():
         devices = ", ".join(sorted({t.device.type for t in tensors}))
         reasons.append(f"tensors are on {devices}, kernels need a GPU (or TRITON_INTERPRET=1)")
     if any(t.dtype == torch.float64 for t in tensors):
         reasons.append("float64 is served by the torch path only")
     return reasons
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels, as it reads its own variable."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -93,12 +81,6 @@ def warps(threads: int, tensor: Tensor) -> int:
     return threads // (64 if is_amd else 32)
 
 
-def values_checked(tensor: Tensor) -> bool:
-    """Whether checks that read values may run: free on a CPU, a device sync elsewhere
-    (ONEPASS_STRICT=1)."""
-    return tensor.device.type == "cpu" or os.environ.get("ONEPASS_STRICT") == "1"
-
-
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums and facts: float64 for float64, float32 for all else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -108,17 +90,6 @@ def slabs(n_rows: int, row_numel: int) -> list[slice]:
     """Slices of rows that keep the torch path's temporaries in cache."""
     step = max(1, SLAB_BYTES // (4 * max(1, row_numel)))
     return [slice(i, min(i + step, n_rows)) for i in range(0, n_rows, step)]
-
-
-def check_labels(name: str, labels: Tensor, vocab_size: int) -> None:
-    """IndexError naming the first label that is neither in the vocabulary nor -100."""
-    bad = ((labels < 0) | (labels >= vocab_size)) & (labels != IGNORED)
-    if bad.any():
-        at = int(bad.nonzero()[0, 0])
-        raise IndexError(
-            f"{name}[{at}] is {int(labels[at])}: wanted 0 <= label < {vocab_size} "
-            f"(the vocabulary size), or {IGNORED} to ignore the row"
-        )
 
 
 class Rows(NamedTuple):

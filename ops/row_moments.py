@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._check import check_choice, check_floating, check_same_device
 from ._declare import declare
-from ._launch import accumulation_dtype, check_floating, choose, device_of, slabs, warps
+from ._launch import IMPLS, accumulation_dtype, choose, device_of, slabs, warps
 from .vocab_stats import mask_rows
 
 
@@ -332,7 +333,15 @@ def row_moments(
     Formula: dd = sum (x - y)^2, xx = sum x^2, yy = sum y^2, xy = sum x y,
     difference_of_squares = sum (x - y)(x + y).
     """
+    check_choice("impl", impl, IMPLS)
     single = isinstance(x, Tensor)
+    for name, side in (("x", x), ("y", y)):
+        if not isinstance(side, Tensor) and not isinstance(side, Sequence):
+            kind = type(side).__name__
+            raise TypeError(f"{name} must be a torch.Tensor or a list of layers: got {kind}")
+    if single != isinstance(y, Tensor):
+        kinds = f"{type(x).__name__} and {type(y).__name__}"
+        raise TypeError(f"x and y must both be tensors or both lists of layers: got {kinds}")
     xs: list[Any] = [x] if single else list(x)
     ys: list[Any] = [y] if single else list(y)
     if not xs or len(xs) != len(ys):
@@ -353,8 +362,9 @@ def row_moments(
                 f"all layers must agree: x[0] is {tuple(xs[0].shape)} {xs[0].dtype}, "
                 f"x{at} {tuple(x_layer.shape)} {x_layer.dtype}"
             )
-    if xs[0].dim() == 0:
-        raise ValueError("x must be [..., D]: got a scalar")
+        check_same_device(f"y{at}", y_layer, f"x{at}", x_layer)
+    if xs[0].dim() == 0 or xs[0].shape[-1] == 0:
+        raise ValueError(f"x must be [..., D] with D > 0: got shape {tuple(xs[0].shape)}")
     flags = None if mask is None else mask_rows(mask, xs[0])
     moments = _row_moments(xs, ys, flags, choose(impl, *xs, *ys))
     return RowMoments(*(m[0] for m in moments)) if single else RowMoments(*moments)

@@ -15,17 +15,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._check import (
+    check_choice,
+    check_floating,
+    check_logits,
+    check_number,
+    check_same_device,
+    check_want,
+    values_checked,
+)
 from ._declare import declare
 from ._launch import (
+    IMPLS,
     Rows,
     accumulation_dtype,
     as_matrix,
-    check_floating,
     choose,
     device_of,
     exponential,
     slabs,
-    values_checked,
     warps,
 )
 from ._softmax import exponentials
@@ -778,6 +786,15 @@ _vocab_pair_stats = declare(
 )
 
 
+def check_probabilities(name: str, target: Tensor, flags: Tensor | None) -> None:
+    """ValueError for NaN in the probabilities of rows that count."""
+    bad = target.isnan().any(-1)
+    if flags is not None and bad.any():
+        bad = bad & flags.view(-1, *target.shape[:-1]).any(0)
+    if bad.any():
+        raise ValueError(f"{name} holds NaN: leave such rows out by mask, or give them numbers")
+
+
 def vocab_pair_stats(
     logits: Tensor,
     target_logits: Tensor | None = None,
@@ -816,9 +833,7 @@ def vocab_pair_stats(
     cross_entropy = -sum q log p, kl = sum q log(q / p), reverse_kl = sum p log(p / q),
     jsd = beta sum q log(q / m) + (1 - beta) sum p log(p / m).
     """
-    check_floating("logits", logits)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits must be [..., V] with V > 0: got shape {tuple(logits.shape)}")
+    check_logits(logits)
     if (target_logits is None) == (target_probs is None):
         raise ValueError("pass either target_logits or target_probs: got both or neither")
     probs = target_probs is not None
@@ -830,27 +845,22 @@ def vocab_pair_stats(
             f"{name} must have the shape of logits, {tuple(logits.shape)}, or of its trailing "
             f"dimensions: got {tuple(target.shape)}"
         )
-    if target.device != logits.device:
-        raise ValueError(
-            f"{name} is on {target.device}, logits on {logits.device}: move one of them"
-        )
+    check_same_device(name, target, "logits", logits)
     if (logits.dtype == torch.float64) != (target.dtype == torch.float64):
         raise ValueError(
             f"logits and {name} must both be float64 or neither: got {logits.dtype}, {target.dtype}"
         )
-    want = (want,) if isinstance(want, str) else tuple(want)
+    want = check_want(want, FACTS)
+    check_choice("impl", impl, IMPLS)
     for fact in want:
-        if fact not in FACTS:
-            raise ValueError(f"want has no {fact!r}: choose among {', '.join(FACTS)}")
         if probs and fact not in OF_PROBS:
             raise ValueError(
                 f"want={fact!r} needs target_logits: pass target_logits=target_probs.log()"
             )
-    if not 0.0 <= jsd_beta <= 1.0:
-        raise ValueError(f"jsd_beta must be between 0 and 1: got {jsd_beta}")
-    if probs and values_checked(target) and target.isnan().any():
-        raise ValueError("target_probs holds NaN: mask rows by `mask`, and give the others numbers")
+    check_number("jsd_beta", jsd_beta, 0, 1)
     flags = None if mask is None else mask_rows(mask, logits)
+    if probs and values_checked(target):
+        check_probabilities(name, target, flags)
     use_triton = choose(impl, logits, target)
     outputs = _vocab_pair_stats(
         logits, target, flags, probs, list(want), float(jsd_beta), use_triton

@@ -12,19 +12,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._check import (
+    IGNORED,
+    check_choice,
+    check_floating,
+    check_labels,
+    check_logits,
+    check_want,
+    check_weights,
+    values_checked,
+)
 from ._declare import declare
 from ._launch import (
-    IGNORED,
+    IMPLS,
     Rows,
     accumulation_dtype,
     as_matrix,
-    check_floating,
-    check_labels,
     choose,
     device_of,
     exponential,
     slabs,
-    values_checked,
     warps,
 )
 from ._softmax import exponentials, sum_beside_one
@@ -437,7 +444,7 @@ def _forward(
         if values_checked(logits):
             for name, ids in (("labels", labels), ("contrast_labels", contrast_labels)):
                 if ids is not None:
-                    check_labels(name, ids, logits.shape[-1])
+                    check_labels(name, ids.view(logits.shape[:-1]), logits.shape[-1])
         if triton:
             _forward_triton(as_matrix(logits), labels, contrast_labels, bag_weights, flat)
         else:
@@ -602,13 +609,9 @@ def label_rows(name: str, labels: Tensor, logits: Tensor) -> Tensor:
     return labels.to(device=logits.device, dtype=torch.int64).reshape(-1).contiguous()
 
 
-def mask_rows(mask: Tensor, logits: Tensor, name: str = "mask") -> Tensor:
+def mask_rows(mask: Tensor, logits: Tensor) -> Tensor:
     """A mask as bool [N] (nonzero counts), after checking that it fits."""
-    if not isinstance(mask, Tensor) or mask.shape != logits.shape[:-1]:
-        came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"{name} must have the shape of its rows, {tuple(logits.shape[:-1])}: got {came}"
-        )
+    check_weights("mask", mask, logits.shape[:-1])
     return (mask != 0).to(logits.device).reshape(-1)
 
 
@@ -646,17 +649,13 @@ def vocab_stats(
     Formula: logp = (z_y - m) - log1p(r), entropy = log1p(r) - sum_v e_v (z_v - m) / (1 + r),
     with m = max z, e = exp(z - m) and r = sum of e without the maximal element.
     """
-    check_floating("logits", logits)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits must be [..., V] with V > 0: got shape {tuple(logits.shape)}")
+    check_logits(logits)
     if want is None:
         want = ("lse",) if labels is None else ("lse", "logp")
-    elif isinstance(want, str):
-        want = (want,)
+    want = check_want(want, FACTS)
+    check_choice("impl", impl, IMPLS)
     given = {"labels": labels, "contrast_labels": contrast_labels, "bag_weights": bag_weights}
     for fact in want:
-        if fact not in FACTS:
-            raise ValueError(f"want has no {fact!r}: choose among {', '.join(FACTS)}")
         if fact in NEEDS and given[NEEDS[fact]] is None:
             raise ValueError(f"want={fact!r} needs {NEEDS[fact]}")
     if labels is not None:
@@ -673,6 +672,7 @@ def vocab_stats(
                 f"bag_weights must be [V] = {tuple(logits.shape[-1:])}: "
                 f"got {tuple(bag_weights.shape)}"
             )
+        check_weights("bag_weights", bag_weights, bag_weights.shape)
         if bag_weights.requires_grad:
             raise ValueError("bag_weights is not differentiated: pass bag_weights.detach()")
         bag_weights = bag_weights.to(logits.device, accumulation_dtype(logits.dtype)).contiguous()

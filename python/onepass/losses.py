@@ -7,14 +7,24 @@ back into logits or hidden states.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .ops._launch import IGNORED, accumulation_dtype, check_choice, check_floating, values_checked
+from .ops._check import (
+    IGNORED,
+    check_choice,
+    check_floating,
+    check_labels,
+    check_logits,
+    check_number,
+    check_same_device,
+    check_tokens,
+    check_weights,
+    values_checked,
+)
+from .ops._launch import IMPLS, accumulation_dtype
 from .ops.row_moments import RowMoments, row_moments
-from .ops.vocab_pair_stats import vocab_pair_stats
+from .ops.vocab_pair_stats import check_probabilities, vocab_pair_stats
 from .ops.vocab_stats import vocab_stats
 from .reduce import REDUCTIONS, reduce_rows
 
@@ -23,22 +33,37 @@ CAP_SCOPES = ("mean", "token")
 NORMALIZATIONS = ("target", "target_sq", "unit", "dim")
 
 
-def check_weights(name: str, weights: Tensor | None, rows: torch.Size) -> None:
-    """ValueError for a mask or weights that do not fit the rows, or that hold NaN (read only where
-    that is free)."""
-    if weights is None:
-        return
-    if not isinstance(weights, Tensor) or weights.shape != rows:
-        came = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise ValueError(f"{name} must have the shape of its rows, {tuple(rows)}: got {came}")
-    if weights.is_floating_point() and values_checked(weights) and weights.isnan().any():
-        raise ValueError(f"{name} holds NaN: rows that do not count have weight 0")
-
-
-def check_smoothing(label_smoothing: float) -> None:
-    """ValueError unless the smoothing is a share."""
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be between 0.0 and 1.0: got {label_smoothing}")
+def check_target(
+    target: object, logits: Tensor, ignore_index: int, mask: Tensor | None = None
+) -> Tensor:
+    """The target on the logits' device: probabilities as they are, class indices as int64 with -100
+    in the rows to ignore and nowhere else. Raises for what is neither."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a torch.Tensor: got {type(target).__name__}")
+    if target.is_floating_point():
+        if target.shape != logits.shape:
+            raise ValueError(
+                f"target probabilities must have the shape of the logits, {tuple(logits.shape)}: "
+                f"got {tuple(target.shape)}"
+            )
+        if values_checked(target):
+            check_probabilities("target", target, None if mask is None else mask != 0)
+        dtype = accumulation_dtype(logits.dtype)
+        same_width = (dtype == torch.float64) == (target.dtype == torch.float64)
+        return target.to(logits.device) if same_width else target.to(logits.device, dtype)
+    check_tokens("target", target, logits.shape[:-1])
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int: got {type(ignore_index).__name__}")
+    target = target.to(logits.device, torch.int64)
+    if mask is not None:
+        target = torch.where(mask != 0, target, ignore_index)
+    if values_checked(target):
+        check_labels("target", target, logits.shape[-1], ignore_index)
+    if ignore_index == IGNORED:
+        return target
+    # A literal -100 is then a label out of range, not one to ignore.
+    other = torch.where(target == IGNORED, -1, target)
+    return torch.where(target == ignore_index, IGNORED, other)
 
 
 def token_losses(
@@ -54,11 +79,6 @@ def token_losses(
     """Cross-entropy of every row, 0 where `target` is -100 or `mask` is 0; integer targets or
     probabilities."""
     if target.is_floating_point():
-        if target.shape != logits.shape:
-            raise ValueError(
-                f"target probabilities must have the shape of logits, {tuple(logits.shape)}: "
-                f"got {tuple(target.shape)}"
-            )
         if label_smoothing:
             wide = target.to(accumulation_dtype(logits.dtype))
             target = (1 - label_smoothing) * wide + label_smoothing / logits.shape[-1]
@@ -124,11 +144,11 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_smoothing(label_smoothing)
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a torch.Tensor: got {type(target).__name__}")
-    if input.dim() == 0:
-        raise ValueError("input must be [C], [N, C] or [N, C, d1, ...]: got a scalar")
+    check_choice("impl", impl, IMPLS)
+    check_number("label_smoothing", label_smoothing, 0.0, 1.0)
+    if input.dim() == 0 or input.shape[min(1, input.dim() - 1)] == 0:
+        shape = tuple(input.shape) or "a scalar"
+        raise ValueError(f"input must be [C], [N, C] or [N, C, d1, ...] with C > 0: got {shape}")
     logits = input if input.dim() < 3 else input.movedim(1, -1)
     if weight is not None:
         check_floating("weight", weight)
@@ -138,36 +158,18 @@ def cross_entropy(
                 f"got shape {tuple(weight.shape)}"
             )
         check_weights("weight", weight, weight.shape)
-        weight = weight.to(accumulation_dtype(input.dtype))
-    if target.is_floating_point():
+        weight = weight.to(input.device, accumulation_dtype(input.dtype))
+    if isinstance(target, Tensor) and target.is_floating_point():
         if ignore_index >= 0:
             raise ValueError(
                 f"ignore_index={ignore_index} has no meaning for probabilities: leave it at -100"
             )
-        if target.shape != input.shape:
-            raise ValueError(
-                f"target probabilities must have the shape of input, {tuple(input.shape)}: "
-                f"got {tuple(target.shape)}"
-            )
-        if input.dim() >= 3:
-            target = target.movedim(1, -1)
-        counted = None
-    else:
-        if target.dtype == torch.bool:
-            raise ValueError("target must hold class indices or probabilities: got torch.bool")
-        if target.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"target must be {tuple(logits.shape[:-1])} for input {tuple(input.shape)}: "
-                f"got {tuple(target.shape)}"
-            )
-        target = target.to(input.device, torch.int64)
-        counts = target != ignore_index
-        if (
-            ignore_index != IGNORED
-        ):  # a literal -100 is then a label out of range, not one to ignore
-            target = torch.where(target == IGNORED, -1, target)
-        target = torch.where(counts, target, IGNORED)
-        counted = counts
+        target = target.movedim(1, -1) if target.dim() >= 3 else target
+    target = check_target(target, logits, ignore_index)
+    if weight is not None and weight.requires_grad and not target.is_floating_point():
+        raise ValueError(
+            "weight is differentiated for probabilities only: pass weight.detach() for class indices"
+        )
     losses = token_losses(
         logits,
         target,
@@ -177,13 +179,13 @@ def cross_entropy(
         class_weights=weight,
         impl=impl,
     )
-    if reduction != "mean" or counted is None:
+    if reduction != "mean" or target.is_floating_point():
         return reduce_rows(losses, reduction=reduction)
-    share = counted.to(losses.dtype)
+    share = (target != IGNORED).to(losses.dtype)
     if weight is not None:
         share = share * weight[target.clamp(0, logits.shape[-1] - 1)]
-    total = share.sum()
-    return losses.sum() / torch.where(total == 0, 1.0, total)
+    nothing = (share == 0).all()
+    return torch.where(nothing, 0.0, losses.sum() / torch.where(nothing, 1.0, share.sum()))
 
 
 def masked_cross_entropy(
@@ -228,32 +230,27 @@ def masked_cross_entropy(
         losses
     (compute_masked_cross_entropy).
     """
-    check_floating("logits", logits)
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a torch.Tensor: got {type(target).__name__}")
+    check_logits(logits)
     check_choice("cap_form", cap_form, CAP_FORMS)
     check_choice("cap_scope", cap_scope, CAP_SCOPES)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_smoothing(label_smoothing)
-    if max_loss is not None and not max_loss > 0:
-        raise ValueError(f"max_loss must be positive, or None for no cap: got {max_loss}")
-    if max_loss is not None and cap_scope == "mean" and reduction == "none":
-        raise ValueError('reduction="none" has no mean to cap: pass cap_scope="token"')
-    rows = logits.shape[:-1]
-    check_weights("mask", mask, rows)
+    check_choice("impl", impl, IMPLS)
+    check_number("label_smoothing", label_smoothing, 0.0, 1.0)
+    check_number("z_loss", z_loss)
+    check_number("ce_scaling_factor", ce_scaling_factor)
+    check_num_items(num_items)
+    if max_loss is not None:
+        check_number("max_loss", max_loss, hint=", or None for no cap")
+        if max_loss <= 0:
+            raise ValueError(f"max_loss must be positive, or None for no cap: got {max_loss}")
+        if cap_scope == "mean" and reduction == "none":
+            raise ValueError('reduction="none" has no mean to cap: pass cap_scope="token"')
+    check_weights("mask", mask, logits.shape[:-1])
     mask = None if mask is None else mask.to(logits.device)
+    target = check_target(target, logits, ignore_index, mask)
     counts = mask
     if not target.is_floating_point():
-        if target.dtype == torch.bool or target.shape != rows:
-            raise ValueError(
-                f"target must hold token ids of shape {tuple(rows)} (or probabilities "
-                f"{tuple(logits.shape)}): got {target.dtype} {tuple(target.shape)}"
-            )
-        target = target.to(logits.device, torch.int64)
-        labelled = target != ignore_index
-        if ignore_index != IGNORED:
-            target = torch.where(target == IGNORED, -1, target)
-        target = torch.where(labelled, target, IGNORED)
+        labelled = target != IGNORED
         counts = labelled if mask is None else torch.where(labelled, mask, 0)
     losses = token_losses(
         logits,
@@ -272,37 +269,33 @@ def masked_cross_entropy(
     return loss
 
 
+def check_num_items(num_items: object) -> None:
+    """Raises unless `num_items` is None or one number, of items in the whole batch."""
+    if num_items is None:
+        return
+    if not isinstance(num_items, Tensor):
+        check_number("num_items", num_items, 0.0)
+    elif num_items.numel() != 1:
+        raise ValueError(f"num_items must be one number: got shape {tuple(num_items.shape)}")
+
+
 def sigmoid_cap(
     loss: Tensor, max_loss: float, scaling_factor: float = 1.0, form: str = "sigmoid"
 ) -> Tensor:
     """`loss` [...] squeezed below `max_loss`: max_loss * sigmoid(k * loss), or that rescaled to be
-    0 at 0.
+    0 at 0, max_loss * (2 sigmoid(k * loss) - 1).
 
-    The slope keeps its relative accuracy far into saturation, so that a capped loss still has a
-    direction.
+    From e = exp(-|x|) on, value and slope (e / (1 + e)^2, by autograd) keep their relative accuracy
+    far into saturation, where torch's s (1 - s) is 0 from x = 17: a capped loss has a direction.
     """
-    squeezed = _Sigmoid.apply(scaling_factor * loss)
-    return max_loss * (squeezed if form == "sigmoid" else 2 * squeezed - 1)
-
-
-class _Sigmoid(torch.autograd.Function):
-    """sigmoid(x) with slope e / (1 + e)^2, e = exp(-|x|): torch's s (1 - s) is 0 from x = 17 on."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return torch.sigmoid(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        e = torch.exp(-x.abs())
-        return upstream * e / (1 + e).square()
+    x = scaling_factor * loss
+    size = torch.where(x >= 0, x, -x)  # unlike abs, with a slope of 1 at 0
+    e = torch.exp(-size)
+    if form == "sigmoid":
+        return max_loss * (torch.where(x >= 0, 1.0, e) / (1 + e))
+    # expm1 for the value near 0; far from it torch's derivative of expm1 has no digits left.
+    squeezed = torch.where(size < 1, -torch.expm1(-size), 1 - e) / (1 + e)
+    return max_loss * torch.where(x >= 0, squeezed, -squeezed)
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
@@ -340,7 +333,7 @@ def masked_normalized_l2(
     Source: Stained Glass Engine 2.8.1, jigsaw losses (compute_masked_normalized_l2_loss).
     """
     check_choice("normalization", normalization, NORMALIZATIONS)
-    moments = hidden_moments(x, target, mask, reduction, impl)
+    moments = hidden_moments(x, target, mask, reduction, eps, impl)
     if normalization == "dim":
         rows = moments.dd / x.shape[-1]
     elif normalization == "unit":
@@ -383,9 +376,9 @@ def masked_inner_product(
     """
     if relu and absolute:
         raise ValueError("relu and absolute exclude each other: pass one of them")
-    moments = hidden_moments(x, target, mask, reduction, impl)
+    moments = hidden_moments(x, target, mask, reduction, eps, impl)
     norms = (safe_sqrt(moments.xx) + eps) * (safe_sqrt(moments.yy) + eps)
-    rows = moments.xy / torch.where(norms == 0, 1.0, norms)
+    rows = torch.where(norms == 0, 0.0, moments.xy / torch.where(norms == 0, 1.0, norms))
     if relu:
         rows = rows.relu()
     if absolute:
@@ -394,10 +387,12 @@ def masked_inner_product(
 
 
 def hidden_moments(
-    x: Tensor, target: Tensor, mask: Tensor | None, reduction: str, impl: str
+    x: Tensor, target: Tensor, mask: Tensor | None, reduction: str, eps: float, impl: str
 ) -> RowMoments:
     """row_moments of one pair of tensors, after the checks that the hidden-state losses share."""
     check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("impl", impl, IMPLS)
+    check_number("eps", eps, 0.0)
     check_floating("x", x)
     check_floating("target", target)
     if x.shape != target.shape or x.dtype != target.dtype:
@@ -405,6 +400,9 @@ def hidden_moments(
             f"x and target must agree in shape and dtype: got {tuple(x.shape)} {x.dtype} "
             f"and {tuple(target.shape)} {target.dtype}"
         )
+    check_same_device("target", target, "x", x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must be [..., D] with D > 0: got shape {tuple(x.shape)}")
     check_weights("mask", mask, x.shape[:-1])
     return row_moments(x, target, mask, impl=impl)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .ops._check import check_weights
 from .ops._launch import accumulation_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -21,7 +22,7 @@ def reduce_rows(
 
     Args:
         values: [...] per-row losses.
-        mask: [...] weights; bool or int counts as 0/1. A row of weight 0 contributes nothing,
+        mask: [...] weights; bool or integers count as 0/1. A row of weight 0 contributes nothing,
             whatever it holds.
         reduction: "mean", "sum" or "none".
         num_items: divides the sum instead of the sum of weights (gradient accumulation over
@@ -30,7 +31,8 @@ def reduce_rows(
     Formula: mean = sum(mask * values) / max(sum(mask), 1): 0 with a live graph where no row counts.
     """
     if mask is not None:
-        weights = mask.to(values.dtype)
+        # Integers number segments as often as they mark rows: they count, they do not weigh.
+        weights = (mask if mask.is_floating_point() else mask != 0).to(values)
         values = torch.where(weights != 0, values, 0.0) * weights
     if reduction == "none":
         return values
@@ -38,7 +40,8 @@ def reduce_rows(
     if reduction == "sum":
         return total
     if num_items is not None:
-        return total / num_items
+        items = torch.as_tensor(num_items, dtype=values.dtype, device=values.device)
+        return total / torch.where(items == 0, 1.0, items)
     if mask is None:
         return total / max(values.numel(), 1)
     return total / weights.sum().clamp_min(1)
@@ -54,8 +57,9 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Formula: sum(mask * values) / max(sum(mask), 1).
     """
-    if mask is not None and mask.shape != values.shape:
-        raise ValueError(
-            f"mask must have the shape of values, {tuple(values.shape)}: got {tuple(mask.shape)}"
-        )
+    if not isinstance(values, Tensor):
+        raise TypeError(f"values must be a torch.Tensor: got {type(values).__name__}")
+    if values.is_complex():
+        raise ValueError(f"values must be real numbers: got {values.dtype}")
+    check_weights("mask", mask, values.shape)
     return reduce_rows(values.to(accumulation_dtype(values.dtype)), mask)
