@@ -161,15 +161,14 @@ def row_coefficients(
             add("on_weight" if has_weights else "on_one", grad)
         elif fact == "logit_sum":
             add("on_one", grad)
-        elif fact == "logp":
-            add("on_p", -grad)
-        else:
+        elif fact != "logp":
             add("on_label" if fact == "label_logit" else "on_contrast", grad)
     if "logp" in grads:
-        logp, on_logp = facts["logp"], grads["logp"]
+        logp, grad, others = facts["logp"], grads["logp"], out["on_p"]
         # The label's own share of the gradient is 1 - p = -expm1(logp), never p - 1 rounded.
-        others = out["on_p"] + on_logp
-        out["at_label"] = logp.exp() * others - on_logp * torch.expm1(logp)
+        own = -grad * torch.expm1(logp)
+        out["at_label"] = own if others is None else own + logp.exp() * others
+        add("on_p", -grad)
     return out
 
 

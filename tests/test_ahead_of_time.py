@@ -30,15 +30,16 @@ NARROW_IS_RIGHT = ("weights", "4 rows", "table")
 def job(
     fn: Any,
     target: str,
-    off: Iterable[str] = (),
-    types: Mapping[str, str] | None = None,
-    known: Iterable[str] = (),
-    warps: int = 8,
+    off: Any = (),
+    types: Any = None,
+    known: Any = (),
+    warps: Any = 8,
     **constexprs: Any,
 ) -> Job:
     """A configuration of a kernel: pointers in `off` are None, others aligned as allocations are.
 
-    No integer is promised to be a multiple of anything, save those in `known`.
+    No integer is promised to be a multiple of anything, save those in `known`. (Any: the callers
+    unpack dictionaries of constexprs.)
     """
     if "EXP" in function_arguments(fn):
         module = importlib.import_module("onepass.kernels.online_softmax")
@@ -125,7 +126,7 @@ def stats_jobs(target: str, dtype: str, vec: int, full: bool) -> dict[str, Job]:
         )
     every = dict.fromkeys(("on_p_gap_ptr", "on_p_squared_ptr", "on_p_weight_ptr", "on_one_ptr"))
     every |= dict.fromkeys(("on_weight_ptr", "on_label_ptr", "on_contrast_ptr"))
-    backward = partial(
+    backward: Any = partial(
         job, kernels.vocab_stats_backward_kernel, target, types=types, SAME_SHIFT=True, **meta
     )
     plain = ["weights_ptr", "contrast_ptr"]
@@ -165,7 +166,9 @@ def pair_jobs(target: str, dtype: str, vec: int, full: bool) -> dict[str, Job]:
             PAIRS=1,
             BLOCK=256 * vec,
         )
-    backward = partial(job, kernels.vocab_pair_stats_backward_kernel, target, types=types, **meta)
+    backward: Any = partial(
+        job, kernels.vocab_pair_stats_backward_kernel, target, types=types, **meta
+    )
     jobs[f"vocab_pair_stats_backward {dtype} all"] = backward(
         (), PROBS=False, PAIRS=1, BLOCK=256 * vec
     )

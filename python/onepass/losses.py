@@ -168,7 +168,7 @@ def cross_entropy(
     target = check_target(target, logits, ignore_index)
     if weight is not None and weight.requires_grad and not target.is_floating_point():
         raise ValueError(
-            "weight is differentiated for probabilities only: pass weight.detach() for class indices"
+            "weight is differentiated for probabilities only: pass weight.detach() with labels"
         )
     losses = token_losses(
         logits,
