@@ -26,6 +26,7 @@ from .online_softmax import (
 )
 
 NEAR_ORIGIN = tl.constexpr(1.0)  # maxima this close: the two rows' logits may be subtracted
+FAR_ORIGIN = tl.constexpr(32.0)  # beyond it their differences hold too few digits for a sum
 FAR = tl.constexpr(0.3)  # beyond this bend the direct form of a divergence is the more accurate one
 
 
@@ -130,7 +131,7 @@ def divergence(near, drift, cross, heat, rest, rest_other, offset):
     # The cross-entropy less the entropy, each without a difference of large numbers of its own.
     scale = log1p(rest_other) + cross / mass
     direct = scale - (log1p(rest) - heat / mass)
-    is_near = (bend < FAR) & (tl.abs(y) < 0.5) & (tl.abs(offset) <= NEAR_ORIGIN)
+    is_near = (bend < FAR) & (tl.abs(y) < 0.5) & (tl.abs(offset) <= FAR_ORIGIN)
     bent = bend - log_bend_of(tl.where(is_near, y, 0.0))
     # Where a column's exponential overflowed the two disagree by more than `direct` can be wrong.
     agree = tl.abs(bent - direct) <= 1e-5 * (1.0 + scale)
@@ -361,8 +362,8 @@ def vocab_pair_stats_merge_kernel(
     VEC: tl.constexpr,
     LANES: tl.constexpr,  # at least n_segments + 2 * VEC
 ):
-    row = tl.program_id(0).to(tl.int64)
-    pair = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) % n_rows  # one axis: the others end at 65,535
+    pair = tl.program_id(0).to(tl.int64) // n_rows
     out = pair * n_rows + row + tl.zeros([1, 1], tl.int32)
     counts = pair_counts(mask_ptr, out, out >= 0)
     n_visible = tl.max(tl.where(counts, n_segments, 0))
@@ -436,6 +437,7 @@ def vocab_pair_stats_merge_kernel(
     put(lse_out, out, lse, counts)
     if PROBS:
         put(cross_entropy_out, out, t_rest * log1p(rest) + t_cross, counts)
+        put(target_max_ptr, out, 0.0 * t_rest, counts)
         put(target_rest_ptr, out, t_rest, counts)
     else:
         t_top, t_rest, t_lse = finish(t_top, t_rest)
@@ -484,9 +486,15 @@ def entropy_bend(x, log_1p):
 
 
 @triton.jit
+def at_least(x, bound):
+    """max(x, bound) that lets NaN through."""
+    return tl.where(x < bound, bound, x)
+
+
+@triton.jit
 def pair_of_logs(z, t, top, rest, t_top, t_rest, EXP: tl.constexpr):
-    """p, q, log p and log p - log q; -1e30 and +-1e15 stand for the infinities, so that a
-    probability of 0 times them is 0.
+    """p, q, their logarithms and log p - log q; -1e18 and +-1e15 stand for the infinities, so that
+    a probability of 0 times them is 0.
 
     Of rows with a common origin the logits' own difference is exact near p = q; of others it would
     carry that origin's rounding.
@@ -494,16 +502,16 @@ def pair_of_logs(z, t, top, rest, t_top, t_rest, EXP: tl.constexpr):
     gap = z - top
     t_gap = t - t_top
     log_rests = log1p(rest) - log1p(t_rest)
-    log_p = tl.maximum(gap - log1p(rest), -1e30)
-    log_q = tl.maximum(t_gap - log1p(t_rest), -1e30)
+    log_p = at_least(gap - log1p(rest), -1e18)
+    log_q = at_least(t_gap - log1p(t_rest), -1e18)
     own = tl.maximum(z, LOWEST) - tl.maximum(t, LOWEST) - ((top - t_top) + log_rests)
     apart = tl.maximum(gap, LOWEST) - tl.maximum(t_gap, LOWEST) - log_rests
     d = tl.where(tl.abs(top - t_top) <= NEAR_ORIGIN, own, apart)
-    return EXP(log_p), EXP(log_q), log_p, tl.minimum(tl.maximum(d, -1e15), 1e15)
+    return EXP(log_p), EXP(log_q), log_p, log_q, tl.minimum(tl.maximum(d, -1e15), 1e15)
 
 
 @triton.jit
-def jsd_of(p, q, d, beta):
+def jsd_of(p, q, log_p, log_q, d, beta):
     """A column's shares of the divergence and of beta * KL(q || m), without their linear terms.
 
     q ((1 - beta) psi(u) - psi((1 - beta) u)), psi(x) = (1 + x) log(1 + x) - x, u = p / q - 1: the
@@ -512,7 +520,8 @@ def jsd_of(p, q, d, beta):
     log_m, x, u = log_of_mixture(d, beta)
     near = tl.abs(u) < 0.5
     close = q * ((1.0 - beta) * entropy_bend(u, d) - entropy_bend(x, log_m))
-    far = (1.0 - beta) * p * d - (beta * q + (1.0 - beta) * p) * log_m
+    log_mixture = tl.log(tl.maximum(beta * q + (1.0 - beta) * p, 1e-38))
+    far = beta * q * (log_q - log_mixture) + (1.0 - beta) * p * (log_p - log_mixture)
     excess = tl.where(d > 20.0, (1.0 - beta) * (p - q), q * x)
     return tl.where(near, close, far), beta * (excess - q * log_m)
 
@@ -544,9 +553,9 @@ def vocab_jsd_kernel(
     SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) % n_rows
+    pair = tl.program_id(0).to(tl.int64) // n_rows
     segment = tl.program_id(1)
-    pair = tl.program_id(2).to(tl.int64)
     at = pair * n_rows + row
     visible = vocab_size
     if mask_ptr is not None:
@@ -571,21 +580,22 @@ def vocab_jsd_kernel(
         valid = (positions >= first) & (positions < last)
         z = tl.load(z_row + positions, mask=valid, other=float("-inf")).to(tl.float32)
         t = tl.load(t_row + positions, mask=valid, other=float("-inf")).to(tl.float32)
-        p, q, _, d = pair_of_logs(z, t, top, rest, t_top, t_rest, EXP)
-        both, part = jsd_of(p, q, d, beta)
+        p, q, log_p, log_q, d = pair_of_logs(z, t, top, rest, t_top, t_rest, EXP)
+        both, part = jsd_of(p, q, log_p, log_q, d, beta)
         total += tl.where(valid, both, 0.0)
         on_q += tl.where(valid, part, 0.0)
     if segment == 0:
         positions, valid = edge_columns(lanes, shift, visible, VEC)
         z = tl.load(z_row + positions, mask=valid, other=float("-inf")).to(tl.float32)
         t = tl.load(t_row + positions, mask=valid, other=float("-inf")).to(tl.float32)
-        p, q, _, d = pair_of_logs(z, t, top, rest, t_top, t_rest, EXP)
-        both, part = jsd_of(p, q, d, beta)
+        p, q, log_p, log_q, d = pair_of_logs(z, t, top, rest, t_top, t_rest, EXP)
+        both, part = jsd_of(p, q, log_p, log_q, d, beta)
         total += tl.where(valid, both, 0.0)
         on_q += tl.where(valid, part, 0.0)
     out = at * tl.num_programs(1) + segment
-    tl.store(parts_ptr + out, tl.sum(total))
-    tl.store(parts_ptr + plane + out, tl.sum(on_q))
+    undefined = 0.0 * (rest + t_rest)  # NaN for a row without a softmax
+    tl.store(parts_ptr + out, tl.sum(total) + undefined)
+    tl.store(parts_ptr + plane + out, tl.sum(on_q) + undefined)
 
 
 @triton.jit
@@ -606,12 +616,12 @@ def pair_gradient(
 ):  # fmt: skip
     """dlogits [PAIRS, columns] and, summed over the pairs, dtarget [1, columns]."""
     if PROBS:
-        log_p = tl.maximum((z - top) - log1p(rest), -1e30)
+        log_p = at_least((z - top) - log1p(rest), -1e18)
         p = EXP(log_p)
         dz = on_p * p + on_cross * (t_rest * p - t)
         dt = tl.sum(tl.where(counts, -on_cross * log_p, 0.0), axis=0, keep_dims=True)
         return dz, dt
-    p, q, log_p, d = pair_of_logs(z, t, top, rest, t_top, t_rest, EXP)
+    p, q, log_p, log_q, d = pair_of_logs(z, t, top, rest, t_top, t_rest, EXP)
     # Where both sides agree on one near-certain column, p - q is the difference of what they leave
     # to the rest.
     missing = t_rest / (1.0 + t_rest) - rest / (1.0 + rest)
@@ -621,7 +631,9 @@ def pair_gradient(
         dz += on_reverse * p * d
     if JSD:
         log_m, _, _ = log_of_mixture(d, beta)
-        dz += on_jsd * (1.0 - beta) * p * (d - log_m)
+        # log(p / m): from d = 20 on m is (1 - beta) p to the last digit.
+        above = tl.where(d > 20.0, -tl.log(tl.maximum(1.0 - beta + 0.0 * d, 1e-30)), d - log_m)
+        dz += on_jsd * (1.0 - beta) * p * above
     dt = 0.0 * q
     if NEED_TARGET:
         dt += q * (on_q - on_cross * log_p - on_kl * d)

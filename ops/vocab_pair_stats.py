@@ -53,6 +53,7 @@ class VocabPairStats(NamedTuple):
 
 FACTS = VocabPairStats._fields
 NEAR_ORIGIN = 1.0  # maxima this close: the two rows' logits may be subtracted
+MOST_PAIRS = 64  # that a backward program holds at a time
 OF_PROBS = ("cross_entropy", "lse")
 STATES = ("row_max", "row_rest", "target_max", "target_rest", "jsd_q", "jsd_p")
 COEFFICIENTS = ("on_p", "on_q", "on_cross", "on_kl", "on_reverse", "on_jsd")
@@ -127,16 +128,19 @@ def divergence(own: Side, other: Side, cross_entropy: Tensor) -> Tensor:
     """KL(own || other) of every row, [n], to full relative accuracy where the two are nearly
     equal; of rows that are not, cross-entropy less entropy."""
     direct = cross_entropy - own.entropy
-    close = (own.top - other.top).abs() <= NEAR_ORIGIN
-    near = ((direct < 0.5) & close).nonzero().squeeze(-1)
+    near = (direct < 0.5).nonzero().squeeze(-1)
     if near.numel() == 0:
         return direct
     own, other = own.rows(near), other.rows(near)
-    p, d = own.p, log_ratio(other, own)
+    live = own.e > 1e-30
+    p, d = torch.where(live, own.p, 0.0), log_ratio(other, own)
     bent = (p * bend(d)).sum(-1)
     y = (p * torch.expm1(d.clamp_max(80.0))).sum(-1)
-    usable = (bent < 0.3) & (y.abs() < 0.5)
+    # What the other side gives to columns that this one rules out.
+    lost = torch.where(live, 0.0, other.p).sum(-1)
+    usable = (bent < 0.3) & (y.abs() < 0.5) & (lost < 0.5)
     bent = bent - log_bend(torch.where(usable, y, 0.0))
+    bent = bent - torch.log1p(-torch.where(usable, lost, 0.0))
     # Where a column's exponential overflowed the two disagree by more than `direct` can be wrong.
     agree = (bent - direct[near]).abs() <= 1e-5 * (1 + cross_entropy[near])
     return direct.index_copy(0, near, torch.where(usable & agree, bent, direct[near]))
@@ -158,8 +162,23 @@ def log_ratio(above: Side, below: Side) -> Tensor:
 
 def log_of_mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """log(m / q), m = beta q + (1 - beta) p, d = log p - log q; and m / q - 1, for d up to 20."""
-    x = ((1 - beta) * torch.expm1(d.clamp_max(20.0))).clamp_min(-1 + 1e-7)
-    return (torch.where(d > 20, d + math.log(1 - beta), x.log1p()) if beta < 1 else x.log1p()), x
+    far = far_apart(d)
+    x = ((1 - beta) * torch.expm1(d.clamp_max(far))).clamp_min(-1 + 1e-7)
+    if beta == 1:
+        return x.log1p(), x
+    return torch.where(d > far, d + math.log(1 - beta), x.log1p()), x
+
+
+def far_apart(d: Tensor) -> float:
+    """The log-ratio from which on the larger side makes up the mixture to the dtype's last digit."""
+    return 20.0 if d.dtype != torch.float64 else 40.0
+
+
+def log_above_mixture(d: Tensor, log_m: Tensor, beta: float) -> Tensor:
+    """log(p / m)."""
+    if beta == 1:
+        return d - log_m
+    return torch.where(d > far_apart(d), -math.log(1 - beta), d - log_m)
 
 
 def entropy_bend(x: Tensor, log_1p: Tensor) -> Tensor:
@@ -169,6 +188,11 @@ def entropy_bend(x: Tensor, log_1p: Tensor) -> Tensor:
     tail = 1 / 30 - s * (1 / 42 - s * (1 / 56 - s * (1 / 72 - s / 90)))
     series = s * s * (0.5 - s * (1 / 6 - s * (1 / 12 - s * (1 / 20 - s * tail))))
     return torch.where(small, series, (1 + x) * log_1p - x)
+
+
+def is_one_side(beta: float) -> bool:
+    """Whether the mixture is one of the sides: the divergence and its gradients are then 0."""
+    return beta in (0.0, 1.0)
 
 
 def jensen_shannon(s: Side, t: Side, beta: float) -> tuple[Tensor, Tensor]:
@@ -193,11 +217,11 @@ def close_jensen_shannon(s: Side, t: Side, beta: float) -> tuple[Tensor, Tensor]
     p, q = s.p, t.p
     d = log_ratio(s, t)
     log_m, x = log_of_mixture(d, beta)
-    u = torch.expm1(d.clamp_max(20.0))
+    u = torch.expm1(d.clamp_max(far_apart(d)))
     near = u.abs() < 0.5
     close = q * ((1 - beta) * entropy_bend(u, d) - entropy_bend(x, log_m))
-    far = (1 - beta) * torch.where(p > 0, p * d, 0.0) - (beta * q + (1 - beta) * p) * log_m
-    excess = torch.where(d > 20, (1 - beta) * (p - q), q * x)
+    far = (1 - beta) * p * log_above_mixture(d, log_m, beta) - beta * q * log_m
+    excess = torch.where(d > far_apart(d), (1 - beta) * (p - q), q * x)
     return (
         torch.where(near, close, far).sum(-1),
         beta * (excess - q * log_m).sum(-1),
@@ -228,7 +252,7 @@ def vocab_pair_stats_reference(
         facts["kl"] = divergence(t, s, facts["cross_entropy"])
     if "reverse_kl" in want:
         facts["reverse_kl"] = divergence(s, t, s.cross_entropy(t))
-    if "jsd" in want:
+    if "jsd" in want and not is_one_side(beta):
         facts["jsd"], facts["jsd_q"] = jensen_shannon(s, t, beta)
         facts["jsd_p"] = facts["jsd"] - facts["jsd_q"]
     return facts
@@ -300,7 +324,7 @@ def vocab_pair_stats_backward_reference(
         dz = dz + c["on_reverse"] * p * d
     if has_jsd:
         log_m, _ = log_of_mixture(d, beta)
-        dz = dz + c["on_jsd"] * (1 - beta) * p * (d - log_m)
+        dz = dz + c["on_jsd"] * (1 - beta) * p * log_above_mixture(d, log_m, beta)
     if not need_target:
         return dz, None
     dt = q * (c["on_q"] - c["on_cross"] * s.logp - c["on_kl"] * d) - c["on_reverse"] * gap
@@ -504,7 +528,7 @@ def _forward_triton(
             BLOCK=_block(tile, logits, target),
             num_warps=warps(THREADS, logits),
         )
-        vocab_pair_stats_merge_kernel[(n_rows, n_pairs)](
+        vocab_pair_stats_merge_kernel[(n_rows * n_pairs,)](
             layout.z.base,
             layout.t.base,
             mask,
@@ -519,9 +543,12 @@ def _forward_triton(
             LANES=triton.next_power_of_2(n_segments + 2 * vec),
             num_warps=1,
         )
-        if "jsd" in want:
+        if "jsd" in want and is_one_side(beta):
+            for name in ("jsd", "jsd_q", "jsd_p"):
+                out[name].zero_()
+        elif "jsd" in want:
             parts = partials[:2]
-            vocab_jsd_kernel[(n_rows, n_segments, n_pairs)](
+            vocab_jsd_kernel[(n_rows * n_pairs, n_segments)](
                 layout.z.base,
                 layout.t.base,
                 mask,
@@ -559,6 +586,9 @@ def _backward_triton(
 
     from ..kernels.vocab_pair_stats import vocab_pair_stats_backward_kernel
 
+    if logits.shape[0] > MOST_PAIRS:
+        _backward_in_parts(dlogits, dtarget, logits, target, mask, probs, beta, facts, coefficients)
+        return
     layout = _Layout.of(logits, target)
     n_pairs, n_rows, vocab_size = layout.sizes
     vec = layout.vec(dlogits, dtarget)
@@ -587,11 +617,45 @@ def _backward_triton(
         )
 
 
+def _backward_in_parts(
+    dlogits: Tensor | None,
+    dtarget: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    probs: bool,
+    beta: float,
+    facts: dict[str, Tensor],
+    coefficients: dict[str, Tensor | None],
+) -> None:
+    """The backward for more pairs than a program holds; the target's gradient is summed in fp32."""
+    total = None if dtarget is None else torch.zeros_like(dtarget, dtype=torch.float32)
+    for start in range(0, logits.shape[0], MOST_PAIRS):
+        part = slice(start, start + MOST_PAIRS)
+        share = None if total is None else torch.empty_like(total)
+        _backward_triton(
+            None if dlogits is None else dlogits[part],
+            share,
+            logits[part],
+            target,
+            None if mask is None else mask.view(logits.shape[:-1])[part],
+            probs,
+            beta,
+            {name: fact[part] for name, fact in facts.items()},
+            {name: None if c is None else c[part] for name, c in coefficients.items()},
+        )
+        if total is not None:
+            total += share
+    if dtarget is not None:
+        dtarget.copy_(total)
+
+
 def _stack(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """logits as [K, N, V] and target as [N, V]."""
     vocab_size = target.shape[-1]
-    flat = target.reshape(-1, vocab_size)
-    return logits.reshape(-1, flat.shape[0], vocab_size), flat
+    flat = target.reshape(target.shape[:-1].numel(), vocab_size)
+    n_pairs = logits.shape[: logits.dim() - target.dim()].numel()
+    return logits.reshape(n_pairs, flat.shape[0], vocab_size), flat
 
 
 def _empty_facts(logits: Tensor, want: Sequence[str], triton: bool) -> dict[str, Tensor]:
@@ -722,7 +786,7 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     grads = {
         fact: grad
         for fact, grad in zip(FACTS, upstream[len(STATES) :], strict=True)
-        if grad is not None and fact in want
+        if grad is not None and fact in want and not (fact == "jsd" and is_one_side(beta))
     }
     need_logits, need_target = ctx.needs_input_grad[:2]
     nothing = (None,) * 5
