@@ -141,7 +141,9 @@ def _aligned(layers: list[Tensor]) -> list[Tensor]:
     that."""
     if len(layers) == 1:
         return layers
-    return [t.clone() if t.data_ptr() % 16 else t for t in layers]
+    if all(t.data_ptr() % 16 == 0 for t in layers):
+        return layers
+    return [t.clone(memory_format=torch.contiguous_format) for t in layers]  # one stride for all
 
 
 def _forward_triton(

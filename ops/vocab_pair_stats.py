@@ -170,7 +170,7 @@ def log_of_mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def far_apart(d: Tensor) -> float:
-    """The log-ratio from which on the larger side makes up the mixture to the dtype's last digit."""
+    """The log-ratio from which on one side makes up the mixture to the dtype's last digit."""
     return 20.0 if d.dtype != torch.float64 else 40.0
 
 

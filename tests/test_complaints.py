@@ -28,6 +28,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -352,65 +353,87 @@ def test_ignored_rows_do_not_borrow_label_0(impl: str, device: str) -> None:
 # ---------------------------------------------------------------- D., I. launches
 
 
-class Launched(Exception):
-    """The grid a kernel was about to run on."""
+@dataclass
+class Launch:
+    """What a kernel was asked to do: its grid in three dimensions, and the widths of its tiles."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    meta: dict[str, Any]
 
 
-class Recorder:
-    """Stands in for a kernel and stops at its first launch."""
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        raise Launched(*grid)
-
-
-def grids_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces every kernel by a recorder: the grids are judged without running them."""
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """The launches of every kernel, none of which runs: what they would fill stays as it is."""
     pytest.importorskip("triton", reason=NO_TRITON or "Triton is not installed")
     from onepass.kernels import row_moments as moments_kernels
     from onepass.kernels import vocab_pair_stats as pair_kernels
     from onepass.kernels import vocab_stats as stats_kernels
 
+    seen: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            x, y, z = (*grid, 1, 1)[:3]
+            return lambda *args, **meta: seen.append(Launch(self.name, (x, y, z), meta))
+
     for module in (stats_kernels, pair_kernels, moments_kernels):
         for name in list(vars(module)):
             if name.startswith(("vocab_", "row_")) and name.endswith("_kernel"):
-                monkeypatch.setattr(module, name, Recorder())
+                monkeypatch.setattr(module, name, Recorder(name))
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # so that CPU tensors may go there
-
-
-def grid(call: Callable[[], object]) -> tuple[int, ...]:
-    with pytest.raises(Launched) as launched:
-        call()
-    return (*launched.value.args, 1, 1)[:3]
+    return seen
 
 
 @pytest.mark.parametrize("rows", [1, 8])
-def test_few_long_rows_occupy_the_gpu(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_long_rows_occupy_the_gpu(rows: int, launches: list[Launch]) -> None:
     """C#15, L#1454: one program a row leaves 131 of 132 multiprocessors idle while generating."""
-    grids_of(monkeypatch)
-    logits, labels = torch.zeros(rows, 128_256), torch.zeros(rows, dtype=torch.int64)
-    programs = grid(lambda: onepass.cross_entropy(logits, labels, impl="triton"))
-    assert math.prod(programs) >= 7 * rows
-    soft = grid(lambda: onepass.masked_cross_entropy(logits, logits, impl="triton"))
-    assert math.prod(soft) >= 7 * rows
+    logits = torch.zeros(rows, 128_256, requires_grad=True)
+    labels = torch.zeros(rows, dtype=torch.int64)
+    onepass.cross_entropy(logits, labels, impl="triton").backward()
+    onepass.cross_entropy(logits, logits.detach(), impl="triton").backward()
+    reading = [launch for launch in launches if "merge" not in launch.kernel]
+    assert {launch.kernel for launch in reading} == {
+        "vocab_stats_kernel",
+        "vocab_stats_backward_kernel",
+        "vocab_pair_stats_kernel",
+        "vocab_pair_stats_backward_kernel",
+    }
+    for launch in reading:
+        assert math.prod(launch.grid) >= 7 * rows, launch.kernel
 
 
-def test_many_rows_fit_into_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """L#1294: the second and third dimension of a grid end at 65,535, and sequences do not."""
-    grids_of(monkeypatch)
-    many = 70_000
-    x, labels = torch.zeros(many, 2), torch.zeros(many, dtype=torch.int64)
-    calls = (
-        lambda: onepass.cross_entropy(x, labels, impl="triton"),
-        lambda: onepass.masked_cross_entropy(x, x, impl="triton"),
-        lambda: onepass.masked_normalized_l2(x, x, impl="triton"),
-        lambda: onepass.vocab_pair_stats(x.view(2, -1, 2), x[: many // 2], impl="triton"),
-        # one target for all rows: a label distribution that the whole batch shares
-        lambda: onepass.vocab_pair_stats(x, x[0], impl="triton"),
-    )
-    for call in calls:
-        programs = grid(call)
-        assert programs[0] <= 2**31 - 1
-        assert max(programs[1:]) <= 65_535
+MANY = 70_000
+MANY_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "labels": lambda x: onepass.cross_entropy(x, x[:, 0].long(), impl="triton"),
+    "probabilities": lambda x: onepass.masked_cross_entropy(x, x.detach(), impl="triton"),
+    "hidden": lambda x: onepass.masked_normalized_l2(x, x.detach(), impl="triton"),
+    "shared-by-two": lambda x: onepass.vocab_pair_stats(
+        x.view(2, -1, 2), x.detach()[: MANY // 2], want="jsd", impl="triton"
+    ).jsd.sum(),
+    # one distribution over the labels that the whole batch shares
+    "shared-by-all": lambda x: onepass.vocab_pair_stats(
+        x, x.detach()[0], want="kl", impl="triton"
+    ).kl.sum(),
+}
+
+
+@pytest.mark.parametrize("name", MANY_ROWS)
+def test_many_rows_fit_into_a_launch(name: str, launches: list[Launch]) -> None:
+    """L#1294: the second and third dimension of a grid end at 65,535, and sequences do not.
+
+    A tile that grows with the rows ends at Triton's 2^20 elements.
+    """
+    x = torch.zeros(MANY, 2, requires_grad=True)
+    MANY_ROWS[name](x).backward()
+    assert any("backward" in launch.kernel for launch in launches)
+    for launch in launches:
+        assert launch.grid[0] <= 2**31 - 1, launch.kernel
+        assert max(launch.grid[1:]) <= 65_535, launch.kernel
+        assert launch.meta.get("PAIRS", 1) * launch.meta.get("BLOCK", 1) <= 2**20, launch.kernel
 
 
 # ---------------------------------------------------------------- E. memory

@@ -552,7 +552,7 @@ def test_any_call_agrees_with_torch(impl: str, device: str) -> None:
     if not slow:  # a failure in the interpreter would take minutes to shrink
         phases.append(hypothesis.Phase.shrink)
 
-    @hypothesis.settings(max_examples=8 if slow else 300, phases=phases)
+    @hypothesis.settings(max_examples=8 if slow else 200, phases=phases)
     @hypothesis.given(drawn_calls(dtypes))
     def holds(drawn: dict[str, Any]) -> None:
         logits, target, options = make_call(drawn, device)

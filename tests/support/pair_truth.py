@@ -1,8 +1,8 @@
-"""Pairs of rows over one vocabulary: fp64 truths with their gradients, torch's own way, layouts.
+"""Pairs of rows, of logits and of hidden states: fp64 truths, torch's own way, layouts.
 
 `PairTruth` states every fact of vocab_pair_stats by its definition, and the gradient of any mix of
-them differentiated by hand; each comes with its natural scale (truth.Truth). `laid_out` puts the
-same values into memory in the ways that callers do.
+them differentiated by hand; each comes with its natural scale (truth.Truth). `moments` does so for
+row_moments. `laid_out` puts the same values into memory in the ways that callers do.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ def times(a: Tensor, b: Tensor) -> Tensor:
 def excess(x: Tensor) -> Tensor:
     """(1 + x) log(1 + x) - x, which is 1 at -1."""
     return torch.special.xlog1py(1 + x, x.clamp_min(-1)) - x
+
+
+def truth_of(value: Tensor, scale: Tensor) -> Truth:
+    """A Truth whose scale does not underflow with the probabilities of columns far below."""
+    return Truth(value, scale + 1e-290)
 
 
 class Side:
@@ -126,7 +131,7 @@ class PairTruth:
             dz = up["lse"] * s.p + cross * (s.p * mass - self.q)
             dz_scale = (size["lse"] + (cross * mass).abs()) * s.p * s.blur + (cross * self.q).abs()
             dt = -times(cross, s.log_p)
-            return Truth(dz, dz_scale), self._shared(dt, dt.abs() + cross.abs())
+            return truth_of(dz, dz_scale), self._shared(dt, dt.abs() + cross.abs())
         t, p, q = self.t, self.s.p, self.t.p
         # p - q where both sides agree on the maximum: what they leave to the other columns.
         both = (s.others == 0) & (t.others == 0)
@@ -140,9 +145,8 @@ class PairTruth:
         dz = dz + times(up["reverse_kl"] * p, d - fact["reverse_kl"])
         dz = dz + up["jsd"] * p * ((1 - self.beta) * self.s_over_m - self.jsd_p[..., None])
         dz_scale = size["lse"] * p * s.blur + (size["cross_entropy"] + size["kl"]) * gap_scale
-        dz_scale = dz_scale + size["reverse_kl"] * (
-            times(p * s.blur, (d - fact["reverse_kl"]).abs()) + times(p, slack["reverse_kl"])
-        )
+        pulled = times(p * s.blur, (d - fact["reverse_kl"]).abs()) + times(p, slack["reverse_kl"])
+        dz_scale = dz_scale + times(size["reverse_kl"], pulled)
         dz_scale = dz_scale + times(size["jsd"] * p * s.blur, slack["jsd"])
 
         dt = up["target_lse"] * q - up["reverse_kl"] * gap
@@ -152,14 +156,14 @@ class PairTruth:
         dt_scale = size["target_lse"] * q * t.blur + size["reverse_kl"] * gap_scale
         for name, pull in (("cross_entropy", -s.log_p), ("kl", -d)):
             pulled = times(q * t.blur, (pull - fact[name]).abs()) + times(q, slack[name])
-            dt_scale = dt_scale + size[name] * pulled
+            dt_scale = dt_scale + times(size[name], pulled)
         dt_scale = dt_scale + times(size["jsd"] * q * t.blur, slack["jsd"])
-        return Truth(dz, dz_scale), self._shared(dt, dt_scale)
+        return truth_of(dz, dz_scale), self._shared(dt, dt_scale)
 
     def _shared(self, value: Tensor, scale: Tensor) -> Truth:
         """Summed over the rows that share one target row."""
         extra = tuple(range(value.dim() - self.target_dims))
-        return Truth(value.sum(extra), scale.sum(extra)) if extra else Truth(value, scale)
+        return truth_of(*((value.sum(extra), scale.sum(extra)) if extra else (value, scale)))
 
 
 def unfused_pair_facts(
@@ -189,6 +193,44 @@ def unfused_pair_facts(
         log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
         facts["jsd"] = beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
     return facts
+
+
+# ---------------------------------------------------------------- pairs of hidden rows
+
+
+def moments(x: Tensor, y: Tensor) -> dict[str, Truth]:
+    """Every field of row_moments."""
+    a, b = x.detach().cpu().double(), y.detach().cpu().double()
+    terms = {
+        "dd": (a - b).square(),
+        "xx": a.square(),
+        "yy": b.square(),
+        "xy": a * b,
+        "difference_of_squares": (a - b) * (a + b),
+    }
+    return {name: Truth(term.sum(-1), term.abs().sum(-1)) for name, term in terms.items()}
+
+
+def moments_gradients(x: Tensor, y: Tensor, upstream: Mapping[str, Tensor]) -> tuple[Truth, Truth]:
+    """(dx, dy) of sum_f <upstream_f, moment_f>, differentiated by hand."""
+    a, b = x.detach().cpu().double(), y.detach().cpu().double()
+    zero = torch.zeros_like(a)
+    slopes = {
+        "dd": (2 * (a - b), 2 * (b - a)),
+        "xx": (2 * a, zero),
+        "yy": (zero, 2 * b),
+        "xy": (b, a),
+        "difference_of_squares": (2 * a, -2 * b),
+    }
+    terms = [
+        [
+            up.detach().cpu().double()[..., None] * slopes[name][side]
+            for name, up in upstream.items()
+        ]
+        for side in (0, 1)
+    ]
+    dx, dy = (Truth(sum(side, zero), sum((t.abs() for t in side), zero)) for side in terms)
+    return dx, dy
 
 
 # ---------------------------------------------------------------- layouts

@@ -68,12 +68,6 @@ def worst_error(got: Tensor, truth: Truth, arithmetic: torch.dtype | None = None
     return float(errors.max()) if errors.numel() else 0.0
 
 
-def rms_error(got: Tensor, truth: Truth, arithmetic: torch.dtype | None = None) -> float:
-    """The root of the mean squared error_in_u, for pools of many cases."""
-    errors = error_in_u(got, truth, arithmetic)
-    return float(errors.square().mean().sqrt()) if errors.numel() else 0.0
-
-
 def _nothing_where(undefined: Tensor, value: Tensor) -> Tensor:
     """`value`, and 0 where 0 * inf would make it NaN."""
     return torch.where(undefined, 0.0, value)
@@ -255,97 +249,6 @@ def unfused_vocab_facts(
     if labels is not None:
         facts = {name: torch.where(labels == IGNORED, 0.0, fact) for name, fact in facts.items()}
     return facts
-
-
-# ---------------------------------------------------------------- a row beside a target row
-
-
-def pair_facts(
-    logits: Tensor,
-    target_logits: Tensor | None = None,
-    *,
-    target_probs: Tensor | None = None,
-    jsd_beta: float = 0.5,
-) -> dict[str, Truth]:
-    """Every fact of vocab_pair_stats; a target broadcasts over the leading dimensions.
-
-    Not for KL near 0, where fp64 has lost its digits: see exact_divergences.
-    """
-    s = _Softmax.of(logits)
-    spread = s.gap + s.log_norm + s.heat  # |log p| and what its own rounding costs
-    if target_probs is not None:
-        q = target_probs.detach().double().expand_as(s.p)
-        cross = -_nothing_where(q == 0, q * s.logp).sum(-1)
-        lse = vocab_facts(logits)["lse"]
-        return {"cross_entropy": Truth(cross, (q.abs() * spread).sum(-1)), "lse": lse}
-    assert target_logits is not None
-    t = _Softmax.of(target_logits.expand_as(logits))
-    p, q = s.p, t.p
-    q_scale, p_scale = q * t.slack, p * s.slack
-    t_spread = t.gap + t.log_norm + t.heat
-
-    def mean_log_ratio(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return _nothing_where(weight == 0, weight * (a - b)).sum(-1)
-
-    mixture = jsd_beta * q + (1 - jsd_beta) * p
-    log_mixture = mixture.log()
-    jsd = jsd_beta * mean_log_ratio(q, t.logp, log_mixture)
-    jsd = jsd + (1 - jsd_beta) * mean_log_ratio(p, s.logp, log_mixture)
-    return {
-        "cross_entropy": Truth(
-            -_nothing_where(q == 0, q * s.logp).sum(-1), (q_scale * (1 + spread)).sum(-1)
-        ),
-        "kl": Truth(mean_log_ratio(q, t.logp, s.logp), (q_scale * (1 + t_spread + spread)).sum(-1)),
-        "reverse_kl": Truth(
-            mean_log_ratio(p, s.logp, t.logp), (p_scale * (1 + t_spread + spread)).sum(-1)
-        ),
-        "jsd": Truth(
-            jsd,
-            (
-                jsd_beta * q_scale * (1 + _nothing_where(q == 0, (t.logp - log_mixture).abs()))
-                + (1 - jsd_beta)
-                * p_scale
-                * (1 + _nothing_where(p == 0, (s.logp - log_mixture).abs()))
-            ).sum(-1),
-        ),
-        "lse": vocab_facts(logits)["lse"],
-        "target_lse": vocab_facts(target_logits)["lse"],
-    }
-
-
-# ---------------------------------------------------------------- pairs of hidden rows
-
-
-def moments(x: Tensor, y: Tensor) -> dict[str, Truth]:
-    """Every field of row_moments."""
-    a, b = x.detach().double(), y.detach().double()
-    terms = {
-        "dd": (a - b) * (a - b),
-        "xx": a * a,
-        "yy": b * b,
-        "xy": a * b,
-        "difference_of_squares": (a - b) * (a + b),
-    }
-    return {name: Truth(term.sum(-1), term.abs().sum(-1)) for name, term in terms.items()}
-
-
-def moments_gradients(x: Tensor, y: Tensor, upstream: Mapping[str, Tensor]) -> tuple[Truth, Truth]:
-    """d sum_f <upstream_f, moment_f> / d x and / d y, differentiated by hand."""
-    a, b = x.detach().double(), y.detach().double()
-    slopes = {
-        "dd": (2 * (a - b), 2 * (b - a)),
-        "xx": (2 * a, 0 * b),
-        "yy": (0 * a, 2 * b),
-        "xy": (b, a),
-        "difference_of_squares": (2 * a, -2 * b),
-    }
-    values, scales = [0 * a, 0 * b], [0 * a, 0 * b]
-    for name, given in upstream.items():
-        up = given.detach().double()[..., None]
-        for side in (0, 1):
-            values[side] = values[side] + up * slopes[name][side]
-            scales[side] = scales[side] + (up * slopes[name][side]).abs()
-    return Truth(values[0], scales[0]), Truth(values[1], scales[1])
 
 
 # ---------------------------------------------------------------- exact, where fp64 cancels
