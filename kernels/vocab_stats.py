@@ -53,7 +53,7 @@ def load_logit(row_ptr, label, vocab_size):
     memory of somebody else)."""
     inside = (label >= 0) & (label < vocab_size)
     z = tl.load(row_ptr + label, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(inside | (label == IGNORED), z, float("nan"))
+    return tl.where(label == IGNORED, 0.0, tl.where(inside, z, float("nan")))
 
 
 @triton.jit

@@ -644,9 +644,9 @@ def _backward_in_parts(
             {name: fact[part] for name, fact in facts.items()},
             {name: None if c is None else c[part] for name, c in coefficients.items()},
         )
-        if total is not None:
+        if total is not None and share is not None:
             total += share
-    if dtarget is not None:
+    if dtarget is not None and total is not None:
         dtarget.copy_(total)
 
 
