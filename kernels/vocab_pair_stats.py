@@ -130,11 +130,12 @@ def divergence(near, drift, cross, heat, rest, rest_other, offset):
     y = bend + drift / mass
     # The cross-entropy less the entropy, each without a difference of large numbers of its own.
     scale = log1p(rest_other) + cross / mass
-    direct = scale - (log1p(rest) - heat / mass)
+    entropy = log1p(rest) - heat / mass
+    direct = scale - entropy
     is_near = (bend < FAR) & (tl.abs(y) < 0.5) & (tl.abs(offset) <= FAR_ORIGIN)
     bent = bend - log_bend_of(tl.where(is_near, y, 0.0))
     # Where a column's exponential overflowed the two disagree by more than `direct` can be wrong.
-    agree = tl.abs(bent - direct) <= 1e-5 * (1.0 + scale)
+    agree = tl.abs(bent - direct) <= 2e-6 * (scale + entropy)
     return tl.where(is_near & agree, bent, direct)
 
 
@@ -708,7 +709,8 @@ def vocab_pair_stats_backward_kernel(
     rest = tl.load(row_rest_ptr + at, mask=counts, other=0.0)
     t_top = 0.0
     if not PROBS:
-        t_top = tl.load(target_max_ptr + at, mask=counts, other=0.0)
+        # Of pairs that do not count the target's exponentials are 0, however large its logits.
+        t_top = tl.load(target_max_ptr + at, mask=counts, other=float("inf"))
     t_rest = tl.load(target_rest_ptr + at, mask=counts, other=0.0)
     on_p = load_upstream(on_p_ptr, at, counts)
     on_q = load_upstream(on_q_ptr, at, counts)

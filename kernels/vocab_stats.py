@@ -82,7 +82,8 @@ def collapse(
 ):
     """Merges the lanes' states into one; sums that nobody wants stay as they are."""
     summit, is_first = first_maximum(top, order)
-    gap, decay = gap_and_decay(summit, top, plain_exp)
+    alike = top == summit  # which may be infinite, so no difference tells
+    gap, decay = gap_and_decay(tl.where(alike, 0.0, summit), tl.where(alike, 0.0, top), plain_exp)
     index = tl.min(tl.where(is_first, order, 2147483647), axis=-1, keep_dims=True)
     if heat_ptr is not None:
         warmth = decayed_gap(decay, gap)
@@ -260,6 +261,7 @@ def vocab_stats_merge_kernel(
     top = tl.load(top_ptr + partial, mask=is_segment, other=LOWEST)
     top = tl.where(is_segment, top, tl.maximum(edge, LOWEST))
     rest = tl.load(rest_ptr + partial, mask=is_segment, other=0.0)
+    rest = tl.where(edge == edge, rest, edge)  # the maximum above has lost a NaN
     order = lanes
     heat = tl.zeros([LANES], tl.float32)
     squares = tl.zeros([LANES], tl.float32)
@@ -306,13 +308,14 @@ def vocab_stats_merge_kernel(
     endless = tl.abs(top) == float("inf")
     rest = tl.where(endless, float("nan"), rest)
     log_norm = log1p(rest)
+    level = tl.where(endless, 0.0, top)  # inf - inf would warn where NaN is right
     put(row_max_ptr, out, top, counts)
     put(row_rest_ptr, out, rest, counts)
     put(lse_out, out, tl.where(endless, top, top + log_norm), counts)
     if label_logit_out is not None or logp_out is not None:
         z_label = load_logit(row_ptr + shift, tl.load(labels_ptr + out), vocab_size)
         put(label_logit_out, out, z_label, counts)
-        put(logp_out, out, (z_label - top) - log_norm, counts)
+        put(logp_out, out, (z_label - level) - log_norm, counts)
     if contrast_logit_out is not None:
         contrast = tl.where(counts, tl.load(contrast_ptr + out), IGNORED)
         put(contrast_logit_out, out, load_logit(row_ptr + shift, contrast, vocab_size), counts)
@@ -409,7 +412,7 @@ def vocab_stats_backward_kernel(
             row_ptr = logits_ptr + start // VEC * VEC
         else:
             row_ptr = logits_ptr + (start - shift)
-        top = tl.load(row_max_ptr + row)
+        top = tl.maximum(tl.minimum(tl.load(row_max_ptr + row), -LOWEST), LOWEST)
         scale = 1.0 / (1.0 + tl.load(row_rest_ptr + row))
         label = -1
         contrast = -1

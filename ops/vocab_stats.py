@@ -97,7 +97,7 @@ def vocab_stats_reference(
         at_contrast = z.gather(-1, contrast_labels.clamp_min(0)[:, None]).squeeze(-1)
         facts["contrast_logit"] = at_contrast.masked_fill(contrast_labels == IGNORED, 0.0)
     if "entropy" in want:
-        heat = torch.where(e > 0, e * gap, 0.0).sum(-1)
+        heat = (e * torch.where(e > 0, gap, 0.0)).sum(-1)
         facts["entropy"] = log_norm - heat / (1 + rest)
     if "logit_sum" in want:
         facts["logit_sum"] = z.sum(-1)
@@ -195,7 +195,7 @@ def vocab_stats_backward_reference(
     if any(c[name] is not None for name in ("on_p_gap", "on_p_squared", "on_p_weight")):
         p = e * scale[:, None]
     if c["on_p_gap"] is not None:
-        dz = dz + torch.where(p > 0, p * gap, 0.0) * c["on_p_gap"]
+        dz = dz + p * torch.where(p > 0, gap, 0.0) * c["on_p_gap"]
     if c["on_p_squared"] is not None:
         dz = dz + p * p * c["on_p_squared"]
     if c["on_p_weight"] is not None:
@@ -597,7 +597,12 @@ _vocab_stats = declare(
 
 def label_rows(name: str, labels: Tensor, logits: Tensor) -> Tensor:
     """Labels as int64 [N], after checking that they fit the logits."""
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.is_complex()
+        or labels.dtype == torch.bool
+    ):
         came = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"{name} must be an integer tensor of token ids: got {came}")
     if labels.shape != logits.shape[:-1]:

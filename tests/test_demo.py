@@ -419,6 +419,16 @@ def test_run_again_overwrites_its_own_files_only(unbroken: Path, tmp_path: Path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_newest_checkpoint_is_the_one(tmp_path: Path) -> None:
+    """Not the furthest: that may be what an older, longer run left."""
+    for step, written in ((480, 1_000), (40, 3_000), (60, 2_000)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        path = tmp_path / f"checkpoint-{step}" / checkpoint.STATE
+        path.write_text(json.dumps({"program": checkpoint.PROGRAM}))
+        os.utime(path, (written, written))
+    assert checkpoint.find(tmp_path) == tmp_path / "checkpoint-40"
+
+
 def copy_tree(source: Path, target: Path) -> None:
     import shutil
 

@@ -216,9 +216,9 @@ def no_retired_or_tuned_triton(tree: ast.Module, path: str) -> Found:
 
 HOT_PATH = ("ops", "python/onepass/losses.py", "python/onepass/reduce.py")
 # Functions that are there to read values: free to do so, so a call of one counts as a read.
-# Parts of the torch path, and checks that their callers ask `values_checked` about.
+# Checks that their callers ask `values_checked` about, and what only the torch path calls.
 VALUE_READERS = {"check_labels", "check_probabilities", "kept_rows", "_kept", "_pairs"}
-VALUE_READERS |= {"sum_beside_one", "beside_one", "divergence", "jensen_shannon"}
+TORCH_PATH = {"sum_beside_one", "beside_one", "divergence", "jensen_shannon"}
 WAITS = (".item", ".tolist", ".cpu", ".numpy", ".nonzero", ".synchronize", ".masked_select")
 
 
@@ -228,7 +228,7 @@ def may_read_values(tree: ast.Module) -> Iterator[ast.AST]:
     The torch path (a CPU has no queue), double backward, and what `values_checked` stands before.
     """
     for function in functions(tree):
-        if function.name in {"_twice_differentiable", *VALUE_READERS}:
+        if function.name in {"_twice_differentiable", *VALUE_READERS, *TORCH_PATH}:
             yield function
         elif function.name.endswith("_torch"):
             yield function

@@ -141,7 +141,9 @@ def _replacements(interpreter: Any) -> list[tuple[Any, str, Any]]:
     original_dot = builder_class.create_dot
     original_reduce = interpreter.ReduceScanOpInterface.apply
     original_patch_tensor = interpreter._patch_lang_tensor
+    original_patch_lang = interpreter._patch_lang
     original_call = interpreter.GridExecutor.__call__
+    launches: list[set[int]] = []  # in progress: the modules that each has patched
 
     def refuse_bf16(what: str, *operands: Any) -> None:
         if any(operand.dtype.scalar == tl.bfloat16 for operand in operands):
@@ -152,7 +154,8 @@ def _replacements(interpreter: Any) -> list[tuple[Any, str, Any]]:
 
     def load(builder: Any, ptrs: Any, mask: Any, other: Any, *rest: Any, **named: Any) -> Any:
         _tell("load", builder, ptrs, mask)
-        if other is None and not np.all(mask.data):
+        # Triton asks `other` for its truth value: of one element, a 0 arrives as None here.
+        if other is None and not np.all(mask.data) and np.size(ptrs.data) > 1:
             other = _undefined(interpreter, tl, ptrs)
         return original_load(builder, ptrs, mask, other, *rest, **named)
 
@@ -216,11 +219,22 @@ def _replacements(interpreter: Any) -> list[tuple[Any, str, Any]]:
         original_patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def patch_lang(function: Any) -> Any:
+        """Every call of a device function patches triton.language anew, which takes more time than
+        all else. Once per launch is enough."""
+        modules = {id(m) for m in function.__globals__.values() if m is tl or m is tl.core}
+        if launches and modules <= launches[-1]:
+            return interpreter._LangPatchScope()
+        for patched in launches[-1:]:
+            patched |= modules
+        return original_patch_lang(function)
+
     def call(executor: Any, *args: Any, **named: Any) -> Any:
         observers = tuple(_observers)
         tensors = _tensors_in([*args, *named.values()])
         for observer in observers:
             observer.launch(executor.fn.__name__, tensors)
+        launches.append(set())
         try:
             result = original_call(executor, *args, **named)
         except Exception as error:
@@ -230,6 +244,8 @@ def _replacements(interpreter: Any) -> list[tuple[Any, str, Any]]:
             if fault is not None:
                 raise fault from None
             raise
+        finally:
+            launches.pop()
         for observer in observers:
             observer.finish()
         return result
@@ -250,6 +266,7 @@ def _replacements(interpreter: Any) -> list[tuple[Any, str, Any]]:
         (interpreter.ReduceScanOpInterface, "apply", reduce),
         (interpreter, "_convert_float", convert),
         (interpreter, "_patch_lang_tensor", patch_tensor),
+        (interpreter, "_patch_lang", patch_lang),
         (interpreter.GridExecutor, "__call__", call),
     ]
 

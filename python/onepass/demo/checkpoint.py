@@ -47,9 +47,14 @@ class CannotResume(Exception):
 
 
 def find(output: Path) -> Path | None:
-    """The furthest checkpoint of this program in `output`."""
-    ours = {step: folder for step, folder in _folders(output) if _is_ours(folder)}
-    return ours[max(ours)] if ours else None
+    """The newest checkpoint of this program in `output`."""
+    # By time, not by step: a run killed before it could clear away an older, longer one's.
+    ours = [
+        ((folder / STATE).stat().st_mtime_ns, step, folder)
+        for step, folder in _folders(output)
+        if _is_ours(folder)
+    ]
+    return max(ours)[-1] if ours else None
 
 
 def foreign(output: Path) -> Path | None:
