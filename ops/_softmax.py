@@ -11,16 +11,17 @@ class Exponentials(NamedTuple):
     """A row relative to its maximum, with the mass beside the maximum."""
 
     top: Tensor  # [n] the largest logit
-    gap: Tensor  # [n, V] z - top
+    gap: Tensor  # [n, V] z - top; the exponentials in its place where it was not to be kept
     e: Tensor  # [n, V] exp(z - top): 1 at the maximum
     rest: Tensor  # [n] sum of e without the maximum; NaN where the maximum is not finite
 
 
-def exponentials(z: Tensor) -> Exponentials:
-    """Of logits [n, V], float32 or float64."""
+def exponentials(z: Tensor, keep_gap: bool = True) -> Exponentials:
+    """Of logits [n, V], float32 or float64. Without `keep_gap` a temporary less: on a CPU fresh
+    memory costs as much as the exponential."""
     top = z.amax(dim=-1, keepdim=True)
     gap = z - top
-    e = gap.exp()
+    e = gap.exp() if keep_gap else gap.exp_()
     top = top.squeeze(-1)
     rest = sum_beside_one(e).masked_fill(top.isinf(), float("nan"))
     return Exponentials(top, gap, e, rest)

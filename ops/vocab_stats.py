@@ -85,7 +85,7 @@ def vocab_stats_reference(
     sum, but log1p(row_rest) and row_rest / (1 + row_rest) stay exact as one probability nears 1.
     """
     z = logits.to(accumulation_dtype(logits.dtype))
-    top, gap, e, rest = exponentials(z)
+    top, gap, e, rest = exponentials(z, keep_gap="entropy" in want or "logp_sum" in want)
     log_norm = rest.log1p()
     facts = {"row_max": top, "row_rest": rest}
     if "lse" in want:
@@ -212,6 +212,24 @@ def vocab_stats_backward_reference(
     return dz
 
 
+def softmax_gradient(
+    logits: Tensor,  # [n, V]; overwritten where it has the dtype of row_max and `out` is None
+    labels: Any,  # [n] or None
+    row_max: Tensor,  # [n]
+    row_rest: Tensor,  # [n]
+    coefficients: dict[str, Any],
+    out: Tensor | None = None,  # [n, V] in the dtype of row_max
+) -> Tensor:
+    """The reference's gradient for on_p and at_label alone, which is all that a cross-entropy has:
+    the same arithmetic in one piece of memory, half the time on a CPU."""
+    dz = logits.to(row_max.dtype)
+    dz = torch.sub(dz, row_max[:, None], out=dz if out is None else out).exp_()
+    dz.mul_((1 / (1 + row_rest) * coefficients["on_p"])[:, None])
+    if coefficients["at_label"] is not None:
+        dz.scatter_(-1, labels[:, None], coefficients["at_label"][:, None])
+    return dz
+
+
 def kept_rows(labels: Tensor | None) -> Tensor | None:
     """Indices of the rows that count; None where all do."""
     if labels is None:
@@ -257,18 +275,22 @@ def _backward_torch(
     kept = kept_rows(labels)
     if kept is not None:
         dlogits.zero_()
+    given = {name for name, value in coefficients.items() if value is not None}
+    of_softmax = given in ({"on_p"}, {"on_p", "at_label"})
+    in_place = of_softmax and kept is None and dlogits.dtype == row_max.dtype
     n_rows = logits.shape[0] if kept is None else kept.shape[0]
     for slab in slabs(n_rows, logits.shape[-1]):
         rows = slab if kept is None else kept[slab]
-        dlogits[rows] = vocab_stats_backward_reference(
-            logits[rows],
-            pick(labels, rows),
-            pick(contrast_labels, rows),
-            bag_weights,
-            row_max[rows],
-            row_rest[rows],
-            {name: pick(value, rows) for name, value in coefficients.items()},
-        ).to(dlogits.dtype)
+        z, ids, top, rest = logits[rows], pick(labels, rows), row_max[rows], row_rest[rows]
+        c = {name: pick(value, rows) for name, value in coefficients.items()}
+        if in_place:
+            softmax_gradient(z, ids, top, rest, c, out=dlogits[rows])
+        elif of_softmax:
+            dlogits[rows] = softmax_gradient(z, ids, top, rest, c).to(dlogits.dtype)
+        else:
+            others = (pick(contrast_labels, rows), bag_weights)
+            dz = vocab_stats_backward_reference(z, ids, *others, top, rest, c)
+            dlogits[rows] = dz.to(dlogits.dtype)
 
 
 SEGMENT = 16384  # columns a program reads: fixed, so that a row's sums do not depend on the batch
