@@ -2,9 +2,9 @@
 
 A partial state of a set of columns is (max, rest, ...): `rest` is the sum of exp(z - max) *without*
 the maximal element, so that log1p(rest) and rest / (1 + rest) keep full relative accuracy as one
-probability nears 1. A single column z is the state (z, 0); an empty set is (LOWEST, 0), finite so
-that no difference is -inf + inf. Two states merge by decaying the loser to the winner's maximum:
-columns, lanes and segments share that algebra.
+probability nears 1. A single column z is the state (z, 0); an empty set is (LOWEST, EMPTY), finite
+so that no difference is -inf + inf, with a mass 1 + rest of 0. Two states merge by decaying the
+loser to the maximum of the winner: columns, lanes and segments share that algebra.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # float32's lowest: the maximum of no columns
+EMPTY = tl.constexpr(-1.0)  # the rest of no columns, or of columns that are all -inf
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .online_softmax import (
+    EMPTY,
     LOWEST,
     add_to_rest,
     collapse_rest,
@@ -25,6 +26,8 @@ from .online_softmax import (
     whole_vectors,
 )
 
+COUNTS = ("n_rows", "inner_size")  # change from batch to batch: no reason to compile anew
+PARTS = tl.constexpr(14)  # numbers of a partial state
 NEAR_ORIGIN = tl.constexpr(1.0)  # maxima this close: the two rows' logits may be subtracted
 FAR_ORIGIN = tl.constexpr(32.0)  # beyond it their differences hold too few digits for a sum
 FAR = tl.constexpr(0.3)  # beyond this bend the direct form of a divergence is the more accurate one
@@ -135,8 +138,9 @@ def divergence(near, drift, cross, heat, rest, rest_other, offset):
     is_near = (bend < FAR) & (tl.abs(y) < 0.5) & (tl.abs(offset) <= FAR_ORIGIN)
     bent = bend - log_bend_of(tl.where(is_near, y, 0.0))
     # Where a column's exponential overflowed the two disagree by more than `direct` can be wrong.
-    agree = tl.abs(bent - direct) <= 2e-6 * (scale + entropy)
-    return tl.where(is_near & agree, bent, direct)
+    agree = (direct < 0.5) & (tl.abs(bent - direct) <= 2e-6 * (scale + entropy))
+    kl = tl.where(is_near & agree, bent, direct)
+    return tl.where(kl < 0.0, 0.0, kl)  # rounding alone makes it negative
 
 
 @triton.jit
@@ -149,25 +153,25 @@ def pair_counts(mask_ptr, at, inside):
 
 
 @triton.jit
-def put_plane(partials_ptr, plane, out, value, counts):
+def put_part(partials_ptr, out, index: tl.constexpr, value, counts):
     """Stores one number of every partial state."""
-    tl.store(partials_ptr + plane + out, value, mask=counts)
+    tl.store(partials_ptr + out * PARTS + index, value, mask=counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def vocab_pair_stats_kernel(
     logits_ptr,  # [K, N, V], 16-byte aligned; row 0 starts logits_shift elements later
     target_ptr,  # [N, V] logits or probabilities, likewise
     mask_ptr,  # [K, N] bool, or None: every pair counts
-    partials_ptr,  # [14, K, N, S] fp32: see the stores at the end
-    plane,  # K N S
+    partials_ptr,  # [K, N, S, PARTS] fp32: see the stores at the end
     n_pairs,  # K
     n_rows,  # N
     vocab_size,
+    inner_size,  # either side's rows step by two strides: see row_offset
+    logits_pair_stride,
     logits_outer_stride,
     logits_inner_stride,
     logits_shift,
-    target_inner_size,
     target_outer_stride,
     target_inner_stride,
     target_shift,
@@ -188,10 +192,9 @@ def vocab_pair_stats_kernel(
     counts = pair_counts(mask_ptr, at, pairs < n_pairs)
     any_counts = tl.max(counts.to(tl.int32)) > 0
 
-    t_start = target_shift + row_offset(
-        row, target_inner_size, target_outer_stride, target_inner_stride
-    )
-    z_start = logits_shift + pairs * logits_outer_stride + row * logits_inner_stride
+    t_start = target_shift + row_offset(row, inner_size, target_outer_stride, target_inner_stride)
+    z_start = logits_shift + row_offset(row, inner_size, logits_outer_stride, logits_inner_stride)
+    z_start = z_start + pairs * logits_pair_stride
     shift = (t_start % VEC).to(tl.int32)
     t_row = target_ptr + t_start // VEC * VEC
     z_row = logits_ptr + z_start // VEC * VEC
@@ -201,9 +204,9 @@ def vocab_pair_stats_kernel(
 
     zeros = tl.zeros([PAIRS, BLOCK], tl.float32)
     top = zeros + LOWEST
-    rest = zeros
+    rest = zeros + EMPTY
     t_top = tl.full([1, BLOCK], LOWEST, tl.float32)
-    t_rest = tl.zeros([1, BLOCK], tl.float32)  # of probabilities: their sum
+    t_rest = tl.full([1, BLOCK], 0.0 if PROBS else EMPTY, tl.float32)  # of probabilities: their sum
     t_heat = zeros
     t_cross = zeros
     t_near = zeros
@@ -260,23 +263,23 @@ def vocab_pair_stats_kernel(
         heat, cross, near, drift, centre, PROBS, CROSS, KL, REVERSE_KL,
     )  # fmt: skip
     out = at * tl.num_programs(1) + segment
-    put_plane(partials_ptr, 0 * plane, out, top, counts)
-    put_plane(partials_ptr, 1 * plane, out, rest, counts)
-    put_plane(partials_ptr, 2 * plane, out, t_top, counts)
-    put_plane(partials_ptr, 3 * plane, out, t_rest, counts)
+    put_part(partials_ptr, out, 0, top, counts)
+    put_part(partials_ptr, out, 1, rest, counts)
+    put_part(partials_ptr, out, 2, t_top, counts)
+    put_part(partials_ptr, out, 3, t_rest, counts)
     if CROSS or KL:
-        put_plane(partials_ptr, 4 * plane, out, t_cross, counts)
+        put_part(partials_ptr, out, 4, t_cross, counts)
     if KL:
-        put_plane(partials_ptr, 5 * plane, out, t_heat, counts)
-        put_plane(partials_ptr, 6 * plane, out, t_near, counts)
-        put_plane(partials_ptr, 7 * plane, out, t_drift, counts)
-        put_plane(partials_ptr, 8 * plane, out, t_centre, counts)
+        put_part(partials_ptr, out, 5, t_heat, counts)
+        put_part(partials_ptr, out, 6, t_near, counts)
+        put_part(partials_ptr, out, 7, t_drift, counts)
+        put_part(partials_ptr, out, 8, t_centre, counts)
     if REVERSE_KL:
-        put_plane(partials_ptr, 9 * plane, out, cross, counts)
-        put_plane(partials_ptr, 10 * plane, out, heat, counts)
-        put_plane(partials_ptr, 11 * plane, out, near, counts)
-        put_plane(partials_ptr, 12 * plane, out, drift, counts)
-        put_plane(partials_ptr, 13 * plane, out, centre, counts)
+        put_part(partials_ptr, out, 9, cross, counts)
+        put_part(partials_ptr, out, 10, heat, counts)
+        put_part(partials_ptr, out, 11, near, counts)
+        put_part(partials_ptr, out, 12, drift, counts)
+        put_part(partials_ptr, out, 13, centre, counts)
 
 
 @triton.jit
@@ -317,9 +320,9 @@ def collapse_pair(
 
 
 @triton.jit
-def load_plane(partials_ptr, plane, partial, is_segment, empty):
+def load_part(partials_ptr, partial, index: tl.constexpr, is_segment, empty):
     """One number of every segment's partial state."""
-    return tl.load(partials_ptr + plane + partial, mask=is_segment, other=empty)
+    return tl.load(partials_ptr + partial * PARTS + index, mask=is_segment, other=empty)
 
 
 @triton.jit
@@ -329,13 +332,12 @@ def put(pointer, out, value, counts):
         tl.store(pointer + out, tl.where(counts, value, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def vocab_pair_stats_merge_kernel(
     logits_ptr,  # as in vocab_pair_stats_kernel
     target_ptr,
     mask_ptr,
     partials_ptr,
-    plane,
     row_max_ptr,  # [K, N] fp32, kept for the backward: of the logits
     row_rest_ptr,
     target_max_ptr,  # [K, N] of the target; for probabilities nothing and their sum
@@ -349,10 +351,11 @@ def vocab_pair_stats_merge_kernel(
     n_pairs,
     n_rows,
     vocab_size,
+    inner_size,
+    logits_pair_stride,
     logits_outer_stride,
     logits_inner_stride,
     logits_shift,
-    target_inner_size,
     target_outer_stride,
     target_inner_stride,
     target_shift,
@@ -369,10 +372,9 @@ def vocab_pair_stats_merge_kernel(
     counts = pair_counts(mask_ptr, out, out >= 0)
     n_visible = tl.max(tl.where(counts, n_segments, 0))
     visible = tl.max(tl.where(counts, vocab_size, 0))
-    t_start = target_shift + row_offset(
-        row, target_inner_size, target_outer_stride, target_inner_stride
-    )
-    z_start = logits_shift + pair * logits_outer_stride + row * logits_inner_stride
+    t_start = target_shift + row_offset(row, inner_size, target_outer_stride, target_inner_stride)
+    z_start = logits_shift + row_offset(row, inner_size, logits_outer_stride, logits_inner_stride)
+    z_start += pair * logits_pair_stride
     shift = (t_start % VEC).to(tl.int32)
     lanes = tl.arange(0, LANES)[None, :]
     is_segment = lanes < n_visible
@@ -383,11 +385,14 @@ def vocab_pair_stats_merge_kernel(
     t = tl.load(target_ptr + t_start + columns, mask=is_edge, other=nothing).to(tl.float32)
 
     partial = (pair * n_rows + row) * n_segments + lanes
-    top = load_plane(partials_ptr, 0 * plane, partial, is_segment, LOWEST)
+    top = load_part(partials_ptr, partial, 0, is_segment, LOWEST)
     top = tl.maximum(top, z)
-    rest = load_plane(partials_ptr, 1 * plane, partial, is_segment, 0.0)
-    t_top = load_plane(partials_ptr, 2 * plane, partial, is_segment, LOWEST)
-    t_rest = load_plane(partials_ptr, 3 * plane, partial, is_segment, 0.0)
+    rest = load_part(partials_ptr, partial, 1, is_segment, EMPTY)
+    rest = tl.where(is_edge & (z != float("-inf")), 0.0, rest)
+    t_top = load_part(partials_ptr, partial, 2, is_segment, LOWEST)
+    t_rest = load_part(partials_ptr, partial, 3, is_segment, 0.0 if PROBS else EMPTY)
+    if not PROBS:
+        t_rest = tl.where(is_edge & (t != float("-inf")), 0.0, t_rest)
     zeros = tl.zeros([1, LANES], tl.float32)
     t_cross = zeros
     t_heat = zeros
@@ -400,7 +405,7 @@ def vocab_pair_stats_merge_kernel(
     drift = zeros
     centre = zeros
     if CROSS or KL:
-        t_cross = load_plane(partials_ptr, 4 * plane, partial, is_segment, 0.0)
+        t_cross = load_part(partials_ptr, partial, 4, is_segment, 0.0)
     if PROBS:
         t_rest += t
         t_cross += tl.where(is_edge, scaled_lift(t, 1.0, 0.0, top - z), 0.0)
@@ -412,17 +417,17 @@ def vocab_pair_stats_merge_kernel(
     x = tl.maximum(z, LOWEST) - tl.maximum(t, LOWEST)
     x = tl.minimum(tl.maximum(x, -1e15), 1e15)
     if KL:
-        t_heat = load_plane(partials_ptr, 5 * plane, partial, is_segment, 0.0)
-        t_near = load_plane(partials_ptr, 6 * plane, partial, is_segment, 0.0)
-        t_drift = load_plane(partials_ptr, 7 * plane, partial, is_segment, 0.0)
-        t_centre = load_plane(partials_ptr, 8 * plane, partial, is_segment, 0.0)
+        t_heat = load_part(partials_ptr, partial, 5, is_segment, 0.0)
+        t_near = load_part(partials_ptr, partial, 6, is_segment, 0.0)
+        t_drift = load_part(partials_ptr, partial, 7, is_segment, 0.0)
+        t_centre = load_part(partials_ptr, partial, 8, is_segment, 0.0)
         t_centre = tl.where(is_edge, x, t_centre)
     if REVERSE_KL:
-        cross += load_plane(partials_ptr, 9 * plane, partial, is_segment, 0.0)
-        heat = load_plane(partials_ptr, 10 * plane, partial, is_segment, 0.0)
-        near = load_plane(partials_ptr, 11 * plane, partial, is_segment, 0.0)
-        drift = load_plane(partials_ptr, 12 * plane, partial, is_segment, 0.0)
-        centre = load_plane(partials_ptr, 13 * plane, partial, is_segment, 0.0)
+        cross += load_part(partials_ptr, partial, 9, is_segment, 0.0)
+        heat = load_part(partials_ptr, partial, 10, is_segment, 0.0)
+        near = load_part(partials_ptr, partial, 11, is_segment, 0.0)
+        drift = load_part(partials_ptr, partial, 12, is_segment, 0.0)
+        centre = load_part(partials_ptr, partial, 13, is_segment, 0.0)
         centre = tl.where(is_edge, -x, centre)
     (
         top, rest, t_top, t_rest, t_heat, t_cross, t_near, t_drift, t_centre,
@@ -457,23 +462,26 @@ def vocab_pair_stats_merge_kernel(
 @triton.jit
 def finish(top, rest):
     """The row's maximum, rest and lse; without a finite maximum no probability is defined."""
-    top = tl.where(top == LOWEST, float("-inf"), top)
+    top = tl.where(rest == EMPTY, float("-inf"), top)
     endless = tl.abs(top) == float("inf")
     rest = tl.where(endless, float("nan"), rest)
     return top, rest, tl.where(endless, top, top + log1p(rest))
 
 
 @triton.jit
-def log_of_mixture(d, beta):
-    """log(m / q) of the mixture m = beta q + (1 - beta) p, d = log p - log q; and, for d up to 20,
-    m / q - 1 and p / q - 1."""
-    share = 1.0 - beta + tl.zeros_like(d)
-    _, grow = bend_and_growth(tl.minimum(d, 20.0))
-    x = tl.maximum(share * grow, -1.0 + 1e-7)
-    u = 1.0 + x
-    close = tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
-    far = tl.where(share > 0.0, d + tl.log(tl.maximum(share, 1e-30)), 0.0)
-    return tl.where(d > 20.0, far, close), x, grow
+def mixture_logs(d, beta):
+    """log(m / q), log(p / m), m / q - 1 and p / q - 1 of the mixture m = beta q + (1 - beta) p,
+    d = log p - log q: as in the torch path."""
+    _, u = bend_and_growth(d)
+    _, v = bend_and_growth(-d)
+    x = (1.0 - beta) * u
+    y = beta * v
+    log_m = log1p(tl.maximum(x, -0.5))
+    above = -log1p(tl.maximum(y, -0.5))
+    log_m, above = tl.where(x > -0.5, log_m, d - above), tl.where(y > -0.5, above, d - log_m)
+    log_m = tl.where(d < -80.0, tl.log(beta), tl.where(d > 80.0, d + tl.log(1.0 - beta), log_m))
+    above = tl.where(d > 80.0, -tl.log(1.0 - beta), tl.where(d < -80.0, d - tl.log(beta), above))
+    return log_m, above, x, u
 
 
 @triton.jit
@@ -494,7 +502,7 @@ def at_least(x, bound):
 
 @triton.jit
 def pair_of_logs(z, t, top, rest, t_top, t_rest, EXP: tl.constexpr):
-    """p, q, their logarithms and log p - log q; -1e18 and +-1e15 stand for the infinities, so that
+    """p, q, log p and log p - log q; -1e18 and +-1e15 stand for the infinities, so that
     a probability of 0 times them is 0.
 
     Of rows with a common origin the logits' own difference is exact near p = q; of others it would
@@ -508,26 +516,28 @@ def pair_of_logs(z, t, top, rest, t_top, t_rest, EXP: tl.constexpr):
     own = tl.maximum(z, LOWEST) - tl.maximum(t, LOWEST) - ((top - t_top) + log_rests)
     apart = tl.maximum(gap, LOWEST) - tl.maximum(t_gap, LOWEST) - log_rests
     d = tl.where(tl.abs(top - t_top) <= NEAR_ORIGIN, own, apart)
-    return EXP(log_p), EXP(log_q), log_p, log_q, tl.minimum(tl.maximum(d, -1e15), 1e15)
+    return EXP(log_p), EXP(log_q), log_p, tl.minimum(tl.maximum(d, -1e15), 1e15)
 
 
 @triton.jit
-def jsd_of(p, q, log_p, log_q, d, beta):
+def jsd_of(p, q, d, beta):
     """A column's shares of the divergence and of beta * KL(q || m), without their linear terms.
 
     q ((1 - beta) psi(u) - psi((1 - beta) u)), psi(x) = (1 + x) log(1 + x) - x, u = p / q - 1: the
     terms of first order are gone before anything is rounded, so that nothing cancels near p = q.
+    From u = 2 beta (1 - beta) on they cost less than the difference of the two psi does.
     """
-    log_m, x, u = log_of_mixture(d, beta)
-    near = tl.abs(u) < 0.5
-    close = q * ((1.0 - beta) * entropy_bend(u, d) - entropy_bend(x, log_m))
-    log_mixture = tl.log(tl.maximum(beta * q + (1.0 - beta) * p, 1e-38))
-    far = beta * q * (log_q - log_mixture) + (1.0 - beta) * p * (log_p - log_mixture)
+    log_m, above, x, u = mixture_logs(d, beta)
+    near = tl.abs(u) < 2.0 * beta * (1.0 - beta)
+    close = q * (
+        (1.0 - beta) * entropy_bend(tl.minimum(u, 1.0), d) - entropy_bend(tl.minimum(x, 1.0), log_m)
+    )
+    far = (1.0 - beta) * p * above - beta * q * log_m
     excess = tl.where(d > 20.0, (1.0 - beta) * (p - q), q * x)
     return tl.where(near, close, far), beta * (excess - q * log_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def vocab_jsd_kernel(
     logits_ptr,  # as in vocab_pair_stats_kernel
     target_ptr,
@@ -536,15 +546,15 @@ def vocab_jsd_kernel(
     row_rest_ptr,
     target_max_ptr,
     target_rest_ptr,
-    plane,  # K N S
-    parts_ptr,  # [2, K, N, S] fp32: of each segment, the divergence and its part beta * KL(q || m)
+    parts_ptr,  # [K, N, S, 2] fp32: of each segment, the divergence and its part beta * KL(q || m)
     n_pairs,
     n_rows,
     vocab_size,
+    inner_size,
+    logits_pair_stride,
     logits_outer_stride,
     logits_inner_stride,
     logits_shift,
-    target_inner_size,
     target_outer_stride,
     target_inner_stride,
     target_shift,
@@ -561,10 +571,9 @@ def vocab_jsd_kernel(
     visible = vocab_size
     if mask_ptr is not None:
         visible = tl.where(tl.load(mask_ptr + at) != 0, vocab_size, 0)
-    z_start = logits_shift + pair * logits_outer_stride + row * logits_inner_stride
-    t_start = target_shift + row_offset(
-        row, target_inner_size, target_outer_stride, target_inner_stride
-    )
+    z_start = logits_shift + row_offset(row, inner_size, logits_outer_stride, logits_inner_stride)
+    z_start += pair * logits_pair_stride
+    t_start = target_shift + row_offset(row, inner_size, target_outer_stride, target_inner_stride)
     shift = (t_start % VEC).to(tl.int32)
     z_row = logits_ptr + z_start // VEC * VEC
     t_row = target_ptr + t_start // VEC * VEC
@@ -581,22 +590,22 @@ def vocab_jsd_kernel(
         valid = (positions >= first) & (positions < last)
         z = tl.load(z_row + positions, mask=valid, other=float("-inf")).to(tl.float32)
         t = tl.load(t_row + positions, mask=valid, other=float("-inf")).to(tl.float32)
-        p, q, log_p, log_q, d = pair_of_logs(z, t, top, rest, t_top, t_rest, EXP)
-        both, part = jsd_of(p, q, log_p, log_q, d, beta)
+        p, q, _, d = pair_of_logs(z, t, top, rest, t_top, t_rest, EXP)
+        both, part = jsd_of(p, q, d, beta)
         total += tl.where(valid, both, 0.0)
         on_q += tl.where(valid, part, 0.0)
     if segment == 0:
         positions, valid = edge_columns(lanes, shift, visible, VEC)
         z = tl.load(z_row + positions, mask=valid, other=float("-inf")).to(tl.float32)
         t = tl.load(t_row + positions, mask=valid, other=float("-inf")).to(tl.float32)
-        p, q, log_p, log_q, d = pair_of_logs(z, t, top, rest, t_top, t_rest, EXP)
-        both, part = jsd_of(p, q, log_p, log_q, d, beta)
+        p, q, _, d = pair_of_logs(z, t, top, rest, t_top, t_rest, EXP)
+        both, part = jsd_of(p, q, d, beta)
         total += tl.where(valid, both, 0.0)
         on_q += tl.where(valid, part, 0.0)
     out = at * tl.num_programs(1) + segment
     undefined = 0.0 * (rest + t_rest)  # NaN for a row without a softmax
-    tl.store(parts_ptr + out, tl.sum(total) + undefined)
-    tl.store(parts_ptr + plane + out, tl.sum(on_q) + undefined)
+    tl.store(parts_ptr + out * 2, tl.sum(total) + undefined)
+    tl.store(parts_ptr + out * 2 + 1, tl.sum(on_q) + undefined)
 
 
 @triton.jit
@@ -622,7 +631,7 @@ def pair_gradient(
         dz = on_p * p + on_cross * (t_rest * p - t)
         dt = tl.sum(tl.where(counts, -on_cross * log_p, 0.0), axis=0, keep_dims=True)
         return dz, dt
-    p, q, log_p, log_q, d = pair_of_logs(z, t, top, rest, t_top, t_rest, EXP)
+    p, q, log_p, d = pair_of_logs(z, t, top, rest, t_top, t_rest, EXP)
     # Where both sides agree on one near-certain column, p - q is the difference of what they leave
     # to the rest.
     missing = t_rest / (1.0 + t_rest) - rest / (1.0 + rest)
@@ -631,9 +640,7 @@ def pair_gradient(
     if REVERSE_KL:
         dz += on_reverse * p * d
     if JSD:
-        log_m, _, _ = log_of_mixture(d, beta)
-        # log(p / m): from d = 20 on m is (1 - beta) p to the last digit.
-        above = tl.where(d > 20.0, -tl.log(tl.maximum(1.0 - beta + 0.0 * d, 1e-30)), d - log_m)
+        log_m, above, _, _ = mixture_logs(d, beta)
         dz += on_jsd * (1.0 - beta) * p * above
     dt = 0.0 * q
     if NEED_TARGET:
@@ -646,7 +653,7 @@ def pair_gradient(
     return dz, dt
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def vocab_pair_stats_backward_kernel(
     dlogits_ptr,  # [K, N, V], 16-byte aligned, or None
     dtarget_ptr,  # [N, V], 16-byte aligned, or None
@@ -666,15 +673,21 @@ def vocab_pair_stats_backward_kernel(
     n_pairs,
     n_rows,
     vocab_size,
+    inner_size,
+    logits_pair_stride,
     logits_outer_stride,
     logits_inner_stride,
     logits_shift,
-    target_inner_size,
     target_outer_stride,
     target_inner_stride,
     target_shift,
-    dlogits_stride,  # of a row; pairs lie n_rows rows apart
-    dtarget_stride,
+    dlogits_pair_stride,
+    dlogits_outer_stride,
+    dlogits_inner_stride,
+    dlogits_shift,
+    dtarget_outer_stride,
+    dtarget_inner_stride,
+    dtarget_shift,
     beta,
     PROBS: tl.constexpr,
     EXP: tl.constexpr,
@@ -690,19 +703,21 @@ def vocab_pair_stats_backward_kernel(
     at = pairs * n_rows + row
     counts = pair_counts(mask_ptr, at, inside)
     any_counts = tl.max(counts.to(tl.int32)) > 0
-    z_start = logits_shift + pairs * logits_outer_stride + row * logits_inner_stride
-    t_start = target_shift + row_offset(
-        row, target_inner_size, target_outer_stride, target_inner_stride
-    )
+    z_start = logits_shift + row_offset(row, inner_size, logits_outer_stride, logits_inner_stride)
+    z_start = z_start + pairs * logits_pair_stride
+    t_start = target_shift + row_offset(row, inner_size, target_outer_stride, target_inner_stride)
     shift = (t_start % VEC).to(tl.int32)
     z_row = logits_ptr + z_start // VEC * VEC
     t_row = target_ptr + t_start // VEC * VEC
     dz_row = dlogits_ptr
     dt_row = dtarget_ptr
     if dlogits_ptr is not None:
-        dz_row = dlogits_ptr + at * dlogits_stride // VEC * VEC
+        dz_start = row_offset(row, inner_size, dlogits_outer_stride, dlogits_inner_stride)
+        dz_start = dlogits_shift + dz_start + pairs * dlogits_pair_stride
+        dz_row = dlogits_ptr + dz_start // VEC * VEC
     if dtarget_ptr is not None:
-        dt_row = dtarget_ptr + row * dtarget_stride // VEC * VEC
+        dt_start = row_offset(row, inner_size, dtarget_outer_stride, dtarget_inner_stride)
+        dt_row = dtarget_ptr + (dtarget_shift + dt_start) // VEC * VEC
     first, last = whole_vectors(shift, vocab_size, VEC)
 
     top = tl.load(row_max_ptr + at, mask=counts, other=0.0)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .online_softmax import (
+    EMPTY,
     LOWEST,
     add_to_rest,
     collapse_rest,
@@ -26,7 +27,9 @@ from .online_softmax import (
     whole_vectors,
 )
 
+COUNTS = ("inner_size",)  # changes from batch to batch: no reason to compile anew
 IGNORED = tl.constexpr(-100)
+NOWHERE = tl.constexpr(1 << 30)  # and upwards: where lanes without a state have their maximum
 
 
 @triton.jit
@@ -102,7 +105,7 @@ def collapse(
     return summit, rest, index, heat, squares, logit_sum, bag, seen, offsets
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def vocab_stats_kernel(
     logits_ptr,  # [N, V], 16-byte aligned; row 0 starts base_shift elements later
     labels_ptr,  # [N] int64, or None: every row counts
@@ -137,10 +140,12 @@ def vocab_stats_kernel(
         lanes = tl.arange(0, BLOCK)
 
         top = tl.full([BLOCK], LOWEST, tl.float32)
-        rest = tl.zeros([BLOCK], tl.float32)
-        order = lanes
+        rest = tl.full([BLOCK], EMPTY, tl.float32)
+        # Each lane's first column, which is its maximum where it holds the lowest number.
+        order = segment * SEGMENT + lanes
+        order = order - shift + tl.where(order < first, BLOCK, 0)
         heat = tl.zeros([BLOCK], tl.float32)
-        squares = tl.zeros([BLOCK], tl.float32)
+        squares = tl.full([BLOCK], EMPTY, tl.float32)
         logit_sum = tl.zeros([BLOCK], tl.float32)
         bag = tl.zeros([BLOCK], tl.float32)
         seen = tl.zeros([BLOCK], tl.float32)
@@ -208,7 +213,7 @@ def vocab_stats_kernel(
             tl.store(offsets_ptr + out, offsets)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def vocab_stats_merge_kernel(
     logits_ptr,  # [N, V] as in vocab_stats_kernel
     labels_ptr,  # [N] int64 or None
@@ -260,9 +265,11 @@ def vocab_stats_merge_kernel(
     edge = tl.load(row_ptr + positions, mask=is_edge, other=float("-inf")).to(tl.float32)
     top = tl.load(top_ptr + partial, mask=is_segment, other=LOWEST)
     top = tl.where(is_segment, top, tl.maximum(edge, LOWEST))
+    nothing = tl.where(edge == float("-inf"), EMPTY, 0.0)
     rest = tl.load(rest_ptr + partial, mask=is_segment, other=0.0)
+    rest = tl.where(is_segment, rest, nothing)
     rest = tl.where(edge == edge, rest, edge)  # the maximum above has lost a NaN
-    order = lanes
+    order = NOWHERE + lanes
     heat = tl.zeros([LANES], tl.float32)
     squares = tl.zeros([LANES], tl.float32)
     logit_sum = tl.zeros([LANES], tl.float32)
@@ -270,12 +277,13 @@ def vocab_stats_merge_kernel(
     seen = tl.zeros([LANES], tl.float32)
     offsets = tl.zeros([LANES], tl.float32)
     if index_ptr is not None:
-        order = tl.load(index_ptr + partial, mask=is_segment, other=0)
-        order = tl.where(is_segment, order, columns)
+        index = tl.load(index_ptr + partial, mask=is_segment, other=0)
+        order = tl.where(is_segment, index, tl.where(is_edge, columns, order))
     if heat_ptr is not None:
         heat = tl.load(heat_ptr + partial, mask=is_segment, other=0.0)
     if squares_ptr is not None:
         squares = tl.load(squares_ptr + partial, mask=is_segment, other=0.0)
+        squares = tl.where(is_segment, squares, nothing)
     if logit_sum_ptr is not None:
         logit_sum = tl.load(logit_sum_ptr + partial, mask=is_segment, other=0.0)
         logit_sum += tl.where(is_edge, edge, 0.0)
@@ -304,9 +312,11 @@ def vocab_stats_merge_kernel(
         offsets_ptr,
     )
     # Without a finite maximum no probability is defined, though `rest` alone would not show it.
-    top = tl.where(top == LOWEST, float("-inf"), top)
+    top = tl.where(rest == EMPTY, float("-inf"), top)
+    order = tl.where(order < vocab_size, order, 0)  # NaN, or -inf throughout
     endless = tl.abs(top) == float("inf")
     rest = tl.where(endless, float("nan"), rest)
+    squares = tl.where(endless, float("nan"), squares)
     log_norm = log1p(rest)
     level = tl.where(endless, 0.0, top)  # inf - inf would warn where NaN is right
     put(row_max_ptr, out, top, counts)
@@ -337,10 +347,19 @@ def load_coefficient(pointer, row):
 
 
 @triton.jit
+def load_label(pointer, row, vocab_size):
+    """A row's label, and whether it is one that nobody should have passed: then it is 0, where its
+    coefficients put NaN."""
+    label = tl.load(pointer + row)
+    is_bad = ((label < 0) | (label >= vocab_size)) & (label != IGNORED)
+    return tl.where(is_bad, 0, label).to(tl.int32), is_bad
+
+
+@triton.jit
 def logits_gradient(
     z, columns, valid, top, scale, label, contrast, weights_ptr,
     on_p, on_p_gap, on_p_squared, on_p_weight, on_one, on_weight, at_label, on_label, on_contrast,
-    on_p_gap_ptr, on_p_squared_ptr, on_p_weight_ptr, on_one_ptr, on_weight_ptr,
+    on_p_ptr, on_p_gap_ptr, on_p_squared_ptr, on_p_weight_ptr, on_one_ptr, on_weight_ptr,
     at_label_ptr, on_label_ptr, on_contrast_ptr,
     EXP: tl.constexpr,
 ):  # fmt: skip
@@ -348,7 +367,9 @@ def logits_gradient(
     gap = z - top
     e = EXP(gap)
     p = e * scale
-    dz = e * (scale * on_p)
+    dz = tl.zeros_like(z)
+    if on_p_ptr is not None:
+        dz = e * (scale * on_p)
     if at_label_ptr is not None:
         dz = tl.where(columns == label, at_label, dz)
     if on_p_gap_ptr is not None:
@@ -366,9 +387,9 @@ def logits_gradient(
     return dz
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def vocab_stats_backward_kernel(
-    dlogits_ptr,  # [N, V], 16-byte aligned; row i starts at i * dlogits_stride
+    dlogits_ptr,  # [N, V], 16-byte aligned; row 0 starts dlogits_shift elements later
     logits_ptr,  # [N, V] as in vocab_stats_kernel
     labels_ptr,  # [N] int64 or None
     contrast_ptr,  # [N] int64 or None
@@ -385,8 +406,10 @@ def vocab_stats_backward_kernel(
     on_label_ptr,  # of [v = label]
     on_contrast_ptr,  # of [v = contrast label]
     vocab_size,
-    dlogits_stride,
     inner_size,
+    dlogits_outer_stride,
+    dlogits_inner_stride,
+    dlogits_shift,
     outer_stride,
     inner_stride,
     base_shift,
@@ -398,7 +421,8 @@ def vocab_stats_backward_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     segment = tl.program_id(1)
-    out_start = row * dlogits_stride
+    out_start = dlogits_shift
+    out_start += row_offset(row, inner_size, dlogits_outer_stride, dlogits_inner_stride)
     shift = (out_start % VEC).to(tl.int32)
     out_ptr = dlogits_ptr + out_start // VEC * VEC
     first, last = whole_vectors(shift, vocab_size, VEC)
@@ -414,12 +438,6 @@ def vocab_stats_backward_kernel(
             row_ptr = logits_ptr + (start - shift)
         top = tl.maximum(tl.minimum(tl.load(row_max_ptr + row), -LOWEST), LOWEST)
         scale = 1.0 / (1.0 + tl.load(row_rest_ptr + row))
-        label = -1
-        contrast = -1
-        if labels_ptr is not None:
-            label = tl.load(labels_ptr + row).to(tl.int32)
-        if contrast_ptr is not None:
-            contrast = tl.load(contrast_ptr + row).to(tl.int32)
         on_p = load_coefficient(on_p_ptr, row)
         on_p_gap = load_coefficient(on_p_gap_ptr, row)
         on_p_squared = load_coefficient(on_p_squared_ptr, row)
@@ -429,6 +447,15 @@ def vocab_stats_backward_kernel(
         at_label = load_coefficient(at_label_ptr, row)
         on_label = load_coefficient(on_label_ptr, row)
         on_contrast = load_coefficient(on_contrast_ptr, row)
+        label = -1
+        contrast = -1
+        if labels_ptr is not None:
+            label, is_bad = load_label(labels_ptr, row, vocab_size)
+            scale = tl.where(is_bad, float("nan"), scale)
+            on_label = tl.where(is_bad, float("nan"), on_label)
+        if contrast_ptr is not None:
+            contrast, is_bad = load_label(contrast_ptr, row, vocab_size)
+            on_contrast = tl.where(is_bad, float("nan"), on_contrast)
         for block in range(segment * SEGMENT, stop, BLOCK):
             positions = block + lanes
             valid = (positions >= first) & (positions < last)
@@ -437,8 +464,8 @@ def vocab_stats_backward_kernel(
                 z, positions - shift, valid, top, scale, label, contrast, weights_ptr,
                 on_p, on_p_gap, on_p_squared, on_p_weight, on_one, on_weight,
                 at_label, on_label, on_contrast,
-                on_p_gap_ptr, on_p_squared_ptr, on_p_weight_ptr, on_one_ptr, on_weight_ptr,
-                at_label_ptr, on_label_ptr, on_contrast_ptr,
+                on_p_ptr, on_p_gap_ptr, on_p_squared_ptr, on_p_weight_ptr, on_one_ptr,
+                on_weight_ptr, at_label_ptr, on_label_ptr, on_contrast_ptr,
                 EXP,
             )  # fmt: skip
             tl.store(out_ptr + positions, dz.to(dlogits_ptr.dtype.element_ty), mask=valid)
@@ -448,8 +475,8 @@ def vocab_stats_backward_kernel(
                 z, edges - shift, is_edge, top, scale, label, contrast, weights_ptr,
                 on_p, on_p_gap, on_p_squared, on_p_weight, on_one, on_weight,
                 at_label, on_label, on_contrast,
-                on_p_gap_ptr, on_p_squared_ptr, on_p_weight_ptr, on_one_ptr, on_weight_ptr,
-                at_label_ptr, on_label_ptr, on_contrast_ptr,
+                on_p_ptr, on_p_gap_ptr, on_p_squared_ptr, on_p_weight_ptr, on_one_ptr,
+                on_weight_ptr, at_label_ptr, on_label_ptr, on_contrast_ptr,
                 EXP,
             )  # fmt: skip
             tl.store(out_ptr + edges, dz.to(dlogits_ptr.dtype.element_ty), mask=is_edge)

@@ -8,28 +8,32 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 IGNORED = -100  # the label of a row that does not count
 LARGEST = sys.float_info.max
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def switched_on(variable: str) -> bool:
+    """Whether an environment variable says yes; ValueError for what is neither yes nor no."""
+    value = os.environ.get(variable, "").lower()
+    if value not in ("", "0", "false", "no", "off", "1", "true", "yes", "on"):
+        raise ValueError(f"{variable} must be 1 or 0: got {value!r}")
+    return value in ("1", "true", "yes", "on")
+
+
 def values_checked(tensor: Tensor) -> bool:
-    """Whether checks that read values may run: free on a CPU, a device sync elsewhere, and a break
-    in the graph under torch.compile."""
-    if torch.compiler.is_compiling():
+    """Whether checks that read values may run: free on a CPU, a device sync elsewhere; a break in
+    the graph under torch.compile, and nothing to read in a FakeTensor."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
         return False
-    return tensor.device.type == "cpu" or os.environ.get("ONEPASS_STRICT") == "1"
-
-
-def came(value: object) -> str:
-    """What an argument was, for an error message."""
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {tuple(value.shape)}"
-    return type(value).__name__
+    return tensor.device.type == "cpu" or switched_on("ONEPASS_STRICT")
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -54,11 +58,28 @@ def check_floating(name: str, tensor: object) -> None:
     """ValueError unless `tensor` holds one of the dtypes that the kernels and references know."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor: got {type(tensor).__name__}")
+    check_strided(name, tensor)
     if tensor.dtype not in FLOATS:
+        mend = "" if tensor.is_complex() else f"; convert it with {name}.float()"
         raise ValueError(
-            f"{name} must be float32, bfloat16, float16 or float64: got {tensor.dtype}; "
-            f"convert it with {name}.float()"
+            f"{name} must be float32, bfloat16, float16 or float64: got {tensor.dtype}{mend}"
         )
+    if torch.compiler.is_compiling():
+        return
+    # The operators would answer a forward-mode question with a silent 0.
+    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    if dual or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise NotImplementedError(
+            f"{name} is inside forward-mode AD or a torch.func transform: onepass does not "
+            "serve; use backward() or torch.autograd.grad (create_graph=True for a second one)"
+        )
+
+
+def check_strided(name: str, tensor: Tensor) -> None:
+    """ValueError unless `tensor` is an ordinary dense one."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise ValueError(f"{name} must be a dense tensor: got a {kind} one; convert it first")
 
 
 def check_logits(logits: object) -> None:
@@ -68,13 +89,27 @@ def check_logits(logits: object) -> None:
         raise ValueError(f"logits must be [..., V] with V > 0: got shape {tuple(logits.shape)}")
 
 
-def check_tokens(name: str, labels: Tensor, rows: Sequence[int]) -> None:
-    """ValueError unless `labels` holds integers, one a row."""
-    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    if not whole:
-        raise ValueError(f"{name} must hold class indices (integers): got {came(labels)}")
-    if labels.shape != torch.Size(rows):
-        raise ValueError(f"{name} must have shape {tuple(rows)}: got {tuple(labels.shape)}")
+def check_tokens(name: str, labels: object, logits: Tensor) -> Tensor:
+    """`labels`, after checking that it holds an integer for each row of the logits, on their
+    device."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor: got {type(labels).__name__}")
+    check_strided(name, labels)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"{name} must hold class indices (integers): got {labels.dtype} {tuple(labels.shape)}"
+        )
+    rows = logits.shape[:-1]
+    if labels.shape != rows:
+        mend = ""
+        if logits.dim() > 2 and labels.shape == logits.movedim(-1, 1).shape[:-1]:
+            mend = "; classes are dimension 1 here: flatten both to rows, or masked_cross_entropy"
+        raise ValueError(
+            f"{name} must have one class index a row, shape {tuple(rows)}: "
+            f"got {tuple(labels.shape)}{mend}"
+        )
+    check_same_device(name, labels, "logits", logits)
+    return labels
 
 
 def check_labels(name: str, labels: Tensor, vocab_size: int, ignore_index: int = IGNORED) -> None:
@@ -89,16 +124,20 @@ def check_labels(name: str, labels: Tensor, vocab_size: int, ignore_index: int =
 
 
 def check_weights(name: str, weights: object, rows: Sequence[int]) -> None:
-    """ValueError for a mask or weights that do not fit the rows, or that hold NaN."""
+    """Raises for a mask or weights that do not fit the rows, or that are not finite."""
     if weights is None:
         return
-    if not isinstance(weights, Tensor) or weights.shape != torch.Size(rows):
-        shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise ValueError(f"{name} must have the shape of its rows, {tuple(rows)}: got {shape}")
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor: got {type(weights).__name__}")
+    check_strided(name, weights)
+    if weights.shape != torch.Size(rows):
+        raise ValueError(
+            f"{name} must have the shape of its rows, {tuple(rows)}: got {tuple(weights.shape)}"
+        )
     if weights.is_complex():
         raise ValueError(f"{name} must be bool, integer or floating: got {weights.dtype}")
-    if weights.is_floating_point() and values_checked(weights) and weights.isnan().any():
-        raise ValueError(f"{name} holds NaN: rows that do not count have weight 0")
+    if weights.is_floating_point() and values_checked(weights) and not weights.isfinite().all():
+        raise ValueError(f"{name} holds NaN or inf: rows that do not count have weight 0")
 
 
 def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -119,3 +158,17 @@ def check_want(want: object, facts: tuple[str, ...]) -> tuple[str, ...]:
         if fact not in facts:
             raise ValueError(f"want has no {fact!r}: choose among {', '.join(facts)}")
     return tuple(want)
+
+
+def check_rows_alike(name: str, x: Any, other_name: str, y: Any) -> None:
+    """Raises unless both are floating tensors [..., D], D > 0, of one shape, dtype and device."""
+    check_floating(name, x)
+    check_floating(other_name, y)
+    if x.shape != y.shape or x.dtype != y.dtype:
+        raise ValueError(
+            f"{name} and {other_name} must agree in shape and dtype: got {tuple(x.shape)} "
+            f"{x.dtype} and {tuple(y.shape)} {y.dtype}"
+        )
+    check_same_device(other_name, y, name, x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name} must be [..., D] with D > 0: got shape {tuple(x.shape)}")

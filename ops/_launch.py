@@ -18,6 +18,7 @@ from ._check import check_choice
 
 IMPLS = ("auto", "triton", "torch")
 GPU_TYPES = ("cuda", "xpu")  # ROCm devices call themselves cuda
+ONE_STEP = 1 << 30  # more rows than anyone has
 SLAB_BYTES = 1 << 20  # fp32 working set of the torch path on a CPU: a share of the L2 cache
 
 
@@ -32,7 +33,7 @@ def choose(impl: str, *tensors: Tensor | None) -> bool:
     given = [t for t in tensors if t is not None]
     wish = impl
     if impl == "auto":
-        wish = os.environ.get("ONEPASS_IMPL", "auto")
+        wish = os.environ.get("ONEPASS_IMPL") or "auto"
         check_choice("ONEPASS_IMPL", wish, IMPLS)
     on_gpu = all(t.device.type in GPU_TYPES for t in given)
     if wish == "torch" or (wish == "auto" and not on_gpu):
@@ -93,15 +94,17 @@ def slabs(n_rows: int, row_numel: int) -> list[slice]:
 
 
 class Rows(NamedTuple):
-    """How the rows of [N, V] or [B, S, V] lie in memory, for a kernel that wants 16-byte loads.
+    """How the rows of [N, V], [B, S, V] or [K, B, S, V] lie in memory, for a kernel that wants
+    16-byte loads.
 
-    `base` starts at an aligned address `base_shift` elements before row 0; row i lies at
-    i // inner_size * outer_stride + i % inner_size * inner_stride after that.
+    `base` starts at an aligned address `base_shift` elements before row 0; row i of a group k lies
+    at k * group_stride + i // inner_size * outer_stride + i % inner_size * inner_stride after that.
     """
 
     base: Tensor
     n_rows: int
-    inner_size: int
+    inner_size: int  # ONE_STEP where rows step by one stride: no kernel is compiled anew for N
+    group_stride: int
     outer_stride: int
     inner_stride: int
     base_shift: int
@@ -109,27 +112,31 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, matrix: Tensor) -> Rows:
-        """Describes a [N, V] or [B, S, V] tensor; copies it only if a row is not contiguous."""
+        """Describes such a tensor; copies it only if a row is not contiguous."""
         if matrix.stride(-1) != 1 and matrix.shape[-1] > 1:
             matrix = matrix.contiguous()
-        inner = matrix.shape[-2]
-        outer_stride = matrix.stride(0) if matrix.dim() == 3 else 0
+        sizes = (1, 1, *matrix.shape[:-1])[-3:]
+        strides = (0, 0, *matrix.stride()[:-1])[-3:]
+        # Where there is nothing to step to, a stride tells nothing and so must not differ.
+        group, outer, inner = (s if n > 1 else 0 for n, s in zip(sizes, strides, strict=True))
         vec = 16 // matrix.element_size()
         shift = matrix.data_ptr() % 16 // matrix.element_size()
-        if (
-            shift > matrix.storage_offset()
-        ):  # the storage itself starts unaligned: loads stay narrow
+        if shift > matrix.storage_offset():  # the storage itself is not aligned: narrow loads
             shift, vec = 0, 1
         base = matrix.as_strided((1,), (1,), matrix.storage_offset() - shift)
-        return cls(
-            base,
-            matrix.shape[:-1].numel(),
-            max(inner, 1),
-            outer_stride,
-            matrix.stride(-2),
-            shift,
-            vec,
-        )
+        inner_size = sizes[-1] if sizes[-2] > 1 else ONE_STEP
+        n_rows = matrix.shape[:-1].numel()
+        return cls(base, n_rows, inner_size, group, outer, inner, shift, vec)
+
+    def steps(self) -> tuple[int, int, int, int]:
+        """Where rows start: group, outer and inner stride, shift of row 0."""
+        return self.group_stride, self.outer_stride, self.inner_stride, self.base_shift
+
+    def same_shift(self, other: Rows) -> bool:
+        """Whether the rows of two matrices of one shape are equally far from alignment."""
+        width = max(self.vec, other.vec)
+        pairs = zip(self.steps(), other.steps(), strict=True)
+        return all((own - theirs) % width == 0 for own, theirs in pairs)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -140,3 +147,35 @@ def as_matrix(tensor: Tensor) -> Tensor:
     if tensor.dim() in (2, 3):
         return tensor
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def dense_like(tensor: Tensor) -> Tensor:
+    """Uninitialised and contiguous, of the tensor's shape, dtype and device."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def gradient_like(logits: Tensor) -> Tensor:
+    """An uninitialised gradient of `logits` whose rows lie as far from alignment as theirs, so that
+    loads and stores are both wide; what lies between the rows is zeroed.
+
+    A GEMM may multiply what lies beyond its columns by zero, hence the zeros (NaN there would
+    become NaN in the result). Where the logits are a small part of their memory it is dense.
+    """
+    shape, ordered = logits.shape, logits.stride(-1) == 1 or logits.shape[-1] == 1
+    strides, extents = [1], [logits.shape[-1]]  # from the last dimension to the first
+    for size, stride in zip(shape[-2::-1], logits.stride()[-2::-1], strict=True):
+        ordered = ordered and (size == 1 or stride >= extents[-1])
+        strides.append(stride if size > 1 else extents[-1])
+        extents.append((size - 1) * strides[-1] + extents[-1])
+    numel = logits.numel()
+    if not (ordered and numel and extents[-1] <= 1.25 * numel + 4096):
+        return dense_like(logits)
+    shift = logits.storage_offset() % (16 // logits.element_size())
+    gaps = [stride - inside for stride, inside in zip(strides[1:], extents[:-1], strict=True)]
+    room = logits.new_empty(shift + extents[-1] + sum(gaps))
+    for level, gap in enumerate(gaps, start=1):
+        if gap:
+            outer = strides[: level - 1 : -1]
+            sizes = (*shape[: len(outer)], gap)
+            room.as_strided(sizes, (*outer, 1), shift + extents[level - 1]).zero_()
+    return room.as_strided(shape, strides[::-1], shift)

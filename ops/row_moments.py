@@ -12,21 +12,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._check import check_choice, check_floating, check_same_device
+from ._check import check_choice, check_rows_alike
 from ._declare import declare
-from ._launch import IMPLS, accumulation_dtype, choose, device_of, slabs, warps
+from ._launch import IMPLS, accumulation_dtype, choose, dense_like, device_of, slabs, warps
 from .vocab_stats import mask_rows
 
 
 class RowMoments(NamedTuple):
     """Sums over D of each pair of rows, shape `x.shape[:-1]`, with the layers in front where there
-    are several."""
+    are several:
 
-    dd: Tensor  # sum of (x - y)^2
-    xx: Tensor  # sum of x^2
-    yy: Tensor  # sum of y^2
-    xy: Tensor  # sum of x y
-    difference_of_squares: Tensor  # sum of (x - y)(x + y) = xx - yy, without its cancellation
+        dd                     sum of (x - y)^2
+        xx, yy, xy             sums of x^2, y^2, x y
+        difference_of_squares  sum of (x - y)(x + y): xx - yy without its cancellation
+    """
+
+    dd: Tensor
+    xx: Tensor
+    yy: Tensor
+    xy: Tensor
+    difference_of_squares: Tensor
 
 
 MOMENTS = RowMoments._fields
@@ -119,6 +124,12 @@ def _address(layers: list[Tensor]) -> Tensor | None:
     return table.pin_memory().to(layers[0].device, non_blocking=True)
 
 
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: a table of addresses would be copied from host memory
+    again at each replay, long after that memory is gone. Layers are then launched one by one."""
+    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _meta(layers: list[Tensor]) -> dict[str, Any]:
     import triton
     import triton.language as tl
@@ -151,6 +162,10 @@ def _forward_triton(
 ) -> None:
     from ..kernels.row_moments import row_moments_kernel
 
+    if len(x) > 1 and capturing(x[0]):
+        for layer in range(len(x)):
+            _forward_triton(x[layer:][:1], y[layer:][:1], mask, [t[layer:][:1] for t in out])
+        return
     x, y = _aligned(x), _aligned(y)
     n_rows, hidden_size = x[0].shape
     with device_of(x[0]):
@@ -176,6 +191,12 @@ def _backward_triton(
 ) -> None:
     from ..kernels.row_moments import row_moments_backward_kernel
 
+    if len(x) > 1 and capturing(x[0]):
+        for layer in range(len(x)):
+            dx_, dy_, x_, y_ = (layers[layer:][:1] for layers in (dx, dy, x, y))
+            of_layer = [None if g is None else g[layer:][:1] for g in upstream]
+            _backward_triton(dx_, dy_, x_, y_, mask, of_layer)
+        return
     x, y = _aligned(x), _aligned(y)
     n_rows, hidden_size = x[0].shape
     with device_of(x[0]):
@@ -197,6 +218,9 @@ def _forward(
     x: list[Tensor], y: list[Tensor], mask: Tensor | None, triton: bool
 ) -> tuple[Tensor, ...]:
     out = _forward_fake(x, y, mask, triton)
+    if not triton and mask is not None:
+        for moment in out:
+            moment.zero_()
     if out[0].numel():
         run = _forward_triton if triton else _forward_torch
         run(_matrices(x), _matrices(y), mask, [t.view(len(x), -1) for t in out])
@@ -208,19 +232,12 @@ def _forward_fake(
 ) -> tuple[Tensor, ...]:
     shape = (len(x), *x[0].shape[:-1])
     dtype = accumulation_dtype(x[0].dtype)
-    return tuple(x[0].new_zeros(shape, dtype=dtype) for _ in MOMENTS)
-
-
-_row_moments_backward_schema = (
-    "row_moments_backward(Tensor[] x, Tensor[] y, Tensor? mask, "
-    + ", ".join(f"Tensor? on_{name}" for name in MOMENTS)
-    + ", bool need_x, bool need_y, bool triton) -> Tensor[]"
-)
+    return tuple(x[0].new_empty(shape, dtype=dtype) for _ in MOMENTS)
 
 
 def _empty_grads(x: list[Tensor], need_x: bool, need_y: bool) -> tuple[list[Tensor], list[Tensor]]:
     def like() -> list[Tensor]:
-        return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in x]
+        return [dense_like(t) for t in x]
 
     return like() if need_x else [], like() if need_y else []
 
@@ -253,7 +270,11 @@ def _backward_fake(
 
 
 _row_moments_backward = declare(
-    _row_moments_backward_schema, implementation=_backward_op, fake=_backward_fake
+    "row_moments_backward(Tensor[] x, Tensor[] y, Tensor? mask, "
+    + ", ".join(f"Tensor? on_{name}" for name in MOMENTS)
+    + ", bool need_x, bool need_y, bool triton) -> Tensor[]",
+    implementation=_backward_op,
+    fake=_backward_fake,
 )
 
 
@@ -330,7 +351,7 @@ def row_moments(
         lists.
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit.
+        TypeError: not a tensor. ValueError: shapes, dtypes, devices or options that do not fit.
 
     Formula: dd = sum (x - y)^2, xx = sum x^2, yy = sum y^2, xy = sum x y,
     difference_of_squares = sum (x - y)(x + y).
@@ -352,21 +373,12 @@ def row_moments(
         )
     for layer, (x_layer, y_layer) in enumerate(zip(xs, ys, strict=True)):
         at = "" if single else f"[{layer}]"
-        check_floating(f"x{at}", x_layer)
-        check_floating(f"y{at}", y_layer)
-        if x_layer.shape != y_layer.shape or x_layer.dtype != y_layer.dtype:
-            raise ValueError(
-                f"x{at} and y{at} must agree in shape and dtype: got {tuple(x_layer.shape)} "
-                f"{x_layer.dtype} and {tuple(y_layer.shape)} {y_layer.dtype}"
-            )
+        check_rows_alike(f"x{at}", x_layer, f"y{at}", y_layer)
         if x_layer.shape != xs[0].shape or x_layer.dtype != xs[0].dtype:
             raise ValueError(
                 f"all layers must agree: x[0] is {tuple(xs[0].shape)} {xs[0].dtype}, "
                 f"x{at} {tuple(x_layer.shape)} {x_layer.dtype}"
             )
-        check_same_device(f"y{at}", y_layer, f"x{at}", x_layer)
-    if xs[0].dim() == 0 or xs[0].shape[-1] == 0:
-        raise ValueError(f"x must be [..., D] with D > 0: got shape {tuple(xs[0].shape)}")
     flags = None if mask is None else mask_rows(mask, xs[0])
     moments = _row_moments(xs, ys, flags, choose(impl, *xs, *ys))
     return RowMoments(*(m[0] for m in moments)) if single else RowMoments(*moments)

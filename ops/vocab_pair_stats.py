@@ -29,26 +29,37 @@ from ._launch import (
     IMPLS,
     Rows,
     accumulation_dtype,
-    as_matrix,
     choose,
+    dense_like,
     device_of,
     exponential,
+    gradient_like,
     slabs,
     warps,
 )
 from ._softmax import exponentials
-from .vocab_stats import SEGMENT, THREADS, gradient_like, mask_rows
+from .vocab_stats import SEGMENT, THREADS, mask_rows
 
 
 class VocabPairStats(NamedTuple):
-    """Per-row facts, each of shape `logits.shape[:-1]`, in nats; None where not asked for."""
+    """Per-row facts, each of shape `logits.shape[:-1]`; None where not asked for by `want`.
 
-    cross_entropy: Tensor  # -sum_v q_v log p_v
-    kl: Tensor  # KL(q || p) = sum_v q_v (log q_v - log p_v)
-    reverse_kl: Tensor  # KL(p || q)
-    jsd: Tensor  # beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p
-    lse: Tensor  # of the logits
-    target_lse: Tensor  # of the target logits
+    With p = softmax(logits), q the target's probabilities, natural logarithms:
+
+        cross_entropy  -sum_v q_v log p_v
+        kl             KL(q || p) = sum_v q_v (log q_v - log p_v)
+        reverse_kl     KL(p || q)
+        jsd            beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p
+        lse            log sum_v exp(logits_v)
+        target_lse     the same of the target logits
+    """
+
+    cross_entropy: Tensor
+    kl: Tensor
+    reverse_kl: Tensor
+    jsd: Tensor
+    lse: Tensor
+    target_lse: Tensor
 
 
 FACTS = VocabPairStats._fields
@@ -87,7 +98,7 @@ class Side(NamedTuple):
 
     @property
     def logp(self) -> Tensor:
-        return (self.gap - self.rest.log1p()[:, None]).clamp_min(-1e30)
+        return (self.gap - self.rest.log1p()[:, None]).clamp_min(-1e18)
 
     @property
     def lse(self) -> Tensor:
@@ -96,7 +107,7 @@ class Side(NamedTuple):
     @property
     def entropy(self) -> Tensor:
         # A gap of -inf goes with an exponential of 0, which the clamp lets count as 0.
-        heat = (self.e * self.gap.clamp_min(-1e30)).sum(-1)
+        heat = (self.e * self.gap.clamp_min(-1e18)).sum(-1)
         return self.rest.log1p() - heat / (1 + self.rest)
 
     def cross_entropy(self, other: Side) -> Tensor:
@@ -160,25 +171,27 @@ def log_ratio(above: Side, below: Side) -> Tensor:
     return torch.where((above.e > 0) | (below.e > 0), d, 0.0).clamp(-1e15, 1e15)
 
 
-def log_of_mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """log(m / q), m = beta q + (1 - beta) p, d = log p - log q; and m / q - 1, for d up to 20."""
-    far = far_apart(d)
-    x = ((1 - beta) * torch.expm1(d.clamp_max(far))).clamp_min(-1 + 1e-7)
-    if beta == 1:
-        return x.log1p(), x
-    return torch.where(d > far, d + math.log(1 - beta), x.log1p()), x
+FAR_APART = 20.0  # log-ratio beyond which one side is all that counts of p - q
+LAST_EXP = 80.0  # beyond it expm1 overflows, and one side makes up the mixture to the last digit
 
 
-def far_apart(d: Tensor) -> float:
-    """The log-ratio from which on one side makes up the mixture to the dtype's last digit."""
-    return 20.0 if d.dtype != torch.float64 else 40.0
+def mixture_logs(d: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """log(m / q), log(p / m) and m / q - 1 of the mixture m = beta q + (1 - beta) p, given
+    d = log p - log q; 0 < beta < 1.
 
-
-def log_above_mixture(d: Tensor, log_m: Tensor, beta: float) -> Tensor:
-    """log(p / m)."""
-    if beta == 1:
-        return d - log_m
-    return torch.where(d > far_apart(d), -math.log(1 - beta), d - log_m)
+    Each logarithm is log1p of what the mixture differs by, or d less the other one where that
+    difference nears -1 and would have lost its digits.
+    """
+    x = (1 - beta) * torch.expm1(d.clamp_max(LAST_EXP))
+    y = beta * torch.expm1((-d).clamp_max(LAST_EXP))
+    log_m, above = x.clamp_min(-0.5).log1p(), -y.clamp_min(-0.5).log1p()
+    log_m, above = torch.where(x > -0.5, log_m, d - above), torch.where(y > -0.5, above, d - log_m)
+    p_rules, q_rules = d > LAST_EXP, d < -LAST_EXP
+    log_m = torch.where(q_rules, math.log(beta), log_m)
+    above = torch.where(p_rules, -math.log1p(-beta), above)
+    log_m = torch.where(p_rules, d + math.log1p(-beta), log_m)
+    above = torch.where(q_rules, d - math.log(beta), above)
+    return log_m, above, x
 
 
 def entropy_bend(x: Tensor, log_1p: Tensor) -> Tensor:
@@ -213,15 +226,17 @@ def jensen_shannon(s: Side, t: Side, beta: float) -> tuple[Tensor, Tensor]:
 def close_jensen_shannon(s: Side, t: Side, beta: float) -> tuple[Tensor, Tensor]:
     """The same for p near q: q ((1 - beta) psi(u) - psi((1 - beta) u)), u = p / q - 1 and
     psi(x) = (1 + x) log(1 + x) - x. The terms of first order are gone before anything is rounded.
+
+    From u = 2 beta (1 - beta) on those terms cost less than the difference of the two psi does.
     """
     p, q = s.p, t.p
     d = log_ratio(s, t)
-    log_m, x = log_of_mixture(d, beta)
-    u = torch.expm1(d.clamp_max(far_apart(d)))
-    near = u.abs() < 0.5
-    close = q * ((1 - beta) * entropy_bend(u, d) - entropy_bend(x, log_m))
-    far = (1 - beta) * p * log_above_mixture(d, log_m, beta) - beta * q * log_m
-    excess = torch.where(d > far_apart(d), (1 - beta) * (p - q), q * x)
+    log_m, above, x = mixture_logs(d, beta)
+    u = torch.expm1(d.clamp_max(1.0))  # larger ones are not near
+    near = u.abs() < 2 * beta * (1 - beta)
+    close = q * ((1 - beta) * entropy_bend(u, d) - entropy_bend(x.clamp_max(1.0), log_m))
+    far = (1 - beta) * p * above - beta * q * log_m
+    excess = torch.where(d > FAR_APART, (1 - beta) * (p - q), q * x)
     return (
         torch.where(near, close, far).sum(-1),
         beta * (excess - q * log_m).sum(-1),
@@ -323,8 +338,8 @@ def vocab_pair_stats_backward_reference(
     if coefficients["on_reverse"] is not None:
         dz = dz + c["on_reverse"] * p * d
     if has_jsd:
-        log_m, _ = log_of_mixture(d, beta)
-        dz = dz + c["on_jsd"] * (1 - beta) * p * log_above_mixture(d, log_m, beta)
+        log_m, above, _ = mixture_logs(d, beta)
+        dz = dz + c["on_jsd"] * (1 - beta) * p * above
     if not need_target:
         return dz, None
     dt = q * (c["on_q"] - c["on_cross"] * s.logp - c["on_kl"] * d) - c["on_reverse"] * gap
@@ -372,8 +387,8 @@ def _forward_torch(
 
 
 def _backward_torch(
-    dlogits: Tensor | None,  # [K, N, V], zeros
-    dtarget: Tensor | None,  # [N, V], zeros
+    dlogits: Tensor | None,  # [K, N, V], zeros where there is a mask
+    dtarget: Tensor | None,  # [N, V]
     logits: Tensor,
     target: Tensor,
     mask: Tensor | None,
@@ -416,72 +431,61 @@ def _backward_torch(
             dtarget[slab] = held.to(dtarget.dtype)
 
 
-def _vector(sides: Sequence[tuple[int, int, int, int]], vec: int, n_pairs: int, n_rows: int) -> int:
-    """`vec` where all matrices step through memory equally far from alignment, else 1 (narrow
-    accesses).
-
-    Each side is (shift of row 0, stride of a pair, stride of a row, stride of the target's outer
-    rows).
-    """
-    shift, _, row, _ = sides[0]
-    for other_shift, pair_stride, row_stride, outer_stride in sides:
-        alike = (other_shift - shift) % vec == 0 and (row_stride - row) % vec == 0
-        if not alike or (n_pairs > 1 and pair_stride % vec) or outer_stride % vec:
-            return 1
-    return vec
-
-
 class _Layout(NamedTuple):
-    """Both sides as the kernels take them."""
+    """Matrices as the kernels take them: logits, target, and where they are wanted the gradients of
+    either."""
 
+    sizes: tuple[int, int, int]  # K, N, V
     z: Rows
     t: Rows
-    sizes: tuple[int, int, int]  # K, N, V
-    strides: tuple[int, ...]
+    dz: Rows | None
+    dt: Rows | None
 
     @classmethod
-    def of(cls, logits: Tensor, target: Tensor) -> _Layout:
-        z, t = Rows.of(logits), Rows.of(as_matrix(target))
-        n_pairs, n_rows, vocab_size = logits.shape
-        return cls(
-            z,
-            t,
-            (n_pairs, n_rows, vocab_size),
-            (
-                z.outer_stride,
-                z.inner_stride,
-                z.base_shift,
-                t.inner_size,
-                t.outer_stride,
-                t.inner_stride,
-                t.base_shift,
-            ),
-        )
+    def of(
+        cls,
+        logits: Tensor,  # [K, B, S, V]
+        target: Tensor,  # [B, S, V]
+        dlogits: Tensor | None = None,
+        dtarget: Tensor | None = None,
+    ) -> _Layout:
+        n_pairs, outer, inner, vocab_size = logits.shape
+        gradients = (None if g is None else Rows.of(g) for g in (dlogits, dtarget))
+        sizes = (n_pairs, outer * inner, vocab_size)
+        return cls(sizes, Rows.of(logits), Rows.of(target), *gradients)
 
-    def vec(self, *gradients: Tensor | None) -> int:
-        n_pairs, n_rows, _ = self.sizes
-        width = max(self.z.vec, self.t.vec)
-        z_side = (self.z.base_shift, self.z.outer_stride, self.z.inner_stride, 0)
-        outer = 0
-        if self.t.n_rows > self.t.inner_size:
-            outer = self.t.outer_stride - self.t.inner_size * self.t.inner_stride
-        t_side = (self.t.base_shift, 0, self.t.inner_stride, outer)
-        own = [(0, n_rows * g.stride(-2), g.stride(-2), 0) for g in gradients if g is not None]
-        return _vector([t_side, z_side, *own], width, n_pairs, n_rows)
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        return (*self.sizes, self.z.inner_size, *self.z.steps(), *self.t.steps()[1:])
+
+    @property
+    def gradient_arguments(self) -> tuple[int, ...]:
+        nowhere = (0, 0, 0, 0)
+        dz_steps = nowhere if self.dz is None else self.dz.steps()
+        dt_steps = nowhere if self.dt is None else self.dt.steps()
+        return (*dz_steps, *dt_steps[1:])
+
+    @property
+    def vec(self) -> int:
+        """The width of loads where all rows are equally far from alignment, else 1."""
+        others = [side for side in (self.z, self.dz, self.dt) if side is not None]
+        if not all(self.t.same_shift(side) for side in others):
+            return 1
+        return max(side.vec for side in (self.t, *others))
 
 
-def _block(pairs: int, logits: Tensor, target: Tensor) -> int:
+def _block(threads: int, pairs: int, logits: Tensor, target: Tensor) -> int:
     """Columns per loop turn: a 16-byte load a thread, over all pairs; less for a short row."""
     import triton
 
     size = max(logits.element_size(), target.element_size())
-    tile = THREADS * 16 // size // pairs
+    tile = threads * 16 // size // pairs
     return max(64, min(tile, triton.next_power_of_2(logits.shape[-1] + 16)))
 
 
 def _forward_triton(
-    logits: Tensor,
-    target: Tensor,
+    logits: Tensor,  # [K, B, S, V]
+    target: Tensor,  # [B, S, V]
     mask: Tensor | None,
     probs: bool,
     want: Sequence[str],
@@ -491,6 +495,7 @@ def _forward_triton(
     import triton
 
     from ..kernels.vocab_pair_stats import (
+        PARTS,
         vocab_jsd_kernel,
         vocab_pair_stats_kernel,
         vocab_pair_stats_merge_kernel,
@@ -498,9 +503,11 @@ def _forward_triton(
 
     layout = _Layout.of(logits, target)
     n_pairs, n_rows, vocab_size = layout.sizes
-    vec = layout.vec()
+    vec = layout.vec
     n_segments = triton.cdiv(vocab_size + vec, SEGMENT)
     tile = min(4, triton.next_power_of_2(n_pairs))
+    many_sums = tile > 1 and ("kl" in want or "reverse_kl" in want)
+    threads = THREADS // 2 if many_sums else THREADS
     flags = {
         "PROBS": probs,
         "CROSS": "cross_entropy" in want,
@@ -510,7 +517,7 @@ def _forward_triton(
     }
     states = (out["row_max"], out["row_rest"], out["target_max"], out["target_rest"])
     partials = torch.empty(
-        (14, n_pairs, n_rows, n_segments), dtype=torch.float32, device=logits.device
+        (n_pairs, n_rows, n_segments, PARTS.value), dtype=torch.float32, device=logits.device
     )
     with device_of(logits):
         vocab_pair_stats_kernel[(n_rows, n_segments, triton.cdiv(n_pairs, tile))](
@@ -518,27 +525,24 @@ def _forward_triton(
             layout.t.base,
             mask,
             partials,
-            partials[0].numel(),
-            *layout.sizes,
-            *layout.strides,
+            *layout.arguments,
             **flags,
             EXP=exponential(logits),
             SEGMENT=SEGMENT,
             PAIRS=tile,
-            BLOCK=_block(tile, logits, target),
-            num_warps=warps(THREADS, logits),
+            # Half the load a thread: else the sums of several pairs would not fit the registers.
+            BLOCK=_block(threads, tile * 2 if many_sums else tile, logits, target),
+            num_warps=warps(threads, logits),
         )
         vocab_pair_stats_merge_kernel[(n_rows * n_pairs,)](
             layout.z.base,
             layout.t.base,
             mask,
             partials,
-            partials[0].numel(),
             *states,
             *(out.get(name) for name in ("cross_entropy", "kl", "reverse_kl", "lse", "target_lse")),
             n_segments,
-            *layout.sizes,
-            *layout.strides,
+            *layout.arguments,
             **flags,
             LANES=triton.next_power_of_2(n_segments + 2 * vec),
             num_warps=1,
@@ -547,24 +551,22 @@ def _forward_triton(
             for name in ("jsd", "jsd_q", "jsd_p"):
                 out[name].zero_()
         elif "jsd" in want:
-            parts = partials[:2]
+            parts = partials.new_empty((n_pairs, n_rows, n_segments, 2))
             vocab_jsd_kernel[(n_rows * n_pairs, n_segments)](
                 layout.z.base,
                 layout.t.base,
                 mask,
                 *states,
-                partials[0].numel(),
                 parts,
-                *layout.sizes,
-                *layout.strides,
+                *layout.arguments,
                 float(beta),
                 EXP=exponential(logits),
                 VEC=vec,
                 SEGMENT=SEGMENT,
-                BLOCK=_block(1, logits, target),
+                BLOCK=_block(THREADS, 1, logits, target),
                 num_warps=warps(THREADS, logits),
             )
-            for name, part in zip(("jsd", "jsd_q"), parts.sum(-1), strict=True):
+            for name, part in zip(("jsd", "jsd_q"), parts.sum(2).unbind(-1), strict=True):
                 if mask is not None:  # a pair that does not count has no maxima to measure from
                     part = torch.where(mask.view(n_pairs, n_rows), part, 0.0)
                 out[name].copy_(part)
@@ -572,10 +574,10 @@ def _forward_triton(
 
 
 def _backward_triton(
-    dlogits: Tensor | None,  # [K, N, V]
-    dtarget: Tensor | None,  # [N, V]
-    logits: Tensor,
-    target: Tensor,
+    dlogits: Tensor | None,  # of the shape of logits
+    dtarget: Tensor | None,  # of the shape of target
+    logits: Tensor,  # [K, B, S, V]
+    target: Tensor,  # [B, S, V]
     mask: Tensor | None,
     probs: bool,
     beta: float,
@@ -589,30 +591,28 @@ def _backward_triton(
     if logits.shape[0] > MOST_PAIRS:
         _backward_in_parts(dlogits, dtarget, logits, target, mask, probs, beta, facts, coefficients)
         return
-    layout = _Layout.of(logits, target)
+    layout = _Layout.of(logits, target, dlogits, dtarget)
     n_pairs, n_rows, vocab_size = layout.sizes
-    vec = layout.vec(dlogits, dtarget)
+    vec = layout.vec
     tile = triton.next_power_of_2(n_pairs)
     with device_of(logits):
         vocab_pair_stats_backward_kernel[(n_rows, triton.cdiv(vocab_size + vec, SEGMENT))](
-            dlogits,
-            dtarget,
+            None if layout.dz is None else layout.dz.base,
+            None if layout.dt is None else layout.dt.base,
             layout.z.base,
             layout.t.base,
             mask,
             *(facts[name] for name in STATES[:4]),
             *(coefficients[name] for name in COEFFICIENTS),
-            *layout.sizes,
-            *layout.strides,
-            0 if dlogits is None else dlogits.stride(-2),
-            0 if dtarget is None else dtarget.stride(-2),
+            *layout.arguments,
+            *layout.gradient_arguments,
             float(beta),
             PROBS=probs,
             EXP=exponential(logits),
             VEC=vec,
             SEGMENT=SEGMENT,
             PAIRS=tile,
-            BLOCK=_block(tile, logits, target),
+            BLOCK=_block(THREADS, tile, logits, target),
             num_warps=warps(THREADS, logits),
         )
 
@@ -620,8 +620,8 @@ def _backward_triton(
 def _backward_in_parts(
     dlogits: Tensor | None,
     dtarget: Tensor | None,
-    logits: Tensor,
-    target: Tensor,
+    logits: Tensor,  # [K, B, S, V]
+    target: Tensor,  # [B, S, V]
     mask: Tensor | None,
     probs: bool,
     beta: float,
@@ -638,7 +638,7 @@ def _backward_in_parts(
             share,
             logits[part],
             target,
-            None if mask is None else mask.view(logits.shape[:-1])[part],
+            None if mask is None else mask.view(logits.shape[0], -1)[part],
             probs,
             beta,
             {name: fact[part] for name, fact in facts.items()},
@@ -651,11 +651,18 @@ def _backward_in_parts(
 
 
 def _stack(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """logits as [K, N, V] and target as [N, V]."""
-    vocab_size = target.shape[-1]
-    flat = target.reshape(target.shape[:-1].numel(), vocab_size)
+    """logits as [K, B, S, V] and target as [B, S, V]: sliced batches need no copy for that."""
+    inner, vocab_size = (1, *target.shape)[-2:]
+    outer = target.shape[:-2].numel()
     n_pairs = logits.shape[: logits.dim() - target.dim()].numel()
-    return logits.reshape(n_pairs, flat.shape[0], vocab_size), flat
+    z = logits.reshape(n_pairs, outer, inner, vocab_size)
+    return z, target.reshape(outer, inner, vocab_size)
+
+
+def _flat_stack(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """logits as [K, N, V] and target as [N, V]."""
+    z, t = _stack(logits, target)
+    return z.flatten(1, 2), t.flatten(0, 1)
 
 
 def _empty_facts(logits: Tensor, want: Sequence[str], triton: bool) -> dict[str, Tensor]:
@@ -685,10 +692,14 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     facts = _empty_facts(logits, want, triton)
     if facts["row_max"].numel():
-        z, t = _stack(logits, target)
-        flat = {name: fact.view(z.shape[:-1]) for name, fact in facts.items()}
+        z, t = (_stack if triton else _flat_stack)(logits, target)
+        flat = {name: fact.view(z.shape[0], -1) for name, fact in facts.items()}
         run = _forward_triton if triton else _forward_torch
         run(z, t, mask, probs, want, beta, flat)
+    if "jsd" in want and not is_one_side(beta):
+        # Probabilities that sum to 1 and a few digits may exceed what the divergence can be.
+        most = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
+        facts["jsd"].clamp_(max=most)
     return _as_outputs(logits, facts)
 
 
@@ -705,12 +716,14 @@ def _forward_fake(
 
 
 def _empty_grads(
-    logits: Tensor, target: Tensor, need_logits: bool, need_target: bool
+    logits: Tensor, target: Tensor, need_logits: bool, need_target: bool, triton: bool
 ) -> tuple[Tensor, Tensor]:
     """Uninitialised gradients of both sides; empty where nobody asks."""
+    room = gradient_like if triton else dense_like
+    z, t = _stack(logits, target)
     return (
-        gradient_like(logits) if need_logits else logits.new_empty(0),
-        gradient_like(target) if need_target else target.new_empty(0),
+        room(z).view(logits.shape) if need_logits else logits.new_empty(0),
+        room(t).view(target.shape) if need_target else target.new_empty(0),
     )
 
 
@@ -727,11 +740,11 @@ def _backward_op(
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     *values, need_logits, need_target, triton = rest
-    dlogits, dtarget = _empty_grads(logits, target, need_logits, need_target)
+    dlogits, dtarget = _empty_grads(logits, target, need_logits, need_target, triton)
     if row_max.numel():
-        z, t = _stack(logits, target)
-        shape = z.shape[:-1]
-        if not triton:
+        z, t = (_stack if triton else _flat_stack)(logits, target)
+        shape = (z.shape[0], row_max.numel() // z.shape[0])
+        if not triton and mask is not None:
             dlogits.zero_()
         run = _backward_triton if triton else _backward_torch
         run(
@@ -759,7 +772,7 @@ def _backward_op(
 
 
 def _backward_fake(logits: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _empty_grads(logits, target, rest[-3], rest[-2])
+    return _empty_grads(logits, target, *rest[-3:])
 
 
 _vocab_pair_stats_backward = declare(
@@ -820,7 +833,7 @@ def _twice_differentiable(
     beta: float,
 ) -> tuple[Tensor, Tensor]:
     """The same gradients in torch operations that autograd can follow, for create_graph=True."""
-    z, t = _stack(logits, target)
+    z, t = _flat_stack(logits, target)
     n_pairs, n_rows, _ = z.shape
     dlogits, dtarget = [], torch.zeros_like(t, dtype=accumulation_dtype(t.dtype))
     for k, kept in _pairs(n_pairs, n_rows, mask):
@@ -875,8 +888,8 @@ def vocab_pair_stats(
     Args:
         logits: [..., V] float32, bfloat16, float16 (float64 through the torch path), any strides.
         target_logits: [..., V], of the shape of logits or of its trailing part: logits [K, N, V]
-            share each of the targets [N, V] among K rows, and the targets are read once. Any
-            floating dtype.
+            share each of the targets [N, V] among K rows, and a target row is read once for four
+            of them (jsd reads both sides once more, each pair by itself). Any floating dtype.
         target_probs: the same, holding probabilities (taken as they are), for cross_entropy and
             lse.
         mask: logits.shape[:-1], rows that count (nonzero); others are not read, their facts and
@@ -888,10 +901,10 @@ def vocab_pair_stats(
     Returns:
         VocabPairStats with the wanted fields, float32 (float64 for float64 logits), differentiable
         with respect to both sides; one backward kernel serves whatever mix of upstream gradients
-        arrives.
+        arrives (a launch for each 64 rows that share a target).
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit.
+        TypeError: not a tensor. ValueError: shapes, dtypes, devices or options that do not fit.
 
     Formula, q = softmax(target_logits), p = softmax(logits), m = beta q + (1 - beta) p:
     cross_entropy = -sum q log p, kl = sum q log(q / p), reverse_kl = sum p log(p / q),
@@ -899,7 +912,8 @@ def vocab_pair_stats(
     """
     check_logits(logits)
     if (target_logits is None) == (target_probs is None):
-        raise ValueError("pass either target_logits or target_probs: got both or neither")
+        came = "neither" if target_logits is None else "both"
+        raise ValueError(f"pass one of target_logits and target_probs: got {came}")
     probs = target_probs is not None
     target: Any = target_probs if target_probs is not None else target_logits
     name = "target_probs" if probs else "target_logits"

@@ -18,6 +18,8 @@ from ._check import (
     check_floating,
     check_labels,
     check_logits,
+    check_same_device,
+    check_tokens,
     check_want,
     check_weights,
     values_checked,
@@ -29,8 +31,10 @@ from ._launch import (
     accumulation_dtype,
     as_matrix,
     choose,
+    dense_like,
     device_of,
     exponential,
+    gradient_like,
     slabs,
     warps,
 )
@@ -38,19 +42,32 @@ from ._softmax import exponentials, sum_beside_one
 
 
 class VocabStats(NamedTuple):
-    """Per-row facts, each of shape `logits.shape[:-1]`; None where not asked for. p =
-    softmax(logits)."""
+    """Per-row facts of logits z [..., V], each of shape [...]; None where not asked for by `want`.
 
-    lse: Tensor  # log sum_v exp(z_v)
-    label_logit: Tensor  # z_label
-    contrast_logit: Tensor  # z_contrast_label
-    logp: Tensor  # log p_label
-    entropy: Tensor  # -sum_v p_v log p_v, in nats
-    logit_sum: Tensor  # sum_v z_v
-    logp_sum: Tensor  # sum_v w_v log p_v; w = bag_weights, or 1
-    sum_sq_probs: Tensor  # log sum_v p_v^2
-    bag_mass: Tensor  # sum_v w_v p_v; w = bag_weights
-    argmax: Tensor  # int64, the first column of the largest logit
+    With p = softmax(z), w = bag_weights (1 where none were given), natural logarithms:
+
+        lse             log sum_v exp(z_v)
+        label_logit     z at the label
+        contrast_logit  z at the contrast label
+        logp            log p at the label
+        entropy         -sum_v p_v log p_v
+        logit_sum       sum_v z_v
+        logp_sum        sum_v w_v log p_v
+        sum_sq_probs    log sum_v p_v^2
+        bag_mass        sum_v w_v p_v
+        argmax          first column of the largest logit, int64, not differentiable
+    """
+
+    lse: Tensor
+    label_logit: Tensor
+    contrast_logit: Tensor
+    logp: Tensor
+    entropy: Tensor
+    logit_sum: Tensor
+    logp_sum: Tensor
+    sum_sq_probs: Tensor
+    bag_mass: Tensor
+    argmax: Tensor
 
 
 FACTS = VocabStats._fields
@@ -295,14 +312,15 @@ def _backward_torch(
 
 SEGMENT = 16384  # columns a program reads: fixed, so that a row's sums do not depend on the batch
 THREADS = 256
+MANY_SUMS = 5
 
 
-def _block(vocab_size: int, element_size: int) -> int:
-    """Columns per loop turn: two 16-byte loads for each of the 256 threads, less for a short
-    row."""
+def _block(vocab_size: int, element_size: int, n_sums: int = 1) -> int:
+    """Columns per loop turn: two 16-byte loads for each of the 256 threads; one where many sums
+    would fill the registers, less for a short row."""
     import triton
 
-    full = 2 * (16 // element_size) * THREADS
+    full = (2 if n_sums < MANY_SUMS else 1) * (16 // element_size) * THREADS
     return min(full, max(128, triton.next_power_of_2(vocab_size + 16)))
 
 
@@ -347,7 +365,7 @@ def _forward_triton(
             EXP=exponential(logits),
             VEC=rows.vec,
             SEGMENT=SEGMENT,
-            BLOCK=_block(vocab_size, logits.element_size()),
+            BLOCK=_block(vocab_size, logits.element_size(), sum(s is not None for s in states)),
             num_warps=warps(THREADS, logits),
         )
         vocab_stats_merge_kernel[(rows.n_rows,)](
@@ -358,7 +376,7 @@ def _forward_triton(
             *states,
             out["row_max"],
             out["row_rest"],
-            *(out.get(fact) for fact in FACTS_IN_KERNEL_ORDER),
+            *(out.get(fact) for fact in FACTS),
             n_segments,
             *where,
             VEC=rows.vec,
@@ -367,22 +385,8 @@ def _forward_triton(
         )
 
 
-FACTS_IN_KERNEL_ORDER = (
-    "lse",
-    "label_logit",
-    "contrast_logit",
-    "logp",
-    "entropy",
-    "logit_sum",
-    "logp_sum",
-    "sum_sq_probs",
-    "bag_mass",
-    "argmax",
-)
-
-
 def _backward_triton(
-    dlogits: Tensor,  # [N, V] or [B, S, V]; rows at one common stride
+    dlogits: Tensor,  # of the shape of logits
     logits: Tensor,
     labels: Tensor | None,
     contrast_labels: Tensor | None,
@@ -396,15 +400,10 @@ def _backward_triton(
     from ..kernels.vocab_stats import vocab_stats_backward_kernel
 
     vocab_size = logits.shape[-1]
-    rows = Rows.of(logits)
-    stride = dlogits.stride(-2)
-    steps_alike = (rows.inner_stride - stride) % rows.vec == 0 and (
-        rows.n_rows <= rows.inner_size
-        or (rows.outer_stride - rows.inner_size * stride) % rows.vec == 0
-    )
+    rows, out = Rows.of(logits), Rows.of(dlogits)
     with device_of(logits):
         vocab_stats_backward_kernel[(rows.n_rows, triton.cdiv(vocab_size + rows.vec, SEGMENT))](
-            dlogits,
+            out.base,
             rows.base,
             labels,
             contrast_labels,
@@ -413,14 +412,16 @@ def _backward_triton(
             row_rest,
             *(coefficients[name] for name in COEFFICIENTS),
             vocab_size,
-            stride,
             rows.inner_size,
+            out.outer_stride,
+            out.inner_stride,
+            out.base_shift,
             rows.outer_stride,
             rows.inner_stride,
             rows.base_shift,
             EXP=exponential(logits),
             VEC=rows.vec,
-            SAME_SHIFT=rows.base_shift == 0 and steps_alike,
+            SAME_SHIFT=rows.same_shift(out),
             SEGMENT=SEGMENT,
             BLOCK=_block(vocab_size, logits.element_size()),
             num_warps=warps(THREADS, logits),
@@ -485,19 +486,9 @@ def _forward_fake(
     return _as_outputs(logits, _empty_facts(logits, want, triton))
 
 
-def gradient_like(logits: Tensor) -> Tensor:
-    """An uninitialised gradient whose rows keep the logits' padded stride, with the padding zeroed.
-
-    Equal strides keep loads and stores equally aligned. A GEMM may multiply what lies beyond its
-    columns by zero, hence the zeros (NaN there would become NaN in the result).
-    """
-    vocab_size = logits.shape[-1]
-    stride = logits.stride(-2) if logits.dim() > 1 else vocab_size
-    if not vocab_size < stride < vocab_size + 64 or logits.stride(-1) != 1:
-        return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    padded = logits.new_empty((*logits.shape[:-1], stride))
-    padded[..., vocab_size:] = 0
-    return padded[..., :vocab_size]
+def _empty_gradient(logits: Tensor, triton: bool) -> Tensor:
+    """Uninitialised; every path writes all of it."""
+    return gradient_like(as_matrix(logits)).view(logits.shape) if triton else dense_like(logits)
 
 
 def _backward_op(
@@ -511,7 +502,7 @@ def _backward_op(
 ) -> Tensor:
     triton = rest[-1]
     coefficients = dict(zip(COEFFICIENTS, rest[:-1], strict=True))
-    dlogits = gradient_like(logits)
+    dlogits = _empty_gradient(logits, triton)
     if dlogits.numel():
         args = (labels, contrast_labels, bag_weights, row_max, row_rest, coefficients)
         if triton:
@@ -523,7 +514,7 @@ def _backward_op(
 
 
 def _backward_fake(logits: Tensor, *rest: Any) -> Tensor:
-    return gradient_like(logits)
+    return _empty_gradient(logits, rest[-1])
 
 
 _vocab_stats_backward = declare(
@@ -619,26 +610,15 @@ _vocab_stats = declare(
 
 def label_rows(name: str, labels: Tensor, logits: Tensor) -> Tensor:
     """Labels as int64 [N], after checking that they fit the logits."""
-    if (
-        not isinstance(labels, Tensor)
-        or labels.is_floating_point()
-        or labels.is_complex()
-        or labels.dtype == torch.bool
-    ):
-        came = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"{name} must be an integer tensor of token ids: got {came}")
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"{name} must have the shape of logits without its last dimension, "
-            f"{tuple(logits.shape[:-1])}: got {tuple(labels.shape)}"
-        )
-    return labels.to(device=logits.device, dtype=torch.int64).reshape(-1).contiguous()
+    check_tokens(name, labels, logits)
+    return labels.to(torch.int64).reshape(-1).contiguous()
 
 
 def mask_rows(mask: Tensor, logits: Tensor) -> Tensor:
     """A mask as bool [N] (nonzero counts), after checking that it fits."""
     check_weights("mask", mask, logits.shape[:-1])
-    return (mask != 0).to(logits.device).reshape(-1)
+    check_same_device("mask", mask, "the rows", logits)
+    return (mask != 0).reshape(-1)
 
 
 def vocab_stats(
@@ -668,7 +648,7 @@ def vocab_stats(
         are differentiable, and one backward kernel serves any mix of upstream gradients.
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit.
+        TypeError: not a tensor. ValueError: shapes, dtypes, devices or options that do not fit.
         IndexError: a label outside the vocabulary. On a GPU only with ONEPASS_STRICT=1, since the
             check has to wait for the device; without it the row's facts become NaN.
 
@@ -693,15 +673,11 @@ def vocab_stats(
         contrast_labels = label_rows("contrast_labels", contrast_labels, logits)
     if bag_weights is not None:
         check_floating("bag_weights", bag_weights)
-        if bag_weights.shape != logits.shape[-1:]:
-            raise ValueError(
-                f"bag_weights must be [V] = {tuple(logits.shape[-1:])}: "
-                f"got {tuple(bag_weights.shape)}"
-            )
-        check_weights("bag_weights", bag_weights, bag_weights.shape)
+        check_weights("bag_weights", bag_weights, logits.shape[-1:])
+        check_same_device("bag_weights", bag_weights, "logits", logits)
         if bag_weights.requires_grad:
             raise ValueError("bag_weights is not differentiated: pass bag_weights.detach()")
-        bag_weights = bag_weights.to(logits.device, accumulation_dtype(logits.dtype)).contiguous()
+        bag_weights = bag_weights.to(accumulation_dtype(logits.dtype)).contiguous()
     use_triton = choose(impl, logits)
     outputs = _vocab_stats(logits, labels, contrast_labels, bag_weights, list(want), use_triton)
     fields = dict(zip(FACTS, outputs[2:], strict=True))

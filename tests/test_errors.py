@@ -1,6 +1,6 @@
 """Wrong calls of every public function: one line that names the argument, what came, what fits.
 
-The line comes at once: within three frames of the caller, before an operator has begun to work, and
+The line comes at once: within four frames of the caller, before an operator has begun to work, and
 with every tensor as it was.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace, TracebackType
@@ -19,8 +20,8 @@ from torch import Tensor
 
 import onepass
 
-NAN = float("nan")
-FRAMES = 3
+NAN, INF = float("nan"), float("inf")
+FRAMES = 4
 # A label is looked at where labels are read: inside the operator, behind torch's dispatcher, since
 # torch.compile could not trace an exception that depends on a tensor's values.
 FRAMES_TO_LABELS = 10
@@ -78,6 +79,16 @@ mean: Any = onepass.masked_mean
 stats: Any = onepass.vocab_stats
 pair: Any = onepass.vocab_pair_stats
 moments: Any = onepass.row_moments
+
+
+def forward_mode(function: Any, at: torch.Tensor) -> Any:
+    """Calls `function` on a dual tensor."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch scripts its own rules on the way
+        with torch.autograd.forward_ad.dual_level():
+            return function(torch.autograd.forward_ad.make_dual(at, torch.ones_like(at)))
+
+
 LABELS = {"frames": FRAMES_TO_LABELS}
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -190,7 +201,7 @@ MASKED_CROSS_ENTROPY: dict[str, Wrong] = {
         "is 77",
         **LABELS,
     ),
-    "mask-list": wrong(lambda t: mce(t.z, t.y, [1, 1, 1, 0]), ValueError, "mask", "list"),
+    "mask-list": wrong(lambda t: mce(t.z, t.y, [1, 1, 1, 0]), TypeError, "mask", "list"),
     "mask-of-logits": wrong(lambda t: mce(t.z, t.y, t.z > 0), ValueError, "mask", "(4, 5)", "(4,)"),
     "mask-to-broadcast": wrong(
         lambda t: mce(t.z, t.y, t.m[:1]), ValueError, "mask", "(1,)", "(4,)"
@@ -267,7 +278,7 @@ HIDDEN: dict[str, Wrong] = {
     "l2-scalars": wrong(lambda t: l2(t.x[0, 0], t.t[0, 0]), ValueError, "x", "[..., D]"),
     "l2-no-width": wrong(lambda t: l2(t.x[:, :0], t.t[:, :0]), ValueError, "x", "(4, 0)", "D > 0"),
     "l2-mask-shape": wrong(lambda t: l2(t.x, t.t, t.x > 0), ValueError, "mask", "(4, 6)", "(4,)"),
-    "l2-mask-list": wrong(lambda t: l2(t.x, t.t, [1, 1, 0, 0]), ValueError, "mask", "list"),
+    "l2-mask-list": wrong(lambda t: l2(t.x, t.t, [1, 1, 0, 0]), TypeError, "mask", "list"),
     "l2-mask-nan": wrong(lambda t: l2(t.x, t.t, poked(t.m, 0, NAN)), ValueError, "mask", "NaN"),
     "l2-normalization": wrong(
         lambda t: l2(t.x, t.t, normalization="l2"),
@@ -303,8 +314,38 @@ HIDDEN: dict[str, Wrong] = {
     ),
     "ip-impl": wrong(lambda t: ip(t.x, t.t, impl="numpy"), ValueError, "impl", "'numpy'", "torch"),
     "mean-of-list": wrong(lambda t: mean([1.0, 2.0]), TypeError, "values", "list", "torch.Tensor"),
+    "items-of-a-sum": wrong(
+        lambda t: mce(t.z, t.y, num_items=3, reduction="sum"), ValueError, "num_items", '"sum"'
+    ),
+    "items-nan": wrong(
+        lambda t: mce(t.z, t.y, num_items=torch.tensor(NAN)), ValueError, "num_items", "nan"
+    ),
+    "forward-mode": wrong(
+        lambda t: forward_mode(lambda z: ce(z, t.y), t.z),
+        NotImplementedError,
+        "input",
+        "forward-mode",
+        "backward",
+        frames=9,
+    ),
+    "torch-func-grad": wrong(
+        lambda t: torch.func.grad(lambda z: ce(z, t.y))(t.z),
+        NotImplementedError,
+        "input",
+        "torch.func",
+        "backward",
+        frames=9,
+    ),
+    "torch-func-grad-hidden": wrong(
+        lambda t: torch.func.grad(lambda x: l2(x, t.t))(t.x),
+        NotImplementedError,
+        "x",
+        "torch.func",
+        "backward",
+        frames=9,
+    ),
     "mean-of-complex": wrong(lambda t: mean(t.m + 0j), ValueError, "values", "complex64"),
-    "mean-mask-list": wrong(lambda t: mean(t.m, [1, 1, 1, 0]), ValueError, "mask", "list"),
+    "mean-mask-list": wrong(lambda t: mean(t.m, [1, 1, 1, 0]), TypeError, "mask", "list"),
     "mean-mask-shape": wrong(lambda t: mean(t.m, t.z > 0), ValueError, "mask", "(4, 5)", "(4,)"),
     "mean-mask-to-broadcast": wrong(lambda t: mean(t.z, t.m), ValueError, "mask", "(4,)", "(4, 5)"),
     "mean-mask-nan": wrong(lambda t: mean(t.m, poked(t.m, 1, NAN)), ValueError, "mask", "NaN"),
@@ -319,7 +360,7 @@ OPS: dict[str, Wrong] = {
     ),
     "stats-float-labels": wrong(lambda t: stats(t.z, t.y.float()), ValueError, "labels", "float32"),
     "stats-bool-labels": wrong(lambda t: stats(t.z, t.y > 0), ValueError, "labels", "torch.bool"),
-    "stats-list-of-labels": wrong(lambda t: stats(t.z, [1, 2, 3, 4]), ValueError, "labels", "list"),
+    "stats-list-of-labels": wrong(lambda t: stats(t.z, [1, 2, 3, 4]), TypeError, "labels", "list"),
     "stats-label-shape": wrong(lambda t: stats(t.z, t.y[1:]), ValueError, "labels", "(3,)", "(4,)"),
     "stats-label-range": wrong(
         lambda t: stats(t.z, poked(t.y, 1, 5)), IndexError, "labels", "[1]", "is 5", **LABELS
@@ -365,7 +406,14 @@ OPS: dict[str, Wrong] = {
     "stats-mask-shape": wrong(
         lambda t: stats(t.z, mask=t.m[:3]), ValueError, "mask", "(3,)", "(4,)"
     ),
-    "stats-mask-list": wrong(lambda t: stats(t.z, mask=[True] * 4), ValueError, "mask", "list"),
+    "stats-mask-list": wrong(lambda t: stats(t.z, mask=[True] * 4), TypeError, "mask", "list"),
+    "stats-mask-inf": wrong(
+        lambda t: stats(t.z, mask=poked(t.m, 1, INF)), ValueError, "mask", "inf"
+    ),
+    "stats-labels-elsewhere": wrong(
+        lambda t: stats(t.z, t.y.to("meta")), ValueError, "labels", "meta", "move"
+    ),
+    "stats-sparse": wrong(lambda t: stats(t.z.to_sparse()), ValueError, "logits", "sparse"),
     "stats-impl": wrong(lambda t: stats(t.z, impl="gpu"), ValueError, "impl", "'gpu'", "triton"),
     "pair-alone": wrong(
         lambda t: pair(t.z), ValueError, "target_logits", "target_probs", "neither"
@@ -437,7 +485,7 @@ OPS: dict[str, Wrong] = {
         lambda t: moments(t.x, t.t, t.x > 0), ValueError, "mask", "(4, 6)", "(4,)"
     ),
     "moments-mask-list": wrong(
-        lambda t: moments(t.x, t.t, [1, 0, 1, 0]), ValueError, "mask", "list"
+        lambda t: moments(t.x, t.t, [1, 0, 1, 0]), TypeError, "mask", "list"
     ),
     "moments-impl": wrong(lambda t: moments(t.x, t.t, impl="gpu"), ValueError, "impl", "'gpu'"),
 }

@@ -353,6 +353,7 @@ PUBLIC = [
     "masked_inner_product",
     "masked_mean",
     "masked_normalized_l2",
+    "reduce_rows",
     "row_moments",
     "vocab_pair_stats",
     "vocab_stats",

@@ -24,6 +24,7 @@ _HOMES = {
     "masked_inner_product": ".losses",
     "masked_normalized_l2": ".losses",
     "masked_mean": ".reduce",
+    "reduce_rows": ".reduce",
 }
 __all__ = [
     "RowMoments",
@@ -35,6 +36,7 @@ __all__ = [
     "masked_inner_product",
     "masked_mean",
     "masked_normalized_l2",
+    "reduce_rows",
     "row_moments",
     "vocab_pair_stats",
     "vocab_stats",
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from .ops.row_moments import RowMoments, row_moments
     from .ops.vocab_pair_stats import VocabPairStats, vocab_pair_stats
     from .ops.vocab_stats import VocabStats, vocab_stats
-    from .reduce import masked_mean
+    from .reduce import masked_mean, reduce_rows
 
 
 def __getattr__(name: str) -> Any:
@@ -62,4 +64,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted(__all__)

@@ -17,6 +17,7 @@ from .ops._check import (
     check_labels,
     check_logits,
     check_number,
+    check_rows_alike,
     check_same_device,
     check_tokens,
     check_weights,
@@ -26,7 +27,7 @@ from .ops._launch import IMPLS, accumulation_dtype
 from .ops.row_moments import RowMoments, row_moments
 from .ops.vocab_pair_stats import check_probabilities, vocab_pair_stats
 from .ops.vocab_stats import vocab_stats
-from .reduce import REDUCTIONS, reduce_rows
+from .reduce import REDUCTIONS, check_num_items, reduce_rows
 
 CAP_FORMS = ("sigmoid", "zero_at_zero")
 CAP_SCOPES = ("mean", "token")
@@ -36,11 +37,13 @@ NORMALIZATIONS = ("target", "target_sq", "unit", "dim")
 def check_target(
     target: object, logits: Tensor, ignore_index: int, mask: Tensor | None = None
 ) -> Tensor:
-    """The target on the logits' device: probabilities as they are, class indices as int64 with -100
-    in the rows to ignore and nowhere else. Raises for what is neither."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a torch.Tensor: got {type(target).__name__}")
-    if target.is_floating_point():
+    """Probabilities as they are, class indices as int64 with -100 in the rows to ignore and nowhere
+    else. Raises for what is neither."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int: got {type(ignore_index).__name__}")
+    if isinstance(target, Tensor) and target.is_floating_point():
+        check_floating("target", target)
+        check_same_device("target", target, "logits", logits)
         if target.shape != logits.shape:
             raise ValueError(
                 f"target probabilities must have the shape of the logits, {tuple(logits.shape)}: "
@@ -50,11 +53,8 @@ def check_target(
             check_probabilities("target", target, None if mask is None else mask != 0)
         dtype = accumulation_dtype(logits.dtype)
         same_width = (dtype == torch.float64) == (target.dtype == torch.float64)
-        return target.to(logits.device) if same_width else target.to(logits.device, dtype)
-    check_tokens("target", target, logits.shape[:-1])
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int: got {type(ignore_index).__name__}")
-    target = target.to(logits.device, torch.int64)
+        return target if same_width else target.to(dtype)
+    target = check_tokens("target", target, logits).to(torch.int64)
     if mask is not None:
         target = torch.where(mask != 0, target, ignore_index)
     if values_checked(target):
@@ -135,8 +135,8 @@ def cross_entropy(
         impl: "auto" (Triton on a GPU, torch on a CPU), "triton" or "torch".
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit. IndexError: a label outside the
-            classes.
+        TypeError: not a tensor. ValueError: shapes, dtypes, devices or options that do not fit.
+        IndexError: a label outside the classes.
 
     Formula: loss_i = -w_y log p_y; smoothed: (1 - s) loss_i - s / C sum_c w_c log p_c.
     """
@@ -158,9 +158,10 @@ def cross_entropy(
                 f"got shape {tuple(weight.shape)}"
             )
         check_weights("weight", weight, weight.shape)
-        weight = weight.to(input.device, accumulation_dtype(input.dtype))
+        check_same_device("weight", weight, "input", input)
+        weight = weight.to(accumulation_dtype(input.dtype))
     if isinstance(target, Tensor) and target.is_floating_point():
-        if ignore_index >= 0:
+        if isinstance(ignore_index, int) and ignore_index >= 0:
             raise ValueError(
                 f"ignore_index={ignore_index} has no meaning for probabilities: leave it at -100"
             )
@@ -217,18 +218,17 @@ def masked_cross_entropy(
             (max_loss * (2 sigmoid(k * ce) - 1)), with k = ce_scaling_factor.
         cap_scope: "mean" caps the reduced loss, "token" every row before the reduction.
         label_smoothing: as in torch. z_loss: adds z_loss * lse^2 to every row, before any cap.
-        num_items: divides the sum instead of the mask's sum (gradient accumulation).
+        num_items: divides the sum instead of the mask's sum (gradient accumulation); for "mean".
         reduction: "mean", "sum" or "none" (rows times mask; needs cap_scope="token" where there is
             a cap).
         impl: "auto" (Triton on a GPU, torch on a CPU), "triton" or "torch".
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit, NaN in the mask. IndexError: a label
-            outside V.
+        TypeError: not a tensor. ValueError: shapes, dtypes, devices or options that do not fit, NaN
+        in the mask. IndexError: a label outside V.
 
-    Formula: mean = sum(mask * ce) / max(sum(mask), 1). Source: Stained Glass Engine 2.8.1, jigsaw
-        losses
-    (compute_masked_cross_entropy).
+    Formula: mean = sum(mask * ce) / max(sum(mask), 1).
+    Source: Stained Glass Engine 2.8.1, jigsaw losses (compute_masked_cross_entropy).
     """
     check_logits(logits)
     check_choice("cap_form", cap_form, CAP_FORMS)
@@ -238,7 +238,7 @@ def masked_cross_entropy(
     check_number("label_smoothing", label_smoothing, 0.0, 1.0)
     check_number("z_loss", z_loss)
     check_number("ce_scaling_factor", ce_scaling_factor)
-    check_num_items(num_items)
+    check_num_items(num_items, reduction)
     if max_loss is not None:
         check_number("max_loss", max_loss, hint=", or None for no cap")
         if max_loss <= 0:
@@ -246,7 +246,8 @@ def masked_cross_entropy(
         if cap_scope == "mean" and reduction == "none":
             raise ValueError('reduction="none" has no mean to cap: pass cap_scope="token"')
     check_weights("mask", mask, logits.shape[:-1])
-    mask = None if mask is None else mask.to(logits.device)
+    if mask is not None:
+        check_same_device("mask", mask, "logits", logits)
     target = check_target(target, logits, ignore_index, mask)
     counts = mask
     if not target.is_floating_point():
@@ -267,16 +268,6 @@ def masked_cross_entropy(
     if max_loss is not None and cap_scope == "mean":
         loss = sigmoid_cap(loss, max_loss, ce_scaling_factor, cap_form)
     return loss
-
-
-def check_num_items(num_items: object) -> None:
-    """Raises unless `num_items` is None or one number, of items in the whole batch."""
-    if num_items is None:
-        return
-    if not isinstance(num_items, Tensor):
-        check_number("num_items", num_items, 0.0)
-    elif num_items.numel() != 1:
-        raise ValueError(f"num_items must be one number: got shape {tuple(num_items.shape)}")
 
 
 def sigmoid_cap(
@@ -322,12 +313,14 @@ def masked_normalized_l2(
         x, target: [..., D] hidden states of one dtype; gradients flow to either side.
         mask: [...] bool, int or float (weights); rows of weight 0 are not read.
         normalization: "target" |x - t| / max(|t|, eps); "target_sq" its square; "unit" distance of
-            the unit vectors, sqrt(2 - 2 cos); "dim" |x - t|^2 / D.
+            the unit vectors, sqrt(2 - 2 cos) (a row shorter than eps is divided by eps); "dim"
+            |x - t|^2 / D.
         reduction: "mean" (over the mask), "sum" or "none".
         impl: "auto" (Triton on a GPU, torch on a CPU), "triton" or "torch".
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit, NaN in the mask.
+        TypeError: not a tensor. ValueError: shapes, dtypes, devices or options that do not fit, NaN
+        in the mask.
 
     Formula: mean = sum(mask * row) / max(sum(mask), 1). At x = t value and gradient are 0.
     Source: Stained Glass Engine 2.8.1, jigsaw losses (compute_masked_normalized_l2_loss).
@@ -337,7 +330,7 @@ def masked_normalized_l2(
     if normalization == "dim":
         rows = moments.dd / x.shape[-1]
     elif normalization == "unit":
-        rows = safe_sqrt(2 * one_minus_cosine(moments, eps))
+        rows = safe_sqrt(unit_distance_squared(moments, eps))
     else:
         scale = safe_sqrt(moments.yy).clamp_min(eps)
         rows = moments.dd / scale.square()
@@ -369,7 +362,8 @@ def masked_inner_product(
         impl: "auto" (Triton on a GPU, torch on a CPU), "triton" or "torch".
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit, relu with absolute, NaN in the mask.
+        TypeError: not a tensor. ValueError: shapes, dtypes, devices or options that do not fit,
+        relu with absolute, NaN in the mask.
 
     Formula: row = <x, t> / ((|x| + eps) (|t| + eps)); mean = sum(mask * row) / max(sum(mask), 1).
     Source: Zou et al. 2024, Circuit Breakers (arXiv 2406.04313).
@@ -393,31 +387,35 @@ def hidden_moments(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("impl", impl, IMPLS)
     check_number("eps", eps, 0.0)
-    check_floating("x", x)
-    check_floating("target", target)
-    if x.shape != target.shape or x.dtype != target.dtype:
-        raise ValueError(
-            f"x and target must agree in shape and dtype: got {tuple(x.shape)} {x.dtype} "
-            f"and {tuple(target.shape)} {target.dtype}"
-        )
-    check_same_device("target", target, "x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x must be [..., D] with D > 0: got shape {tuple(x.shape)}")
+    check_rows_alike("x", x, "target", target)
     check_weights("mask", mask, x.shape[:-1])
     return row_moments(x, target, mask, impl=impl)
 
 
-def one_minus_cosine(moments: RowMoments, eps: float = 0.0) -> Tensor:
-    """1 - cos(x, y) of every row, to full relative accuracy near 0, where 1 - xy / (|x| |y|) is
-    noise.
+def unit_distance_squared(moments: RowMoments, eps: float) -> Tensor:
+    """|x / max(|x|, eps) - y / max(|y|, eps)|^2 of every row: 2 - 2 cos, save for rows not longer
+    than eps. They have no direction (a row of zeros lies 1 away from every other), so no gradient.
+    """
+    x_norm, y_norm = (safe_sqrt(square).clamp_min(eps) for square in (moments.xx, moments.yy))
+    x_norm, y_norm = (torch.where(norm == 0, 1.0, norm) for norm in (x_norm, y_norm))
+    short = moments.xx / x_norm.square() + moments.yy / y_norm.square()
+    short = short - 2 * moments.xy / (x_norm * y_norm)
+    has_direction = (x_norm > eps) & (y_norm > eps)
+    return torch.where(has_direction, 2 * one_minus_cosine(moments, eps), short.detach())
 
-    0 where a row is shorter than `eps` or 0: it has no direction.
+
+def one_minus_cosine(moments: RowMoments, eps: float = 0.0) -> Tensor:
+    """1 - cos(x, y) of every row, to full relative accuracy near 0 for rows of nearly one length,
+    where 1 - xy / (|x| |y|) is noise.
+
+    0 where either row is not longer than `eps`: it has no direction. For parallel rows of lengths
+    1 : c the error is about u (c - 1)^2 / c: the moments hold no more.
 
     Formula: (dd - (|x| - |y|)^2) / (2 |x| |y|), |x| - |y| = difference_of_squares / (|x| + |y|).
     """
     x_norm, y_norm = safe_sqrt(moments.xx), safe_sqrt(moments.yy)
-    total, product = x_norm + y_norm, x_norm * y_norm
-    gap = moments.difference_of_squares / torch.where(total == 0, 1.0, total)
-    defined = product > eps * eps
-    distance = (moments.dd - gap.square()) / (2 * torch.where(defined, product, 1.0))
+    defined = (x_norm > eps) & (y_norm > eps)
+    gap = moments.difference_of_squares / torch.where(defined, x_norm + y_norm, 1.0)
+    product = torch.where(defined, x_norm * y_norm, 1.0)
+    distance = (moments.dd - gap.square()) / (2 * product)
     return torch.where(defined, distance, 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops._check import check_weights
+from .ops._check import check_choice, check_number, check_weights, values_checked
 from .ops._launch import accumulation_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -21,15 +21,24 @@ def reduce_rows(
     """Weighted rows reduced to their mean, their sum, or left as they are.
 
     Args:
-        values: [...] per-row losses.
+        values: [...] per-row losses, floating.
         mask: [...] weights; bool or integers count as 0/1. A row of weight 0 contributes nothing,
             whatever it holds.
         reduction: "mean", "sum" or "none".
         num_items: divides the sum instead of the sum of weights (gradient accumulation over
-            micro-batches).
+            micro-batches), where it is more than 0; only for "mean". As a tensor on the device of
+            `values` it costs no sync.
+
+    Raises:
+        ValueError: a mask of another shape, num_items without a mean.
 
     Formula: mean = sum(mask * values) / max(sum(mask), 1): 0 with a live graph where no row counts.
     """
+    if not isinstance(values, Tensor):
+        raise TypeError(f"values must be a torch.Tensor: got {type(values).__name__}")
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_weights("mask", mask, values.shape)
+    check_num_items(num_items, reduction)
     if mask is not None:
         # Integers number segments as often as they mark rows: they count, they do not weigh.
         weights = (mask if mask.is_floating_point() else mask != 0).to(values)
@@ -39,12 +48,28 @@ def reduce_rows(
     total = values.sum()
     if reduction == "sum":
         return total
-    if num_items is not None:
-        items = torch.as_tensor(num_items, dtype=values.dtype, device=values.device)
+    if isinstance(num_items, Tensor):
+        items = num_items.to(values).reshape(())
         return total / torch.where(items == 0, 1.0, items)
+    if num_items is not None:
+        return total / (num_items or 1.0)
     if mask is None:
         return total / max(values.numel(), 1)
     return total / weights.sum().clamp_min(1)
+
+
+def check_num_items(num_items: object, reduction: str) -> None:
+    """Raises unless `num_items` is None, or one number of items in the whole batch for a mean."""
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f'num_items divides a mean: got reduction="{reduction}"; leave one out')
+    if not isinstance(num_items, Tensor):
+        check_number("num_items", num_items, 0.0)
+    elif num_items.numel() != 1:
+        raise ValueError(f"num_items must be one number: got shape {tuple(num_items.shape)}")
+    elif values_checked(num_items):
+        check_number("num_items", num_items.item(), 0.0)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -52,8 +77,7 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     0-dim.
 
     No row set: 0, with a live graph and zero gradients, never NaN. A NaN in a row that is not set
-        does not
-    leak. The mean is float32 (float64 for float64 values).
+    does not leak. The mean is float32 (float64 for float64 values).
 
     Formula: sum(mask * values) / max(sum(mask), 1).
     """
