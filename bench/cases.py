@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     Outputs = tuple[torch.Tensor, ...]
     Function = Callable[[Inputs], Outputs]
 
-MODES = ("forward", "backward", "full")
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 class NotHere(Exception):
     """A provider's reason not to run on this machine, as its table row shall say it."""

@@ -26,7 +26,8 @@ FIELDS = (
     *("ms", "ms_p20", "ms_p80", "peak_mib", "gbps"),
     *("device", "torch", "triton", "provider_version", "commit", "date"),
     *("size", "status", "why", "reps", "host_ms", "first_call_s"),
-    *("output_error", "gradient_error", "reference", "in_place", "threads", "python", "onepass"),
+    *("output_error", "gradient_error", "reference", "in_place"),
+    *("threads", "load", "python", "onepass"),
 )
 STATUSES = ("ok", "refused", "failed", "not installed", "not here", "not run")
 

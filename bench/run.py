@@ -1,4 +1,4 @@
-"""Times the cases and writes the rows: `onepass bench`, or `python -m onepass.bench`.
+"""Times the cases and writes the rows, as the options of command.py ask.
 
 No provider is timed before its outputs and gradients agree with the reference; one that does not
 is listed as refused, one that cannot run here is listed with the reason. Rows are saved after
@@ -14,16 +14,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cli.env import version
-from ..cli.errors import UsageError, one_line, unknown
+from ..cli.errors import Failed, UsageError, one_line
+from ..cli.folder import check_writable
 from . import peers
-from .cases import CASES, DTYPES, MODES, Case, NotHere, Provider, Size, provider_names
+from .cases import CASES, Case, NotHere, Provider, Size
 from .report import (
     FIELDS,
     NotRows,
@@ -40,65 +41,9 @@ if TYPE_CHECKING:
     from .cases import Function, Inputs
     from .measure import Contender
 
-DEFAULT_FOLDER = "onepass-bench"
 # Seconds of timing for the providers of one size and mode together, fewest and most turns.
 EFFORT = {"cpu": (2.0, 5, 50), "cuda": (1.0, 10, 100)}
 QUICK_EFFORT = {"cpu": (0.8, 3, 20), "cuda": (0.3, 5, 30)}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `onepass bench`."""
-    add = parser.add_argument
-    parser.epilog = "run is the default; plot and csv turn a file of rows into a picture or a table"
-    add("action", nargs="?", default="run", choices=("run", "plot", "csv"), help="default: run")
-    add("file", nargs="?", type=Path, metavar="FILE", help="plot, csv: the JSON rows to read")
-    add("-o", "--out", type=Path, metavar="FILE", help="plot, csv: the file to write")
-    names = [case.name for case in CASES]
-    add("--case", action="append", choices=names, metavar="NAME", help="only this (repeatable)")
-    add("--list", action="store_true", help="list cases, sizes and providers, and stop")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: cuda if any")
-    add("--dtype", choices=DTYPES, help="instead of each size's own")
-    add("--mode", action="append", choices=MODES, help="instead of each case's own (repeatable)")
-    add("--providers", type=_providers, metavar="A,B", help="only these; eager is the yardstick")
-    add(
-        "--quick",
-        action="store_true",
-        help="first sizes (on a CPU a quarter), few turns, no compile",
-    )
-    help_output = f"folder for <device>.json, made if missing (default: ./{DEFAULT_FOLDER})"
-    add("--output", type=Path, default=Path(DEFAULT_FOLDER), metavar="DIR", help=help_output)
-    add("--plot", type=Path, metavar="PNG", help="draw this run's rows too")
-    add("--json", action="store_true", help="print environment and rows as JSON, not tables")
-    add("--threads", type=_positive(int), metavar="N", help="CPU threads (default: torch's)")
-    help_limit = "start no further size after this many seconds"
-    add("--time-limit", type=_positive(float), metavar="S", help=help_limit)
-
-
-def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"got {text}, wanted a number above 0")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names the type in its error
-    return parse
-
-
-def _providers(text: str) -> tuple[str, ...]:
-    known = provider_names()
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    for name in names:
-        if name not in known:
-            raise unknown("provider", name, known)
-    return names
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`onepass bench` with `argv` (sys.argv[1:] where None); returns the exit code."""
-    from ..cli import main as dispatch
-
-    return dispatch(["bench", *(sys.argv[1:] if argv is None else argv)])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,24 +58,32 @@ def run(args: argparse.Namespace) -> int:
         hint = "--output DIR for the rows, --plot PNG for the picture"
         raise UsageError("-o/--out goes with plot and csv", hint=hint)
     cases = [case for case in CASES if args.case is None or case.name in args.case]
-    folder = _writable(args.output)
+    theirs = list(dict.fromkeys(p.name for case in cases for p in case.providers))
+    if args.providers is not None and not set(args.providers) & set(theirs):
+        raise UsageError("--providers: none of them serves these cases", allowed=theirs)
+    check_writable(args.output)
     if args.plot is not None:
         _require_matplotlib()
-        _require_folder(args.plot)
+        _require_folder(args.plot, made=args.output)
         if args.providers is not None and "eager" not in args.providers:
             raise UsageError("--plot draws ratios to eager: add eager to --providers")
+    # Read when torch loads. By default a thread that waits spins, on the core of one that works.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
     device = torch.device(_device_type(args.device))
     if args.threads:
         torch.set_num_threads(args.threads)
     environment = gather(device)
-    path = folder / file_name(environment["device"])
+    path = args.output / file_name(environment["device"])
     if path.exists():
         try:
             read_rows(path)  # now, not after minutes of timing
         except NotRows as error:
             raise UsageError(str(error)) from None
+    load, cores = environment["load"], os.cpu_count() or 1
+    if load is not None and load > cores:
+        _say(f"onepass bench: load {load:g} on {cores} cores: others use them, times will vary")
 
     started = time.monotonic()
     rows: list[Row] = []
@@ -143,10 +96,12 @@ def run(args: argparse.Namespace) -> int:
                 _say(f"{case.name}  {size.label}" + ("  not run: time limit" if late else ""))
                 why = f"time limit of {limit:g} s" if late else None
                 new = run_size(case, size, device, args, environment, not_run=why)
+                args.output.mkdir(parents=True, exist_ok=True)
                 append_rows(path, new)
                 rows += new
     except KeyboardInterrupt:
         interrupted = True
+    added = f"added {len(rows)} row" + ("s" if len(rows) != 1 else "")
     order = [case.name for case in cases]
     rows.sort(key=lambda row: order.index(row["case"]))
     if args.json:
@@ -160,9 +115,10 @@ def run(args: argparse.Namespace) -> int:
         print()
         print_summary(rows)
     if interrupted:
-        _say(f"onepass bench: interrupted; {len(rows)} rows are in {path}")
+        kept = f"; {added} to {path}" if rows else " before the first row"
+        _say(f"onepass bench: interrupted{kept}")
         return 130
-    _say(f"{len(rows)} rows in {path} ({time.monotonic() - started:.0f} s)")
+    _say(f"{added} to {path} ({time.monotonic() - started:.0f} s)")
     if args.plot is not None:
         from .plot import draw
 
@@ -239,11 +195,12 @@ def _require_matplotlib() -> None:
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        raise RuntimeError("a picture needs matplotlib: pip install 'onepass[bench]'")
+        raise Failed("a picture needs matplotlib: pip install 'onepass[bench]'")
 
 
-def _require_folder(path: Path) -> None:
-    if not path.parent.is_dir():
+def _require_folder(path: Path, made: Path | None = None) -> None:
+    """UsageError where a file cannot be `path`; the folder `made` will be there in time."""
+    if path.parent != made and not path.parent.is_dir():
         raise UsageError(
             f"no folder {path.parent} for {path.name}", hint="make it, or name another"
         )
@@ -251,24 +208,11 @@ def _require_folder(path: Path) -> None:
         raise UsageError(f"{path} is a folder, wanted the name of a file in it")
 
 
-def _writable(folder: Path) -> Path:
-    """`folder`, made if missing; a UsageError before any work where it cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output: cannot make {folder}: {error.strerror}") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"--output: no permission to write into {folder}")
-    return folder
-
-
 def _device_type(asked: str) -> str:
     import torch
 
     if asked == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "--device: got cuda, but torch sees no GPU", allowed=("auto", "cpu"), meant="cpu"
-        )
+        raise UsageError("--device cuda: torch sees no GPU here", hint="use --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
@@ -296,6 +240,7 @@ def gather(device: Any) -> dict[str, Any]:
         "onepass": __version__,
         "commit": _commit(),
         "threads": threads,
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         **{name: version(name) for name in peers.PACKAGES},
     }
 
@@ -499,7 +444,7 @@ def _blank(
         of_provider = environment[provider.distribution]
     else:
         of_provider = environment["onepass" if provider.name.startswith("onepass") else "torch"]
-    shared = ("device", "torch", "triton", "commit", "threads", "python", "onepass")
+    shared = ("device", "torch", "triton", "commit", "threads", "load", "python", "onepass")
     row.update({name: environment[name] for name in shared})
     row.update(
         case=case.name,

@@ -6,10 +6,12 @@ One entry for each provider of each case at its first size, on the GPU where the
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as run.py does, before torch loads
 pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark: onepass[bench]")
 
 from onepass.bench.cases import CASES, Case, NotHere, Provider, Size  # noqa: E402

@@ -26,7 +26,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from onepass.bench import cases, each_kernel, measure, report, run
+from onepass.bench import MODES, cases, command, each_kernel, measure, report, run
 from onepass.bench.cases import CASES, Case, Provider, Size
 from onepass.cli.errors import Parser
 from support.environment import DEVICE, NO_TRITON
@@ -127,7 +127,8 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def few_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Toys need no second of timing to have a median."""
+    """Toys need no second of timing to have a median; the tests' own environment stays."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     effort = dict.fromkeys(("cpu", "cuda"), (0.02, 3, 5))
     monkeypatch.setattr(run, "EFFORT", effort)
     monkeypatch.setattr(run, "QUICK_EFFORT", effort)
@@ -153,7 +154,7 @@ def toy(*providers: Provider, modes: tuple[str, ...] = ("full",)) -> Case:
 
 def arguments(*tokens: str) -> argparse.Namespace:
     parser = Parser(prog="onepass bench")
-    run.add_arguments(parser)
+    command.add_arguments(parser)
     return parser.parse_args(tokens)
 
 
@@ -421,7 +422,7 @@ def test_case_tables_are_whole() -> None:
         assert case.sizes.keys() == {"cpu", "cuda"} and all(case.sizes.values())
         own = [provider.name for provider in case.providers]
         assert len(set(own)) == len(own) and {"onepass", "eager", "compile"} <= set(own)
-        assert set(case.modes) <= set(cases.MODES)
+        assert set(case.modes) <= set(MODES)
         for size in case.sizes["cuda"]:
             labels = [size.label for size in case.sizes["cuda"]]
             assert labels.count(size.label) == 1, "two sizes that a row cannot tell apart"
@@ -485,10 +486,10 @@ def test_device_names_make_file_names() -> None:
 def test_the_command_from_end_to_end(tmp_path: Path) -> None:
     """One real case on the CPU in a process of its own: rows, tables of JSON, picture, exports."""
     out = tmp_path / "made" / "by it"
-    command = ["--case", "generation_rows", "--mode", "full", "--quick", "--device", "cpu"]
-    command += ["--threads", "1", "--json", "--output", str(out), "--plot", str(tmp_path / "a.png")]
+    options = ["--case", "generation_rows", "--mode", "full", "--quick", "--device", "cpu"]
+    options += ["--threads", "1", "--json", "--output", str(out), "--plot", str(tmp_path / "a.png")]
     done = subprocess.run(
-        [sys.executable, "-m", "onepass.bench", *command],
+        [sys.executable, "-m", "onepass.bench", *options],
         env={**os.environ, "PYTHONPATH": str(ROOT / "python")},
         cwd=tmp_path,
         capture_output=True,
@@ -500,6 +501,7 @@ def test_the_command_from_end_to_end(tmp_path: Path) -> None:
     (file,) = out.iterdir()
     rows = report.read_rows(file)
     assert printed["rows"] == rows and Path(printed["file"]) == file
+    assert done.stderr.splitlines()[-2].startswith(f"added {len(rows)} rows to {file} (")
     assert printed["environment"]["threads"] == 1 and "trl" in printed["environment"]
     by_provider = {row["provider"]: row for row in rows}
     assert by_provider["onepass"]["status"] == by_provider["eager"]["status"] == "ok"
@@ -508,9 +510,9 @@ def test_the_command_from_end_to_end(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "made"]
 
-    assert run.main(["plot", str(file), "-o", str(tmp_path / "b.png")]) == 0
+    assert command.main(["plot", str(file), "-o", str(tmp_path / "b.png")]) == 0
     assert (tmp_path / "b.png").stat().st_size > 5_000
-    assert run.main(["csv", str(file), "-o", str(tmp_path / "c.csv")]) == 0
+    assert command.main(["csv", str(file), "-o", str(tmp_path / "c.csv")]) == 0
     with (tmp_path / "c.csv").open(newline="") as lines:
         table = list(csv.DictReader(lines))
     assert tuple(table[0]) == report.LIGER_COLUMNS
@@ -521,7 +523,7 @@ def test_the_command_from_end_to_end(tmp_path: Path) -> None:
 
 def run_main(monkeypatch: pytest.MonkeyPatch, device: str, case: Case, *tokens: str) -> int:
     monkeypatch.setattr(run, "CASES", (case,))
-    return run.main(["--device", device, *tokens])
+    return command.main(["--device", device, *tokens])
 
 
 def test_exit_status_is_ours(
@@ -542,6 +544,16 @@ def test_exit_status_is_ours(
     assert run_main(monkeypatch, device, toy(provider("onepass", wrong)), *output) == 1
 
 
+def test_a_picture_may_go_into_the_folder_that_the_run_makes(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    made, case = tmp_path / "made", toy(provider("onepass", loss_of))
+    output = ("--output", str(made), "--plot", str(made / "a.png"))
+    assert run_main(monkeypatch, device, case, *output) == 0
+    assert (made / "a.png").is_file()
+
+
 def test_an_interrupted_run_keeps_what_it_has(
     device: str,
     tmp_path: Path,
@@ -553,12 +565,17 @@ def test_an_interrupted_run_keeps_what_it_has(
 
     good, bad = toy(), dataclasses.replace(toy(provider("stops", interrupts)), name="second")
     monkeypatch.setattr(run, "CASES", (good, bad))
-    assert run.main(["--device", device, "--output", str(tmp_path)]) == 130
+    assert command.main(["--device", device, "--output", str(tmp_path)]) == 130
     shown = capsys.readouterr()
     (file,) = tmp_path.iterdir()
     assert [row["provider"] for row in report.read_rows(file)] == ["eager"]
     assert "toy" in shown.out
-    assert shown.err.splitlines()[-1] == f"onepass bench: interrupted; 1 rows are in {file}"
+    assert shown.err.splitlines()[-1] == f"onepass bench: interrupted; added 1 row to {file}"
+    monkeypatch.setattr(run, "CASES", (bad,))
+    assert command.main(["--device", device, "--output", str(tmp_path / "new")]) == 130
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[-1] == "onepass bench: interrupted before the first row"
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_time_limit_says_what_was_not_run(
@@ -589,6 +606,8 @@ def test_a_time_limit_takes_the_later_sizes_of_every_case() -> None:
 BAD = {
     "case": (["--case", "cros_entropy"], "did you mean cross_entropy?"),
     "provider": (["--providers", "ligerkernel"], "did you mean liger-kernel?"),
+    "no provider": (["--providers", ""], "allowed: onepass, onepass-torch, eager"),
+    "of another case": (["--case", "kl", "--providers", "trl"], "allowed: onepass"),
     "dtype": (["--dtype", "bf16"], "allowed: float32, bfloat16, float16"),
     "mode": (["--mode", "fwd"], "allowed: forward, backward, full"),
     "threads": (["--threads", "0"], "wanted a number above 0"),
@@ -601,7 +620,7 @@ BAD = {
     "no rows": (["plot", "none.json", "-o", "x.png"], "no case has a timed eager"),
     "no folder": (["csv", "none.json", "-o", "absent/x.csv"], "no folder absent"),
     "folder": (["csv", "none.json", "-o", "."], "wanted the name of a file"),
-    "output": (["--output", "notes.txt/x"], "--output"),
+    "output": (["--output", "notes.txt/x"], "--output: 'notes.txt' is a file, not a folder"),
     "plot": (["--plot", "absent/x.png", "--output", "."], "no folder absent"),
     "no yardstick": (
         ["--plot", "x.png", "--providers", "onepass", "--output", "."],
@@ -623,18 +642,70 @@ def test_wrong_invocations(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("not rows")
     (tmp_path / "none.json").write_text("[]")
-    assert run.main(tokens) == 2
+    assert command.main(tokens) == 2
     shown = capsys.readouterr()
     assert wanted in shown.err and not shown.out
     assert len(shown.err.splitlines()) <= 3 and "Traceback" not in shown.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["none.json", "notes.txt"]
 
 
+@pytest.mark.parametrize(("set_to", "seen"), [(None, "passive"), ("active", "active")])
+def test_waiting_threads_are_told_not_to_spin_before_torch_loads(
+    set_to: str | None, seen: str, tmp_path: Path
+) -> None:
+    code = (
+        "import os, sys\n"
+        "class Loading:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch': sys.exit('waits: ' + os.environ.get('OMP_WAIT_POLICY', '-'))\n"
+        "sys.meta_path.insert(0, Loading())\n"
+        "from onepass.bench.command import main; sys.exit(main([]))"
+    )
+    inherited = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=inherited
+        | {"PYTHONPATH": str(ROOT / "python")}
+        | ({"OMP_WAIT_POLICY": set_to} if set_to else {}),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (1, f"onepass bench: waits: {seen}\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "getloadavg"), reason="no load average here")
+@pytest.mark.parametrize("load", [1e3, 0.0])
+def test_a_busy_machine_is_named(
+    load: float,
+    device: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    assert run_main(monkeypatch, device, toy(), "--output", str(tmp_path), "--json") == 0
+    shown = capsys.readouterr()
+    assert {row["load"] for row in json.loads(shown.out)["rows"]} == {load}
+    assert ("onepass bench: load 1000 on " in shown.err) == (load > 100)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_no_gpu_is_said_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run.main(["--device", "cuda", "--output", str(tmp_path)]) == 2
+    assert command.main(["--device", "cuda", "--output", str(tmp_path / "new")]) == 2
     assert "torch sees no GPU" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_without_matplotlib_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    output = ["--output", str(tmp_path), "--plot", str(tmp_path / "a.png")]
+    assert command.main(output) == 1
+    told = "onepass bench: a picture needs matplotlib: pip install 'onepass[bench]'\n"
+    assert capsys.readouterr().err == told
 
 
 def test_a_folder_with_a_file_of_something_else(
@@ -642,17 +713,15 @@ def test_a_folder_with_a_file_of_something_else(
 ) -> None:
     name = report.file_name(environment(device)["device"])
     (tmp_path / name).write_text("{}")
-    assert run.main(["--device", device, "--output", str(tmp_path), "--quick"]) == 2
+    assert command.main(["--device", device, "--output", str(tmp_path), "--quick"]) == 2
     assert "no list of benchmark rows" in capsys.readouterr().err
     assert (tmp_path / name).read_text() == "{}"
 
 
-def test_listing_and_help_load_no_torch() -> None:
+def test_listing_loads_no_torch() -> None:
     code = (
-        "import sys; from onepass.bench import run, cases, report, plot, peers\n"
-        "from onepass.cli.errors import Parser\n"
-        "parser = Parser(); run.add_arguments(parser); parser.format_help()\n"
-        "assert run.main(['--list']) == 0\n"
+        "import sys; from onepass.bench import command, run, cases, report, plot, peers\n"
+        "assert command.main(['--list']) == 0\n"
         "assert not {'torch', 'matplotlib', 'triton'} & set(sys.modules)"
     )
     done = subprocess.run(

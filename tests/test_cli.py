@@ -22,11 +22,11 @@ import torch
 
 import onepass
 from onepass import cli
-from onepass.cli import checks, doctor, env, errors, table
+from onepass.cli import checks, dispatch, doctor, env, errors, folder, table
 from onepass.cli.measure import Finding, Target
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = tuple(cli.COMMANDS)
+COMMANDS = tuple(dispatch.COMMANDS)
 
 
 def process_environment(**extra: str) -> dict[str, str]:
@@ -83,21 +83,48 @@ def test_starts_within_its_budget(args: list[str], budget: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["env"], ["dotcor"], ["doctor", "--help"]], ids=" ".join
+    ("args", "own"),
+    [
+        ("--help", []),
+        ("env", []),
+        ("dotcor", []),
+        ("doctor --help", []),
+        ("bench --help", ["onepass.bench", "onepass.bench.command"]),
+        ("demo --help", ["onepass.demo"]),
+    ],
 )
-def test_loads_no_heavy_module(args: list[str]) -> None:
-    heavy = "{'torch', 'numpy', 'triton', 'transformers', 'rich', 'onepass.bench', 'onepass.demo'}"
+def test_loads_no_heavy_module(args: str, own: list[str]) -> None:
     script = (
-        "import sys; from onepass.cli import main; main(sys.argv[1:]);"
-        f"print(sorted({heavy} & set(sys.modules)), file=sys.stderr)"
+        "import sys; from onepass.cli import main; main(sys.argv[1:])\n"
+        "heavy = {'torch', 'numpy', 'triton', 'transformers', 'rich'} & set(sys.modules)\n"
+        "own = {m for m in sys.modules if m.startswith(('onepass.bench', 'onepass.demo'))}\n"
+        "print(*sorted(heavy | own), file=sys.stderr)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, *args],
+        [sys.executable, "-c", script, *args.split()],
         capture_output=True,
         text=True,
         env=process_environment(),
     )
-    assert done.stderr.splitlines()[-1] == "[]"
+    assert done.stderr.splitlines()[-1].split() == own
+
+
+@pytest.mark.parametrize("loading", ["argparse", "onepass.bench.command", "onepass.demo"])
+def test_ctrl_c_while_modules_load_is_one_line(loading: str) -> None:
+    command = loading.split(".")[1] if "." in loading else "env"
+    script = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {loading!r}: raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        f"from onepass.cli import main; sys.exit(main([{command!r}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=process_environment()
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert re.fullmatch(r"onepass( \w+)?: interrupted\n", done.stderr)
 
 
 @pytest.mark.parametrize("args", [[], *([c] for c in COMMANDS)], ids=lambda a: " ".join(a) or "-")
@@ -151,7 +178,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     module.add_arguments, module.run = add_arguments, lambda args: 0
     monkeypatch.setitem(sys.modules, "onepass.toy", module)
-    monkeypatch.setitem(cli.COMMANDS, "toy", cli.Command(".toy", "a toy", "A toy."))
+    monkeypatch.setitem(dispatch.COMMANDS, "toy", dispatch.Command(".toy", "a toy", "A toy."))
     return SimpleNamespace(module=module)
 
 
@@ -162,7 +189,9 @@ WRONG = [
     ("Doctor", ["'Doctor'", "did you mean doctor?"]),
     ("benchmark", ["'benchmark'", "did you mean bench?"]),
     ("evn", ["'evn'", "did you mean env?"]),
-    ("help", ["'help'", "doctor, env, bench, demo"]),
+    ("help", ["'help'", "doctor, env, bench, demo", "did you mean --help?"]),
+    ("version", ["'version'", "did you mean --version?"]),
+    ("-V", ["'-V'", "did you mean --version?"]),
     ("xyzzy env", ["'xyzzy'", "doctor, env, bench, demo", "onepass --help"]),
     ("--hepl", ["'--hepl'", "did you mean --help?"]),
     ("--verison", ["'--verison'", "did you mean --version?"]),
@@ -178,7 +207,7 @@ WRONG = [
     ("env --xyzzy", ["'--xyzzy'", "--json, --full", "onepass env --help"]),
     ("doctor --devcie cpu", ["'--devcie'", "did you mean --device?"]),
     ("doctor --device", ["--device", "got nothing", "wanted a value"]),
-    ("doctor --device gpu", ["'gpu'", "auto, cpu, cuda"]),
+    ("doctor --device gpu", ["'gpu'", "auto, cpu, cuda", "did you mean cuda?"]),
     ("doctor --device cuda0", ["'cuda0'", "did you mean cuda?"]),
     ("doctor --device cpu:1", ["'cpu:1'", "auto, cpu, cuda"]),
     ("doctor --device cuda:99", ["'cuda:99'", "auto, cpu"]),
@@ -195,16 +224,20 @@ WRONG = [
     ("bench --csae ce", ["'--csae'", "did you mean --case?"]),
     ("bench --case nosuchcase", ["'nosuchcase'", "allowed:"]),
     ("bench --case", ["--case", "got nothing"]),
-    ("bench plto", ["'plto'", "did you mean plot?"]),
+    ("bench plto", ["onepass bench: no action 'plto'", "did you mean plot?"]),
     ("bench --threads none", ["--threads", "'none'", "a whole number"]),
-    ("bench --threads 0", ["--threads", "0", "above 0"]),
+    ("bench --threads 0", ["--threads: got '0'", "above 0"]),
+    ("bench --providers ,", ["--providers: got ','", "onepass, onepass-torch, eager"]),
     ("bench --device cdua", ["'cdua'", "did you mean cuda?"]),
-    ("bench --output {file}/below", ["--output", "{file}/below", "Not a directory"]),
+    ("bench --device gpu", ["--device", "'gpu'", "did you mean cuda?"]),
+    ("bench --output {file}", ["--output: '{file}' is a file, not a folder"]),
+    ("bench --output {file}/below", ["--output: '{file}' is a file, not a folder"]),
     ("demo --fsat", ["'--fsat'", "did you mean --fast?"]),
     ("demo now", ["'now'"]),
+    ("demo --device gpu", ["--device", "'gpu'", "did you mean cuda?"]),
     ("toy", ["required", "mode, --seed"]),
     ("toy fast", ["required", "--seed"]),
-    ("toy fats --seed 1", ["mode", "'fats'", "fast, slow", "did you mean fast?"]),
+    ("toy fats --seed 1", ["no mode 'fats'", "fast, slow", "did you mean fast?"]),
     ("toy fast --seed one", ["--seed", "'one'", "a whole number"]),
     ("toy fast --seed 1.5", ["--seed", "'1.5'", "a whole number"]),
     ("toy fast --seed 1 --rate quick", ["--rate", "'quick'", "a number"]),
@@ -262,6 +295,25 @@ def test_debug_adds_the_traceback_to_a_usage_error(
     assert "Traceback" in err and err.endswith("did you mean triton?\n")
 
 
+def test_a_folder_is_judged_without_making_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (".", "new", "new/below", tmp_path / "new"):
+        folder.check_writable(Path(name))
+    with pytest.raises(errors.UsageError, match="File name too long"):
+        folder.check_writable(Path("n" * 1000))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "x")
+
+    # Simulated: root, as whom containers run tests, may write anywhere.
+    monkeypatch.setattr(folder.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(errors.UsageError, match="cannot write to 'new': Permission denied"):
+        folder.check_writable(Path("new"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_long_lists_of_allowed_values_are_cut() -> None:
     names = [f"case-{i:02}" for i in range(60)]
     lines = errors.unknown("case", "case07", names).lines()
@@ -307,6 +359,7 @@ def raising(error: BaseException) -> Callable[[Any], int]:
         (ModuleNotFoundError("x", name="torch"), 1, "needs torch, which is not installed"),
         (errors.UsageError("no such thing", hint="try another"), 2, "no such thing\n  try another"),
         (SystemExit("gave up"), 1, "onepass toy: gave up\n"),
+        (errors.Failed("needs x: get it"), 1, "onepass toy: needs x: get it\n"),
         (SystemExit(3), 3, ""),
     ],
     ids=lambda e: type(e).__name__ if isinstance(e, BaseException) else None,
@@ -322,6 +375,8 @@ def test_exit_code_and_message(
     assert cli.main(["toy", "fast", "--seed", "1"]) == code
     out, err = capsys.readouterr()
     assert out == "" and told in err and len(err.splitlines()) <= 2
+    if isinstance(error, errors.Failed | SystemExit):
+        assert "--debug" not in err  # there is nothing more to learn
     if isinstance(error, Exception):
         assert cli.main(["toy", "fast", "--seed", "1", "--debug"]) == code
         assert "Traceback" in capsys.readouterr().err
@@ -333,7 +388,7 @@ def test_a_package_that_is_not_installed_names_its_extra() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     packages = {"yaml": "pyyaml"}
-    for module, extra in cli.EXTRAS.items():
+    for module, extra in dispatch.EXTRAS.items():
         wanted = [re.split(r"[<>=\[ ]", w)[0] for w in project["optional-dependencies"][extra]]
         assert packages.get(module, module) in wanted
 
@@ -662,6 +717,12 @@ MUTANTS: list[tuple[str, str, Callable[..., Any], str]] = [
         "NaN where no row counts",
         lambda op: lambda values, mask: (values * mask).sum() / mask.sum(),
         "0 and no NaN where no row counts",
+    ),
+    (
+        "reduce_rows",
+        "num_items left out",
+        lambda op: lambda *args, num_items=None, **kwargs: op(*args, **kwargs),
+        "loss",
     ),
     ("masked_mean", "raises", lambda op: lambda *a: 1 / 0, "ZeroDivisionError"),
 ]

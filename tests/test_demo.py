@@ -29,6 +29,7 @@ import pytest
 import torch
 
 from onepass import cli, demo
+from onepass.cli import folder as cli_folder
 from onepass.demo import checkpoint, corpus, settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,6 +180,7 @@ def test_fast_run_reports_numbers_settings_and_versions(fast: SimpleNamespace) -
     assert points[0] == 0 and settings.FAST.lm_steps in points and points[-1] == steps
     assert points == sorted(set(points))
     assert report["settings"] == json.loads(json.dumps(dataclasses.asdict(settings.FAST)))
+    assert report["curve_windows"] == settings.FAST.curve_rows
     assert report["seed"] == 0 and report["device"] in ("cpu", "cuda")
     assert report["versions"]["torch"] == torch.__version__
     assert set(report["seconds"]) == {"text", "language model", "circuit breaker"}
@@ -289,15 +291,16 @@ def test_ctrl_c_leaves_one_line_and_a_checkpoint(tmp_path: Path) -> None:
     assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 
+@needs_extras
 def test_ctrl_c_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "_make_writable", interrupted)
-    monkeypatch.setattr(demo, "NEEDED", ())
+    monkeypatch.setattr(corpus, "code_documents", interrupted)
     code, out, lines = tiny_run(tmp_path / "new")
     assert (code, out) == (130, "")
-    assert lines == ["onepass demo: interrupted before the first checkpoint; nothing to go on from"]
+    told = "onepass demo: interrupted before the first checkpoint; nothing to go on from"
+    assert lines == ["loading the libraries and the text", told]
     assert not (tmp_path / "new").exists()
 
 
@@ -417,6 +420,34 @@ def test_run_again_overwrites_its_own_files_only(unbroken: Path, tmp_path: Path)
         "curves.png",
     }
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert re.fullmatch(rf"replacing the run of \d{{4}}-\S+ \d\d:\d\d in {tmp_path}", lines[0])
+
+
+@needs_extras
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("dies_at", ["text", "step"])
+def test_run_that_dies_leaves_no_results_of_the_one_before(
+    dies_at: str, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onepass.demo import stages
+
+    output = tmp_path / "demo"
+    copy_tree(unbroken, output)
+    before = {p.name for p in output.iterdir()}
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    if dies_at == "text":
+        monkeypatch.setattr(corpus, "code_documents", killed)
+    else:
+        monkeypatch.setattr(stages, "coefficients", killed)  # in the second stage
+    code, _, lines = tiny_run(output, "--fast")
+    assert code == 1 and "Killed" in lines[-2]
+    assert lines[0].startswith("replacing the run of ") and lines[0].endswith(f" in {output}")
+    # What has not begun takes nothing away.
+    left = before if dies_at == "text" else {f"checkpoint-{TINY.lm_steps}"}
+    assert {p.name for p in output.iterdir()} == left
 
 
 def test_newest_checkpoint_is_the_one(tmp_path: Path) -> None:
@@ -516,13 +547,15 @@ def test_missing_extra(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @needs_extras
 @pytest.mark.parametrize("below", ["", "deeper"])
 def test_output_is_a_file(below: str, tmp_path: Path) -> None:
-    (tmp_path / "taken").write_text("mine")
-    output = tmp_path / "taken" / below
-    code, out, lines = tiny_run(output)
-    assert (code, out, len(lines)) == (1, "", 1)
-    assert lines[0].startswith(f"onepass demo: cannot write to {str(output)!r}: ")
-    assert lines[0].endswith("; name a folder of yours with --output DIR")
-    assert (tmp_path / "taken").read_text() == "mine"
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    code, out, lines = tiny_run(taken / below)
+    assert (code, out) == (2, "")
+    assert lines == [
+        f"onepass demo: --output: '{taken}' is a file, not a folder",
+        "  name a folder of yours with --output DIR",
+    ]
+    assert taken.read_text() == "mine"
 
 
 @pytest.mark.usefixtures("no_work")
@@ -533,10 +566,10 @@ def test_output_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(tmp_path))
 
-    monkeypatch.setattr(demo.tempfile, "TemporaryFile", refuse)
-    code, out, lines = tiny_run(tmp_path)
-    assert (code, out, len(lines)) == (1, "", 1)
-    assert "Permission denied; name a folder of yours with --output DIR" in lines[0]
+    monkeypatch.setattr(cli_folder.tempfile, "TemporaryFile", refuse)
+    code, out, lines = tiny_run(tmp_path / "new")
+    assert (code, out, len(lines)) == (2, "", 2)
+    assert lines[0].endswith(f"--output: cannot write to '{tmp_path / 'new'}': Permission denied")
 
 
 @pytest.mark.usefixtures("no_work")
@@ -549,12 +582,30 @@ def test_output_holds_checkpoints_of_another_program(state: str | None, tmp_path
     if state is not None:
         (folder / checkpoint.STATE).write_text(state)
     code, out, lines = tiny_run(tmp_path)
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert lines == [
-        f"onepass demo: {folder} is another program's checkpoint;"
-        " name another folder with --output DIR"
+        f"onepass demo: --output: '{folder}' was made by another program",
+        "  name another folder with --output DIR",
     ]
     assert checkpoint.find(tmp_path) is None and list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.usefixtures("no_work", "tiny")
+@needs_extras
+@pytest.mark.parametrize("text", ["", "[1]", '{"program": "another"}'])
+@pytest.mark.parametrize("flags", [[], ["--resume"]], ids=" ".join)
+def test_output_holds_a_report_of_another_program(
+    text: str, flags: list[str], unbroken: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "demo"
+    copy_tree(unbroken, output)
+    (output / "demo.json").write_text(text)
+    before = {p.name for p in output.iterdir()}
+    code, out, lines = tiny_run(output, *flags)
+    assert (code, out) == (2, "") and "--output" in lines[1]
+    assert lines[0].endswith(f"'{output / 'demo.json'}' was made by another program")
+    assert {p.name for p in output.iterdir()} == before
+    assert (output / "demo.json").read_text() == text
 
 
 @pytest.mark.usefixtures("no_work", "tiny")
@@ -581,7 +632,7 @@ def test_wrong_invocation(
     flags: list[str], told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    code, out, lines = tiny_run(tmp_path, *flags)
+    code, out, lines = tiny_run(tmp_path / "new", *flags)
     assert (code, out) == (2, "") and len(lines) <= 3, lines
     for words in told:
         assert words in "\n".join(lines)
@@ -592,7 +643,7 @@ def test_wrong_invocation(
 @pytest.mark.usefixtures("no_work", "tiny")
 def test_resume_with_other_flags(unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, _, lines = tiny_run(unbroken, "--resume", "--seed", "5")
-    assert code == 2 and f"--seed: got 5, but {unbroken}" in lines[0] and len(lines) <= 3
+    assert code == 2 and f"--seed: got '5', but {unbroken}" in lines[0] and len(lines) <= 3
     monkeypatch.setattr(settings, "FAST", dataclasses.replace(TINY, hidden_size=32))
     code, _, lines = tiny_run(unbroken, "--resume", "--fast")
     assert code == 2 and "was made without it" in lines[0] and len(lines) <= 3
@@ -617,7 +668,40 @@ def test_checkpoint_that_cannot_be_resumed(
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     code, out, lines = tiny_run(tmp_path, "--resume")
     assert (code, out) == (1, "")
-    assert told in lines[-1] and "run again without --resume" in lines[-1]
+    assert told in lines[-1] and lines[-1].endswith("; leave out --resume to begin again")
+
+
+@needs_extras
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("keep", [0, 40])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "state.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "adapter/adapter_model.safetensors",
+    ],
+)
+def test_damaged_checkpoint_is_named(name: str, keep: int, unbroken: Path, tmp_path: Path) -> None:
+    (source,) = unbroken.glob("checkpoint-*")
+    copy_tree(source, tmp_path / source.name)
+    path = tmp_path / source.name / name
+    if name.startswith("optimizer"):  # read where a stage is half done
+        state = json.loads((path.parent / "state.json").read_text())
+        (path.parent / "state.json").write_text(json.dumps(state | {"step": TINY.n_steps - 1}))
+    path.write_bytes(path.read_bytes()[:keep])
+    code, out, lines = tiny_run(tmp_path, "--resume")
+    assert (code, out) == (1, "")
+    assert re.fullmatch(
+        rf"onepass demo: {re.escape(str(path))} cannot be read: \w+: .+;"
+        " leave out --resume to begin again",
+        lines[-1],
+    )
+    if name == "state.json":  # and that works: the damaged one is known for ours
+        code, _, lines = tiny_run(tmp_path, "--fast")
+        assert code == 0, lines
+        assert checkpoint.read_state(tmp_path / source.name).step == TINY.n_steps
 
 
 def test_python_without_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -878,6 +962,42 @@ def test_verdict_says_what_came_out() -> None:
     assert "code is NOT broken (-1.50" in told(-1.5, 0.0)
     nan = told(math.nan, math.nan)
     assert "code is NOT broken" in nan and "prose is NOT kept" in nan
+
+
+@needs_extras
+def test_picture_says_how_many_windows_are_behind_it(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    from onepass.demo import report
+
+    titles: list[str] = []
+
+    def savefig(figure: Figure, path: Path, **_: Any) -> None:
+        path.touch()
+        titles.extend(axes.get_title() for axes in figure.axes)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    (folder,) = unbroken.glob("checkpoint-*")
+    report.write_png(tmp_path / "curves.png", checkpoint.read_state(folder))
+    assert len(titles) == 2 and all(title.endswith("(8 windows)") for title in titles)
+
+
+@needs_extras
+def test_table_breaks_no_word_in_forty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich", reason="rich is not installed")
+    from onepass.demo import report
+
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    for name, value in (("COLUMNS", "40"), ("TERM", "xterm"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    numbers = {kind: dict.fromkeys(report.LABELS, 10.0) for kind in KINDS}
+    report.show(numbers, numbers)
+    words = {word for label in report.LABELS.values() for word in label.split()}
+    assert words | {"prose", "10.000", "+0.000"} <= set(stream.getvalue().split())
 
 
 @needs_extras

@@ -330,6 +330,16 @@ def loss_checks() -> list[Check]:
             lambda t: {"loss": reduced(statistics(t["values"]), t)},
             leaves=("values",),
         ),
+        Check(
+            "reduce_rows",
+            "num_items",
+            lambda m: masked_rows(m, values=m.store(m.normal(7))),
+            lambda api, t, _: {
+                "loss": api.reduce_rows(statistics(t["values"]), t["mask"], num_items=3)
+            },
+            lambda t: {"loss": reduced(statistics(t["values"]), t, "sum") / 3},
+            leaves=("values",),
+        ),
     ]
 
 

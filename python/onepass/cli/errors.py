@@ -16,6 +16,14 @@ MAX_LISTED = 24  # a longer list of allowed values hides the one that was meant
 WANTED = {"int": "a whole number", "float": "a number"}
 
 
+# What people type for a value of another spelling, and never for the one spelt most like it.
+MEANT = {"gpu": "cuda", "rocm": "cuda"}
+
+
+class Failed(Exception):
+    """A failure that its message tells in full, mend included: one line, exit code 1."""
+
+
 class UsageError(Exception):
     """A request that cannot be served as written: up to three lines, exit code 2."""
 
@@ -58,21 +66,31 @@ def nearest(word: str, allowed: Iterable[str]) -> str | None:
 
     by_key = {a.lower().lstrip("-").replace("_", "-"): a for a in allowed}
     key = word.lower().lstrip("-").replace("_", "-")
+    if MEANT.get(key) in by_key:
+        return by_key[MEANT[key]]
     match = difflib.get_close_matches(key, by_key, n=1, cutoff=0.6)
     if match:
         return by_key[match[0]]
-    starts = [a for k, a in by_key.items() if len(key) > 1 and k.startswith(key)]
+    starts = [a for k, a in by_key.items() if key and k.startswith(key)]
     return starts[0] if len(starts) == 1 else None
 
 
-def unknown(kind: str, word: str, allowed: Iterable[str], *, prog: str | None = None) -> UsageError:
+def unknown(
+    kind: str,
+    word: str,
+    allowed: Iterable[str],
+    *,
+    prog: str | None = None,
+    also: Iterable[str] = (),
+) -> UsageError:
     """A UsageError for a `word` that is none of the `allowed` ones: got, allowed, nearest.
 
     A command calls it for values that only it can judge: `raise unknown("case", name, CASES)`.
+    What is `also` meant at times is suggested, not listed.
     """
     listed = list(allowed)
     hint = f"see {prog} --help" if prog else None
-    meant = nearest(word, listed)
+    meant = nearest(word, [*listed, *also])
     return UsageError(f"unknown {kind} {word!r}", allowed=listed, meant=meant, hint=hint, prog=prog)
 
 
@@ -146,8 +164,9 @@ class Parser(argparse.ArgumentParser):
         label = name if action.option_strings else action.metavar or action.dest
         if bad := re.match(r"invalid choice: (.+?) \((?:choose from|maybe)", message, re.DOTALL):
             word = bad[1].strip("'\"")
+            told = f"{label}: unknown value" if action.option_strings else f"no {action.dest}"
             return UsageError(
-                f"{label}: unknown value {word!r}",
+                f"{told} {word!r}",
                 allowed=choices,
                 meant=nearest(word, choices),
                 hint=hint,

@@ -14,15 +14,16 @@ import argparse
 import importlib.util
 import shlex
 import sys
-import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cli.errors import UsageError
-from . import checkpoint, corpus, settings
+from ..cli.errors import Failed, UsageError
 
 if TYPE_CHECKING:
     import torch
+
+    from .settings import Settings
 
 OUTPUT = "onepass-demo"
 # What the modules here import besides torch; all of it comes with the two extras.
@@ -57,10 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Refuse what cannot work, then train and report; returns the exit code."""
+    from . import checkpoint
+
     try:
         return _run(args)
-    except (_Refused, checkpoint.CannotResume, corpus.CorpusMissing) as refused:
-        return _leave(1, str(refused))
     except KeyboardInterrupt:
         # Before training, or a second Ctrl-C: the first one in training raises Stopped.
         folder = checkpoint.find(Path(args.output))
@@ -69,23 +70,25 @@ def run(args: argparse.Namespace) -> int:
         return _leave(130, f"interrupted; {folder} is the last checkpoint; {_go_on(args.output)}")
 
 
-class _Refused(Exception):
-    """One line: what stands in the way of the run, and the mend."""
-
-
 def _run(args: argparse.Namespace) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise _Refused(
+        raise Failed(
             f'needs {", ".join(missing)}, not installed here: pip install "onepass[train,viz]"'
         )
     if not args.output:
         raise UsageError("--output: got an empty name, wanted a folder")
     output = Path(args.output)
     resume_from, size, seed = _what_to_run(args, output)
-    _make_writable(output)
+    _check_output(output)
     device = _device(args.device)
 
+    from . import checkpoint
+
+    replaced = None if args.resume else checkpoint.earlier_run(output)
+    if replaced is not None:
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(replaced))
+        print(f"replacing the run of {date} in {output}", file=sys.stderr)
     print("loading the libraries and the text", file=sys.stderr, flush=True)
     from . import report
     from .pipeline import Run, Stopped
@@ -94,23 +97,27 @@ def _run(args: argparse.Namespace) -> int:
 
     with quiet_libraries(), one_thread():
         started = Run(size, seed, device, output, resume_from)
+        checkpoint.remove_partial(output)
+        if replaced is not None:
+            checkpoint.remove_results(output)
         try:
             started.train()
         except Stopped as stopped:
             at = f"interrupted at step {stopped.step} of {size.n_steps}"
             return _leave(130, f"{at}; saved {stopped.folder}; {_go_on(args.output)}")
         before, after = started.before_and_after()
-        report.write_json(output / "demo.json", started.state, started.text, before, after, device)
-        report.write_png(output / "curves.png", started.state)
-    say(f"wrote {output / 'demo.json'}, {output / 'curves.png'}")
+        results, picture = output / checkpoint.REPORT, output / checkpoint.PICTURE
+        report.write_json(results, started.state, started.text, before, after, device)
+        report.write_png(picture, started.state)
+    say(f"wrote {results}, {picture}")
     report.show(before, after)
     return 0
 
 
-def _what_to_run(
-    args: argparse.Namespace, output: Path
-) -> tuple[Path | None, settings.Settings, int]:
+def _what_to_run(args: argparse.Namespace, output: Path) -> tuple[Path | None, Settings, int]:
     """The checkpoint to go on from and what it was made with, or None and what the flags ask."""
+    from . import checkpoint, settings
+
     asked = settings.FAST if args.fast else settings.FULL
     if not args.resume:
         return None, asked, args.seed or 0
@@ -124,28 +131,24 @@ def _what_to_run(
         raise UsageError(f"--fast: {folder} was made without it", hint="leave out --fast")
     if args.seed not in (None, state.seed):
         raise UsageError(
-            f"--seed: got {args.seed}, but {folder} was made with {state.seed}",
+            f"--seed: got '{args.seed}', but {folder} was made with '{state.seed}'",
             hint="leave out --seed",
         )
     return folder, state.settings, state.seed
 
 
-def _make_writable(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        why = "it is a file" if output.is_file() else error.strerror
-        raise _Refused(
-            f"cannot write to {str(output)!r}: {why}; name a folder of yours with --output DIR"
-        ) from None
-    taken = checkpoint.foreign(output)
+def _check_output(output: Path) -> None:
+    """UsageError where the run could not write, or would write over what is not its own."""
+    from ..cli.folder import check_writable
+    from . import checkpoint
+
+    check_writable(output)
+    taken = checkpoint.foreign(output) or checkpoint.foreign_report(output)
     if taken is not None:
-        raise _Refused(
-            f"{taken} is another program's checkpoint; name another folder with --output DIR"
+        raise UsageError(
+            f"--output: {str(taken)!r} was made by another program",
+            hint="name another folder with --output DIR",
         )
-    checkpoint.remove_partial(output)
 
 
 def _device(name: str) -> torch.device:

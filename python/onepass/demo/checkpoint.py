@@ -7,14 +7,17 @@ temporary name and renamed; only then is the one before it removed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cli.errors import Failed, one_line
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 PROGRAM = "onepass demo"
 SCHEMA = 1
 STATE = "state.json"
+OPTIMIZER = "optimizer.safetensors"
+REPORT, PICTURE = "demo.json", "curves.png"  # of a finished run
 PARTIAL = ".checkpoint-partial-"
 
 
@@ -42,8 +47,11 @@ class State:
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage, over all resumptions
 
 
-class CannotResume(Exception):
-    """There is no checkpoint, or not one that this version can go on from."""
+class CannotResume(Failed):
+    """The checkpoint is damaged, or not one that this version can go on from."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; leave out --resume to begin again")
 
 
 def find(output: Path) -> Path | None:
@@ -68,11 +76,39 @@ def _folders(output: Path) -> list[tuple[int, Path]]:
 
 
 def _is_ours(folder: Path) -> bool:
+    ours = _says_ours(folder / STATE)
+    # A file that cannot be read tells nothing; under these two names together it is ours, damaged.
+    return (folder / OPTIMIZER).is_file() if ours is None else ours
+
+
+def _says_ours(path: Path) -> bool | None:
+    """Whether a JSON file names this program as its writer; None where it cannot be read."""
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return state["program"] == PROGRAM
-    except (OSError, ValueError, TypeError, KeyError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return False
+    except (OSError, ValueError):
+        return None
+    return isinstance(found, dict) and found.get("program") == PROGRAM
+
+
+def foreign_report(output: Path) -> Path | None:
+    """The file in the place of the report that another program made."""
+    report = output / REPORT
+    return report if report.exists() and not _says_ours(report) else None
+
+
+def earlier_run(output: Path) -> float | None:
+    """When the newest file of an earlier run in `output` was written; None without such a run."""
+    folder = find(output)
+    files = [output / REPORT, *([folder / STATE] if folder else [])]
+    return max((file.stat().st_mtime for file in files if file.exists()), default=None)
+
+
+def remove_results(output: Path) -> None:
+    """Remove the report and the picture of the run that a new one takes the place of."""
+    for name in (PICTURE, REPORT):  # the report last: it says whose they are
+        (output / name).unlink(missing_ok=True)
 
 
 def remove_partial(output: Path) -> None:
@@ -82,22 +118,30 @@ def remove_partial(output: Path) -> None:
 
 
 def read_state(folder: Path) -> State:
-    """The state in `folder`; CannotResume where another version wrote it."""
-    raw = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    if raw.get("schema") != SCHEMA:
-        raise CannotResume(
-            f"{folder} was written by another version of onepass; run again without --resume"
-        )
-    names = {f.name for f in fields(Settings)}
-    if set(raw["settings"]) != names:
-        raise CannotResume(
-            f"{folder} was made with other settings than this version has;"
-            " run again without --resume"
-        )
-    values: dict[str, Any] = {k: _value(v) for k, v in raw["settings"].items()}
-    settings = Settings(**values)
-    rest = {f.name: raw[f.name] for f in fields(State) if f.name != "settings"}
-    return State(settings=settings, **rest)
+    """The state in `folder`; CannotResume where it is damaged or another version's."""
+    with _readable(folder / STATE):
+        raw = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if raw.get("schema") != SCHEMA:
+            raise CannotResume(f"{folder} was written by another version of onepass")
+        if set(raw["settings"]) != {f.name for f in fields(Settings)}:
+            raise CannotResume(f"{folder} was made with other settings than this version has")
+        values: dict[str, Any] = {k: _value(v) for k, v in raw["settings"].items()}
+        rest = {f.name: raw[f.name] for f in fields(State) if f.name != "settings"}
+        return State(settings=Settings(**values), **rest)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """CannotResume with the file's name for what goes wrong while it is read."""
+    try:
+        yield
+    except Failed:
+        raise
+    except Exception as error:  # each format has exceptions of its own
+        why = f"{type(error).__name__}: {one_line(error)}"
+        if isinstance(error, OSError):
+            why = error.strerror or one_line(error)
+        raise CannotResume(f"{path} cannot be read: {why}") from error
 
 
 def _value(value: Any) -> Any:
@@ -117,6 +161,7 @@ def save(
     """Write `checkpoint-<step>` and remove the others; `weights` are the model's own, no LoRA."""
     from safetensors.torch import save_file
 
+    output.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=output))
     try:
         # Not model.save_pretrained: under an adapter it writes the configuration, no weights.
@@ -128,7 +173,7 @@ def save(
             # "auto" would ask the hub whether the vocabulary was resized
             adapted.save_pretrained(str(temporary / "adapter"), save_embedding_layers=False)
             (temporary / "adapter" / "README.md").unlink(missing_ok=True)  # an unfilled form
-        save_file(_flat(optimizer), temporary / "optimizer.safetensors")
+        save_file(_flat(optimizer), temporary / OPTIMIZER)
         text = {"program": PROGRAM, "schema": SCHEMA, **asdict(state)}
         (temporary / STATE).write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
         temporary.chmod(0o777 & ~_umask())  # mkdtemp's 0700 is for secrets
@@ -157,11 +202,16 @@ def _flat(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {f"{n}.{k}": v.contiguous() for n, entry in state.items() for k, v in entry.items()}
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
+    with _readable(path):
+        return load_file(path)
+
+
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in load_file(folder / "optimizer.safetensors").items():
+    for name, tensor in _tensors(folder / OPTIMIZER).items():
         number, _, moment = name.partition(".")
         state.setdefault(int(number), {})[moment] = tensor
     groups = optimizer.state_dict()["param_groups"]
@@ -169,13 +219,10 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_weights(folder: Path, model: LlamaForCausalLM) -> None:
-    from safetensors.torch import load_file
-
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model.load_state_dict(_tensors(folder / "model.safetensors"))
 
 
 def load_adapter(folder: Path, adapted: PeftModel) -> None:
     from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
 
-    set_peft_model_state_dict(adapted, load_file(folder / "adapter" / "adapter_model.safetensors"))
+    set_peft_model_state_dict(adapted, _tensors(folder / "adapter" / "adapter_model.safetensors"))

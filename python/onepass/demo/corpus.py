@@ -16,6 +16,8 @@ import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..cli.errors import Failed
+
 PROSE_PARAGRAPH_CHARS = 40  # shorter ones are headings and signatures
 PROSE_LETTER_SHARE = 0.85  # grammar, tables and code have fewer letters and spaces
 CODE_FILE_CHARS = 20_000  # of each file, so that one big module does not stand for all
@@ -29,7 +31,7 @@ class Split:
     held_out: list[str]
 
 
-class CorpusMissing(Exception):
+class CorpusMissing(Failed):
     """This interpreter came without its documentation or without its source files."""
 
 

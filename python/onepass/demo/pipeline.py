@@ -51,8 +51,7 @@ class Run:
             self.state = checkpoint.read_state(resume_from)
             if self.state.text != self.text.fingerprint:
                 raise checkpoint.CannotResume(
-                    f"{resume_from} was trained on the text of another Python;"
-                    " use that one, or run again without --resume"
+                    f"{resume_from} was trained on the text of another Python: use that one"
                 )
         self.base = language_model(settings, self.text.tokenizer.get_vocab_size(), seed)
         if resume_from is not None:

@@ -27,11 +27,11 @@ COLOURS = {"code": "#D55E00", "prose": "#0072B2"}
 MARKERS = {"code": "o", "prose": "s"}
 BROKEN_BY = 1.0  # nats a token that code must lose for the verdict to call it broken
 KEPT_WITHIN = 0.15  # and prose may change for it to be called kept
-LABELS = {
+LABELS = {  # of short words, so that a terminal of 40 columns breaks none of them
     "nats_per_token": "nats per token",
     "nats_per_byte": "nats per byte",
-    "cosine_target_layers": "cosine, target layer",
-    "cosine_all_layers": "cosine, all layers",
+    "cosine_target_layers": "cosine at target layer",
+    "cosine_all_layers": "cosine at all layers",
 }
 
 
@@ -72,6 +72,7 @@ def write_json(
         "before": before,
         "after": after,
         "curve": state.curve,
+        "curve_windows": state.settings.curve_rows,  # fewer than are behind before and after
         "steps": state.notes,
         "settings": asdict(state.settings),
         "seed": state.seed,
@@ -106,6 +107,7 @@ def write_png(path: Path, state: State) -> None:
     from matplotlib.figure import Figure
 
     switch = state.settings.lm_steps
+    behind = f"({state.settings.curve_rows} windows)"
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for kind in KINDS:
@@ -116,7 +118,7 @@ def write_png(path: Path, state: State) -> None:
         turned = [(s, p[kind]) for s, p in zip(steps, state.curve, strict=True) if s >= switch]
         cosines = [numbers["cosine_target_layers"] for _, numbers in turned]
         right.plot([s for s, _ in turned], cosines, label=kind, **style)
-    left.set_title("Cross-entropy on held-out text")
+    left.set_title(f"Cross-entropy on held-out text {behind}")
     left.set_ylabel("nats per token")
     left.axvline(switch, color="0.5", linewidth=1, linestyle="--")
     left.annotate(
@@ -125,7 +127,8 @@ def write_png(path: Path, state: State) -> None:
     )  # fmt: skip
     layers = state.settings.target_layers
     plural = "layers" if len(layers) > 1 else "layer"
-    right.set_title(f"Cosine to the original states, {plural} {', '.join(map(str, layers))}")
+    which = f"{plural} {', '.join(map(str, layers))}"
+    right.set_title(f"Cosine to the original states, {which} {behind}")
     right.set_ylabel("mean cosine")
     right.set_ylim(-0.3, 1.05)
     right.axhline(0, color="0.5", linewidth=1)
