@@ -69,6 +69,12 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: nothing may wait for the device then, nor be copied
+    from host memory that will be gone at the replay."""
+    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def exponential(tensor: Tensor) -> Any:
     """The kernels' exponential for the tensor's device."""
     from ..kernels.online_softmax import flushed_exp, plain_exp

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from ._check import check_choice, check_rows_alike
 from ._declare import declare
-from ._launch import IMPLS, accumulation_dtype, choose, dense_like, device_of, slabs, warps
+from ._launch import (
+    IMPLS,
+    accumulation_dtype,
+    capturing,
+    choose,
+    dense_like,
+    device_of,
+    slabs,
+    warps,
+)
 from .vocab_stats import mask_rows
 
 
@@ -124,12 +133,6 @@ def _address(layers: list[Tensor]) -> Tensor | None:
     return table.pin_memory().to(layers[0].device, non_blocking=True)
 
 
-def capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being captured: a table of addresses would be copied from host memory
-    again at each replay, long after that memory is gone. Layers are then launched one by one."""
-    return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _meta(layers: list[Tensor]) -> dict[str, Any]:
     import triton
     import triton.language as tl
@@ -162,7 +165,7 @@ def _forward_triton(
 ) -> None:
     from ..kernels.row_moments import row_moments_kernel
 
-    if len(x) > 1 and capturing(x[0]):
+    if len(x) > 1 and capturing(x[0]):  # a replay would read a table that is long gone
         for layer in range(len(x)):
             _forward_triton(x[layer:][:1], y[layer:][:1], mask, [t[layer:][:1] for t in out])
         return

@@ -634,7 +634,8 @@ def vocab_stats(
     """Per-row statistics of `logits`, shape `logits.shape[:-1]`, in one pass over the vocabulary.
 
     Args:
-        logits: [..., V] float32, bfloat16, float16 (float64 through the torch path), any strides.
+        logits: [..., V] float32, bfloat16, float16 (float64 through the torch path), any strides;
+            or LazyLogits.
         labels: [...] integer token ids for `logp` and `label_logit`; a row labelled -100 is not
             read: all its facts are 0 and so is its gradient.
         contrast_labels: [...] a second id per row, for `contrast_logit` (-100: 0 there).
@@ -678,8 +679,14 @@ def vocab_stats(
         if bag_weights.requires_grad:
             raise ValueError("bag_weights is not differentiated: pass bag_weights.detach()")
         bag_weights = bag_weights.to(accumulation_dtype(logits.dtype)).contiguous()
-    use_triton = choose(impl, logits)
-    outputs = _vocab_stats(logits, labels, contrast_labels, bag_weights, list(want), use_triton)
+    given_rows = (labels, contrast_labels, bag_weights, list(want))
+    head = getattr(logits, "onepass_head", None)
+    if head is not None:
+        from .head import head_stats
+
+        outputs = head_stats(head, *given_rows, impl)
+    else:
+        outputs = _vocab_stats(logits, *given_rows, choose(impl, logits))
     fields = dict(zip(FACTS, outputs[2:], strict=True))
     wanted: Any = {fact: fields[fact] if fact in want else None for fact in FACTS}
     return VocabStats(**wanted)

@@ -1,0 +1,219 @@
+"""head_stats: the facts and gradients of whole logits, from hidden states and a head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import onepass
+from onepass.ops import head as module
+from onepass.ops.head import Head, head_stats
+from onepass.ops.vocab_stats import VocabStats
+from support.environment import NO_TRITON
+
+SMOOTH = tuple(fact for fact in VocabStats._fields if fact != "argmax")
+
+
+@dataclass
+class Case:
+    hidden: list[Tensor]
+    weight: list[Tensor]
+    bias: Tensor | None
+    given: dict[str, Any]
+    softcap: float = 0.0
+    scale: float = 1.0
+
+    @property
+    def head(self) -> Head:
+        return Head(tuple(self.hidden), tuple(self.weight), self.bias, self.softcap, self.scale)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What a gradient is asked for."""
+        of_head = [*self.weight, *([] if self.bias is None else [self.bias])]
+        return [t for t in (*self.hidden, *of_head) if t.requires_grad]
+
+    def lazy(self, want: Sequence[str], impl: str, max_slab_bytes: int | None = None) -> Any:
+        labels, contrast, bag = (
+            self.given.get(name) for name in ("labels", "contrast_labels", "bag_weights")
+        )
+        head = self.head._replace(max_slab_bytes=max_slab_bytes)
+        return VocabStats(*head_stats(head, labels, contrast, bag, want, impl)[2:])
+
+    def whole(self, want: Sequence[str], impl: str) -> Any:
+        return onepass.vocab_stats(self.head.logits(), want=want, impl=impl, **self.given)
+
+
+def draw(
+    device: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    sizes: Sequence[int] = (16,),
+    vocab_size: int = 61,
+    rows: int = 7,
+    bias: bool = False,
+    frozen: bool = False,
+    ignored: Sequence[int] = (),
+    softcap: float = 0.0,
+    scale: float = 1.0,
+) -> Case:
+    def normal(*shape: int, trained: bool) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device, requires_grad=trained)
+
+    labels = torch.randint(vocab_size, (rows,), device=device)
+    labels[list(ignored)] = -100
+    contrast = torch.randint(vocab_size, (rows,), device=device)
+    facts = torch.float64 if dtype == torch.float64 else torch.float32
+    bag = torch.rand(vocab_size, dtype=facts, device=device)
+    return Case(
+        [normal(rows, size, trained=True) for size in sizes],
+        [normal(vocab_size, size, trained=not frozen) for size in sizes],
+        normal(vocab_size, trained=not frozen) if bias else None,
+        {"labels": labels, "contrast_labels": contrast, "bag_weights": bag},
+        softcap,
+        scale,
+    )
+
+
+def gradients(stats: Any, facts: Sequence[str], leaves: list[Tensor]) -> list[Tensor]:
+    """Of a sum with other weights for every row and fact, the same at every call."""
+    total = torch.zeros((), dtype=torch.float64, device=leaves[0].device)
+    for at, fact in enumerate(facts):
+        values = getattr(stats, fact).double()
+        total = total + (values * torch.linspace(-1, 1 + at, len(values)).to(values)).sum()
+    return list(torch.autograd.grad(total, leaves))
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"bias": True},
+    "two_terms": {"sizes": (16, 3), "bias": True},
+    "softcap": {"softcap": 3.0, "bias": True},
+    "scaled": {"scale": 0.25},
+    "softcap_scaled": {"softcap": 2.0, "scale": 3.0, "sizes": (16, 4)},
+    "ignored": {"ignored": (0, 3, 6), "bias": True},
+    "all_ignored": {"ignored": range(7)},
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("want", [("logp",), ("entropy",), SMOOTH], ids=["logp", "entropy", "all"])
+def test_equals_whole_logits(
+    want: Sequence[str], shape: str, frozen: bool, impl: str, device: str
+) -> None:
+    case = draw(device, frozen=frozen, **SHAPES[shape])
+    slab = 2 * 61 * 4 if impl == "torch" else None  # several slabs of two rows
+    lazy, whole = case.lazy(want, impl, slab), case.whole(want, impl)
+    for fact in want:
+        torch.testing.assert_close(getattr(lazy, fact), getattr(whole, fact), msg=fact)
+    for got, expected in zip(
+        gradients(lazy, want, case.leaves), gradients(whole, want, case.leaves), strict=True
+    ):
+        scale = float(expected.abs().max())  # sums over rows and columns in another order
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_slab_sizes_change_nothing(frozen: bool, device: str) -> None:
+    """To the last bit for facts and hidden gradients; dW is summed slab by slab."""
+    case = draw(device, frozen=frozen, rows=12, ignored=(4,))
+    results = []
+    for rows in (1, 5, 12):
+        stats = case.lazy(("logp",), "torch", rows * 61 * 4)
+        results.append([stats.logp, *gradients(stats, ("logp",), case.leaves)])
+    for other in results[1:]:
+        for got, expected in zip(other, results[0], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_gradcheck(frozen: bool, softcap: float) -> None:
+    case = draw("cpu", dtype=torch.float64, frozen=frozen, softcap=softcap, bias=True, ignored=(2,))
+    small = draw("cpu", dtype=torch.float64, vocab_size=5, rows=3, sizes=(4,), bias=True)
+    case.hidden, case.weight = small.hidden, small.weight
+    case.bias = small.bias
+    case.given = {"labels": torch.tensor([1, -100, 4])}
+    assert case.bias is not None
+    for t in (*case.weight, case.bias):
+        t.requires_grad_(not frozen)
+
+    def values(*_: Tensor) -> tuple[Tensor, ...]:
+        stats = case.lazy(("logp", "entropy"), "torch")
+        only = case.lazy(("logp",), "torch")
+        return stats.logp, stats.entropy, only.logp
+
+    assert torch.autograd.gradcheck(values, case.leaves)
+    assert torch.autograd.gradgradcheck(values, case.leaves)
+
+
+def test_a_frozen_head_is_multiplied_twice(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for the logits, once for the gradient, both in the forward; the backward only scales."""
+    calls: list[str] = []
+    product = module.head_product
+
+    def counted(*args: Any) -> Tensor:
+        calls.append("product")
+        return product(*args)
+
+    monkeypatch.setattr(module, "head_product", counted)
+    case = draw(device, frozen=True)
+    stats = case.lazy(("logp",), "torch")
+    assert calls == ["product"]
+    gradients(stats, ("logp",), case.leaves)
+    assert calls == ["product"]
+
+
+def test_masked_rows_leak_nothing(impl: str, device: str) -> None:
+    case = draw(device, ignored=(1, 5))
+    with torch.no_grad():
+        case.hidden[0][1] = math.nan
+        case.hidden[0][5] = math.inf
+    stats = case.lazy(("logp", "lse"), impl)
+    grads = gradients(stats, ("logp", "lse"), case.leaves)
+    assert not stats.logp[[1, 5]].any() and not stats.lse[[1, 5]].any()
+    assert all(grad.isfinite().all() for grad in grads)
+    assert not grads[0][[1, 5]].any()
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_while_a_graph_is_captured_no_row_is_left_out(
+    frozen: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor may one that does not count leak NaN into the head's gradient."""
+    if NO_TRITON:
+        pytest.skip(NO_TRITON)
+    case = draw(device, ignored=(1, 5), bias=True, frozen=frozen)
+    with torch.no_grad():
+        case.hidden[0][1] = math.nan
+    results = []
+    for in_capture in (False, True):
+        monkeypatch.setattr(module, "capturing", lambda t, answer=in_capture: answer)
+        stats = case.lazy(("logp",), "triton")
+        results.append([stats.logp, *gradients(stats, ("logp",), case.leaves)])
+    for compacted, blind in zip(*results, strict=True):
+        torch.testing.assert_close(blind, compacted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_slab_must_hold_a_row(device: str) -> None:
+    case = draw(device)
+    with pytest.raises(ValueError, match=r"max_slab_bytes .* 244 bytes: got 243"):
+        case.lazy(("lse",), "torch", 243)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_opcheck(frozen: bool, device: str) -> None:
+    case = draw(device, frozen=frozen, bias=True)
+    ahead = "logp" if frozen else ""
+    args = (
+        case.hidden, case.weight, case.bias, 0.0, 1.0, case.given["labels"], None, None, ["logp"],
+        4, ahead, False,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.onepass.head_stats.default, args)

@@ -1,0 +1,263 @@
+"""LazyLogits stay lazy under what code does to logits, and give what those would have given."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import onepass
+from onepass.lazy_logits import LazyLogits, MaterializedError, MaterializedWarning, strict
+
+V, D = 37, 8
+LABELS = torch.tensor([[1, 5, -100, 36], [0, -100, 7, 2], [3, 4, 5, 6]])
+MASK = LABELS != -100
+
+
+def parts(device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    shapes = ((3, 4, D), (V, D), (V,))
+    return [torch.randn(shape, dtype=dtype).to(device).requires_grad_(True) for shape in shapes]
+
+
+def close(got: Tensor, expected: Tensor, *, dtype: torch.dtype = torch.float32) -> None:
+    size = float(expected.detach().abs().max()) if expected.numel() else 0.0
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(
+        got, expected, rtol=4 * tolerance, atol=tolerance * size, check_dtype=True
+    )
+
+
+CHANGES: dict[str, Callable[[Tensor], Any]] = {
+    "slice": lambda z: z[:, :-1],
+    "slice_all": lambda z: z[..., :-1, :],
+    "contiguous": lambda z: z[:, 1:, :].contiguous(),
+    "integer": lambda z: z[0],
+    "last_position": lambda z: z[:, -1, :],
+    "new_axis": lambda z: z[None],
+    "mask": lambda z: z[MASK.to(z.device)],
+    "rows_by_index": lambda z: z[torch.tensor([2, 0], device=z.device)],
+    "columns": lambda z: z[..., :20],
+    "view": lambda z: z.view(-1, z.size(-1)),
+    "view_shape": lambda z: z.view(torch.Size((12, V))),
+    "reshape": lambda z: z.reshape(2, 6, V),
+    "flatten": lambda z: z.flatten(0, 1),
+    "torch_flatten": lambda z: torch.flatten(z, end_dim=-2),
+    "unsqueeze": lambda z: z.unsqueeze(0).squeeze(0),
+    "transpose": lambda z: z.transpose(0, 1),
+    "chunk": lambda z: z.chunk(3, dim=0)[1],
+    "split": lambda z: z.split([1, 3], dim=1)[1],
+    "iterate": lambda z: list(z)[2],
+    "unbind": lambda z: z.unbind(1)[0],
+    "cat": lambda z: torch.cat([z[:1], z[2:]], dim=0),
+    "stack": lambda z: torch.stack([z[0], z[1]]),
+    "index_select": lambda z: z.index_select(1, torch.tensor([3, 1], device=z.device)),
+    "float": lambda z: z.float(),
+    "double": lambda z: z.to(torch.float64),
+    "to_device": lambda z: z.to(z.device),
+    "clone": lambda z: z.clone(),
+    "scaled": lambda z: z * 0.25,
+    "scaled_from_left": lambda z: 3 * z,
+    "divided": lambda z: z / 2.5,
+    "temperatures": lambda z: z / torch.linspace(0.5, 2, 12, device=z.device).view(3, 4, 1),
+    "softcap": lambda z: 4.0 * torch.tanh(z / 4.0),
+    "softcap_and_scale": lambda z: (torch.tanh(z * 2 / 3) * 3) / 0.7,
+    "negative_softcap": lambda z: torch.tanh(z / -5) * 5,
+    "minus": lambda z: -z,
+    "plus_bias": lambda z: z + torch.linspace(-1, 1, V, device=z.device),
+    "sum": lambda z: z[0] * 0.5 + z[1] - 2 * z[2],
+}
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["bare", "bias"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_stays_lazy_and_stands_for_the_same(name: str, bias: bool, device: str) -> None:
+    hidden, weight, b = parts(device)
+    used = b if bias else None
+    with strict():
+        lazy = CHANGES[name](LazyLogits(hidden, weight, used))
+    whole = CHANGES[name](functional.linear(hidden, weight, used))
+    assert isinstance(lazy, LazyLogits) and type(whole) is Tensor
+    assert (lazy.shape, lazy.dtype, lazy.device) == (whole.shape, whole.dtype, whole.device)
+    close(lazy.materialize(), whole)
+    leaves = [hidden, weight, *([b] if bias else [])]
+    upstream = torch.randn_like(whole)
+    lazy_grads = torch.autograd.grad(lazy.materialize(), leaves, upstream, allow_unused=True)
+    for got, expected in zip(
+        lazy_grads, torch.autograd.grad(whole, leaves, upstream, allow_unused=True), strict=True
+    ):
+        if expected is None:
+            assert got is None
+        else:
+            assert got is not None
+            close(got, expected)
+
+
+def rows(z: Tensor) -> Tensor:
+    return z.reshape(-1, z.shape[-1])
+
+
+def labels_of(z: Tensor) -> Tensor:
+    return LABELS.reshape(-1).to(z.device)
+
+
+def gathered(z: Tensor) -> Tensor:
+    ids = labels_of(z).clamp_min(0)[:, None]
+    return rows(z).log_softmax(-1).gather(-1, ids).squeeze(-1)
+
+
+FUSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "cross_entropy": lambda z: functional.cross_entropy(rows(z), labels_of(z)),
+    "cross_entropy_sum": lambda z: functional.cross_entropy(
+        rows(z.float()), labels_of(z), ignore_index=-100, reduction="sum"
+    ),
+    "cross_entropy_smooth": lambda z: functional.cross_entropy(
+        rows(z), labels_of(z), label_smoothing=0.1
+    ),
+    "cross_entropy_none": lambda z: functional.cross_entropy(
+        rows(z), labels_of(z), reduction="none"
+    ).sum(),
+    "nll_of_log_softmax": lambda z: functional.nll_loss(
+        functional.log_softmax(rows(z), dim=-1), labels_of(z)
+    ),
+    "log_softmax_gather": lambda z: gathered(z).mean(),
+    "gather": lambda z: rows(z).gather(1, labels_of(z).clamp_min(0)[:, None]).sum(),
+    "logsumexp": lambda z: z.logsumexp(-1).square().sum(),
+    "logsumexp_keepdim": lambda z: torch.logsumexp(z, dim=-1, keepdim=True).sum(),
+    "module": lambda z: torch.nn.CrossEntropyLoss()(rows(z), labels_of(z)),
+}
+
+
+@pytest.mark.parametrize("change", ["plain", "softcap", "two_heads"])
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_functions(name: str, change: str, device: str) -> None:
+    hidden, weight, bias = parts(device)
+    second = torch.randn(3, 4, 2, device=device, requires_grad=True)
+    adapter = torch.randn(V, 2, device=device, requires_grad=True)
+
+    def changed(z: Tensor, more: Tensor) -> Tensor:
+        if change == "softcap":
+            return 5 * torch.tanh(z / 5)
+        return z + more if change == "two_heads" else z
+
+    with strict():
+        lazy = changed(LazyLogits(hidden, weight, bias), LazyLogits(second, adapter))
+        got = FUSED[name](lazy)
+    logits = functional.linear(hidden, weight, bias)
+    expected = FUSED[name](changed(logits, functional.linear(second, adapter)))
+    assert type(got) is Tensor
+    close(got, expected)
+    leaves = [hidden, weight, bias, *([second, adapter] if change == "two_heads" else [])]
+    for a, b in zip(
+        torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), strict=True
+    ):
+        close(a, b)
+
+
+def test_argmax(device: str) -> None:
+    hidden, weight, bias = parts(device)
+    logits = functional.linear(hidden, weight, bias)
+    with strict():
+        lazy = LazyLogits(hidden, weight, bias)
+        assert torch.equal(lazy.argmax(-1), logits.argmax(-1))
+        assert torch.equal(lazy.argmax(dim=2, keepdim=True), logits.argmax(-1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: onepass.cross_entropy(rows(z), labels_of(z)),
+        lambda z: onepass.masked_cross_entropy(z, LABELS.to(z.device), z_loss=1e-3, max_loss=9.0),
+        lambda z: onepass.masked_cross_entropy(z, LABELS.to(z.device), label_smoothing=0.1),
+        lambda z: onepass.vocab_stats(z, want="entropy").entropy.sum(),
+    ],
+    ids=["cross_entropy", "capped", "smoothed", "entropy"],
+)
+def test_losses_of_this_package(loss: Callable[[Tensor], Tensor], device: str) -> None:
+    hidden, weight, bias = parts(device)
+    with strict():
+        got = loss(LazyLogits(hidden, weight, bias))
+    expected = loss(functional.linear(hidden, weight, bias))
+    close(got, expected)
+    leaves = [hidden, weight, bias]
+    for a, b in zip(
+        torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), strict=True
+    ):
+        close(a, b)
+
+
+def test_anything_else_is_made_whole_and_said(device: str) -> None:
+    hidden, weight, _ = parts(device)
+    lazy, logits = LazyLogits(hidden, weight), functional.linear(hidden, weight)
+    with pytest.warns(MaterializedWarning, match=r"softplus at .*test_lazy_logits.py:\d+"):
+        close(functional.softplus(lazy), functional.softplus(logits))
+    with pytest.warns(MaterializedWarning, match="exp at"):
+        close(lazy.exp(), logits.exp())
+    with strict(), pytest.raises(MaterializedError, match=r"topk at .*test_lazy_logits.py"):
+        lazy.topk(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        close(lazy.materialize(), logits)
+
+
+def test_reads_as_what_it_stands_for(device: str) -> None:
+    hidden, weight, bias = parts(device)
+    text = repr(LazyLogits(hidden, weight, bias, softcap=30.0, scale=0.5)[:, 1:])
+    assert text.startswith("LazyLogits([3, 3, 37], torch.float32, ")
+    assert "hidden[3, 3, 8] weight[37, 8]^T, bias, softcap=60, scale=0.5" in text  # 30 tanh(u / 60)
+
+
+@pytest.mark.parametrize(
+    ("options", "whole"),
+    [
+        ({"softcap": 4.0}, lambda z: 4 * torch.tanh(z / 4)),
+        ({"scale": 0.5, "softcap": 4.0}, lambda z: 4 * torch.tanh(z * 0.5 / 4)),
+        ({"temperature": 0.7}, lambda z: z / 0.7),
+        ({"softcap": 2.0, "temperature": 3.0}, lambda z: 2 * torch.tanh(z / 2) / 3),
+    ],
+)
+def test_constructor(
+    options: dict[str, Any], whole: Callable[[Tensor], Tensor], device: str
+) -> None:
+    hidden, weight, bias = parts(device)
+    lazy = LazyLogits(hidden, weight, bias, **options)
+    close(lazy.materialize(), whole(functional.linear(hidden, weight, bias)))
+
+
+def test_keeps_a_graph_only_where_there_is_one(device: str) -> None:
+    hidden, weight, bias = parts(device)
+    assert LazyLogits(hidden, weight, bias).requires_grad
+    assert not LazyLogits(hidden, weight, bias).detach().requires_grad
+    assert LazyLogits(hidden.detach(), weight.detach(), bias).requires_grad
+    states = hidden * 2
+    assert LazyLogits(states, weight).grad_fn is states.grad_fn
+
+
+BAD: dict[str, tuple[Callable[[list[Tensor]], Any], type[Exception], str]] = {
+    "width": (
+        lambda p: LazyLogits(p[0], p[1][:, 1:]),
+        ValueError,
+        r"got \(3, 4, 8\) and \(37, 7\)",
+    ),
+    "weight_shape": (
+        lambda p: LazyLogits(p[0], p[2]),
+        ValueError,
+        r"weight \[V, D\]: got .*\(37,\)",
+    ),
+    "dtype": (lambda p: LazyLogits(p[0].double(), p[1]), ValueError, "float64 and torch.float32"),
+    "device": (lambda p: LazyLogits(p[0], p[1].to("meta")), ValueError, "weight is on meta"),
+    "bias": (lambda p: LazyLogits(p[0], p[1], p[2][1:]), ValueError, r"\(37,\).*got \(36,\)"),
+    "integers": (lambda p: LazyLogits(p[0].int(), p[1]), ValueError, "hidden must be float32"),
+    "list": (lambda p: LazyLogits([1.0], p[1]), TypeError, "hidden must be a torch.Tensor"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str, device: str) -> None:
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call([t.detach() for t in parts(device)])
