@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 IGNORED = -100  # the label of a row that does not count
@@ -30,8 +29,8 @@ def switched_on(variable: str) -> bool:
 
 def values_checked(tensor: Tensor) -> bool:
     """Whether checks that read values may run: free on a CPU, a device sync elsewhere; a break in
-    the graph under torch.compile, and nothing to read in a FakeTensor."""
-    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+    the graph under torch.compile, and nothing to read in the tensors that trace one."""
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
     return tensor.device.type == "cpu" or switched_on("ONEPASS_STRICT")
 

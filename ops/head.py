@@ -7,13 +7,13 @@ made in the forward and scaled in the backward; else the backward makes the logi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._check import IGNORED
+from ._check import IGNORED, values_checked
 from ._declare import declare
 from ._launch import GPU_TYPES, accumulation_dtype, capturing, choose
 from .vocab_stats import (
@@ -166,6 +166,42 @@ class Slabs:
         return logits if self.scale == 1 else logits.mul_(self.scale)
 
 
+class Gradients:
+    """Gradients of the hidden states, row by row, and of the head, summed in fp32 over slabs."""
+
+    def __init__(
+        self,
+        hidden: Sequence[Tensor],
+        weight: Sequence[Tensor],
+        bias: Tensor | None,
+        need: Sequence[bool],
+    ) -> None:
+        self.matrices = weight
+        self.hidden = [torch.empty_like(t) for t in hidden if need[0]]
+        of_head = ([*weight] if need[1] else [], [bias] if need[2] and bias is not None else [])
+        self.weight, self.bias = (
+            [torch.empty_like(t, dtype=accumulation_dtype(t.dtype)) for t in part]
+            for part in of_head
+        )
+
+    @property
+    def all(self) -> list[Tensor]:
+        return [*self.hidden, *self.weight, *self.bias]
+
+    def zero(self) -> None:
+        for tensor in self.all:
+            tensor.zero_()
+
+    def add(self, rows: Any, states: Sequence[Tensor], du: Tensor) -> None:
+        """One slab's share: its rows, their hidden states, the gradient of the product."""
+        for grad, matrix in zip(self.hidden, self.matrices, strict=False):
+            grad[rows] = du @ matrix
+        for total, part in zip(self.weight, states, strict=False):
+            add_product(total, du.T, part)
+        for total in self.bias:
+            total += du.sum(0, dtype=total.dtype)
+
+
 def _forward(
     hidden: list[Tensor],
     weight: list[Tensor],
@@ -175,48 +211,47 @@ def _forward(
     labels: Tensor | None,
     contrast_labels: Tensor | None,
     bag_weights: Tensor | None,
-    want: list[str],
+    want: str,  # facts, separated by spaces
     n_rows: int,
-    with_gradient: str,
+    ahead: str,  # facts whose gradients are made here
+    shares: list[Tensor],
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
     triton: bool,
 ) -> tuple[Any, ...]:
-    facts = _empty_facts(hidden[0], want, False)
-    units = _empty_units(hidden, with_gradient)
+    asked = want.split()
+    facts = _empty_facts(hidden[0], asked, False)
+    made = Gradients(hidden, weight, bias, (need_hidden, need_weight, need_bias))
+    made.zero()
     if facts["row_max"].numel():
         ids = (labels, contrast_labels)
         slabs = Slabs(hidden, weight, bias, softcap, scale, ids, n_rows)
-        for unit in units:
-            if slabs.kept is not None:
-                unit.zero_()
         total = weight_sum(slabs.room, bag_weights)
-        for rows, _, u, logits in slabs:
+        for rows, states, u, logits in slabs:
             labels_, contrast = (pick(t, rows) for t in ids)
-            found = _empty_facts(logits, want, triton)
+            found = _empty_facts(logits, asked, triton)
             if triton:
                 _forward_triton(logits, labels_, contrast, bag_weights, found)
             else:
-                _forward_torch(logits, labels_, contrast, bag_weights, want, found)
+                _forward_torch(logits, labels_, contrast, bag_weights, asked, found)
             for name, values in found.items():
                 facts[name][rows] = values
-            if with_gradient:
-                grads = {with_gradient: torch.ones_like(found["row_max"])}
+            if ahead:
+                ones = torch.ones_like(found["row_max"])
+                of_rows = [share[rows] for share in shares] or [ones]
+                grads = dict(zip(ahead.split(), of_rows, strict=True))
                 c = row_coefficients(found, grads, total, bag_weights is not None)
                 state = (found["row_max"], found["row_rest"], c, triton)
-                du = slabs.gradient(rows, u, logits, bag_weights, *state)
-                for unit, matrix in zip(units, weight, strict=True):
-                    unit[rows] = (du @ matrix).to(unit.dtype)
-    return (*_as_outputs(hidden[0], facts), units)
+                made.add(rows, states, slabs.gradient(rows, u, logits, bag_weights, *state))
+    return (*_as_outputs(hidden[0], facts), made.all)
 
 
-def _empty_units(hidden: list[Tensor], with_gradient: str) -> list[Tensor]:
-    """Room for the hidden states' gradients of one fact; none where none is made ahead."""
-    return [torch.empty_like(t) for t in hidden] if with_gradient else []
-
-
-def _forward_fake(hidden: list[Tensor], *rest: Any) -> tuple[Any, ...]:
-    want, with_gradient = rest[7], rest[9]
-    facts = _as_outputs(hidden[0], _empty_facts(hidden[0], want, True))
-    return (*facts, _empty_units(hidden, with_gradient))
+def _forward_fake(
+    hidden: list[Tensor], weight: list[Tensor], bias: Tensor | None, *rest: Any
+) -> tuple[Any, ...]:
+    facts = _as_outputs(hidden[0], _empty_facts(hidden[0], rest[5].split(), True))
+    return (*facts, Gradients(hidden, weight, bias, rest[-4:-1]).all)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -243,108 +278,78 @@ def _backward_op(
     *rest: Any,
 ) -> list[Tensor]:
     *values, n_rows, need_hidden, need_weight, need_bias, triton = rest
-    grads = _empty_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
-    d_hidden = grads[: len(hidden) if need_hidden else 0]
-    d_weight = [
-        torch.zeros_like(t, dtype=accumulation_dtype(t.dtype)) for t in weight if need_weight
-    ]
-    d_bias = None
-    if need_bias and bias is not None:
-        d_bias = torch.zeros_like(bias, dtype=accumulation_dtype(bias.dtype))
+    made = Gradients(hidden, weight, bias, (need_hidden, need_weight, need_bias))
+    made.zero()
     if row_max.numel():
         slabs = Slabs(hidden, weight, bias, softcap, scale, (labels, contrast_labels), n_rows)
-        if slabs.kept is not None:
-            for grad in d_hidden:
-                grad.zero_()
         for rows, states, u, logits in slabs:
             c = {name: pick(value, rows) for name, value in zip(COEFFICIENTS, values, strict=True)}
             state = (row_max[rows], row_rest[rows], c, triton)
-            du = slabs.gradient(rows, u, logits, bag_weights, *state)
-            for grad, matrix in zip(d_hidden, weight, strict=False):
-                grad[rows] = du @ matrix
-            for total, part in zip(d_weight, states, strict=False):
-                add_product(total, du.T, part)
-            if d_bias is not None:
-                d_bias += du.sum(0, dtype=d_bias.dtype)
-    summed = [*d_weight, *([] if d_bias is None else [d_bias])]
-    for grad, total in zip(grads[len(d_hidden) :], summed, strict=True):
-        grad.copy_(total)
-    return grads
-
-
-def _empty_gradients(
-    hidden: list[Tensor],
-    weight: list[Tensor],
-    bias: Tensor | None,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> list[Tensor]:
-    """Uninitialised gradients: those of the hidden states, the weights, the bias, as needed."""
-    wanted = [*(hidden if need_hidden else []), *(weight if need_weight else [])]
-    if need_bias and bias is not None:
-        wanted.append(bias)
-    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted]
+            made.add(rows, states, slabs.gradient(rows, u, logits, bag_weights, *state))
+    return made.all
 
 
 def _backward_fake(
     hidden: list[Tensor], weight: list[Tensor], bias: Tensor | None, *rest: Any
 ) -> list[Tensor]:
-    return _empty_gradients(hidden, weight, bias, *rest[-4:-1])
+    return Gradients(hidden, weight, bias, rest[-4:-1]).all
 
 
 _OF_HEAD = (
     "Tensor[] hidden, Tensor[] weight, Tensor? bias, float softcap, float scale, "
     "Tensor? labels, Tensor? contrast_labels, Tensor? bag_weights, "
 )
+_NEEDS = "bool need_hidden, bool need_weight, bool need_bias, bool triton"
 
 _head_stats_backward = declare(
     f"head_stats_backward({_OF_HEAD} Tensor row_max, Tensor row_rest, "
     + ", ".join(f"Tensor? {name}" for name in COEFFICIENTS)
-    + ", int n_rows, bool need_hidden, bool need_weight, bool need_bias, bool triton) -> Tensor[]",
+    + f", int n_rows, {_NEEDS}) -> Tensor[]",
     implementation=_backward_op,
     fake=_backward_fake,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    hidden, weight, bias, softcap, scale, labels, contrast, bag, want, n_rows, ahead, triton = (
-        inputs
-    )
-    *facts, units = output
+    hidden, weight, bias, softcap, scale, labels, contrast, bag, want, n_rows, *rest = inputs
+    ahead, shares, *_, triton = rest
+    *facts, made = output
     saved = dict(zip(("row_max", "row_rest", *FACTS), facts, strict=True))
-    ctx.save_for_backward(
-        *hidden, *weight, *units, bias, labels, contrast, bag, *(saved[name] for name in KEPT)
-    )
-    ctx.n_terms, ctx.options = len(hidden), (softcap, scale, want, n_rows, ahead, triton)
+    kept = [saved[name] for name in KEPT]
+    ctx.save_for_backward(*hidden, *weight, bias, labels, contrast, bag, *kept, *shares, *made)
+    ctx.sizes = (len(hidden), len(weight), 4, len(kept), len(shares), len(made))
+    ctx.options = (softcap, scale, want.split(), n_rows, ahead.split(), triton)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
     softcap, scale, want, n_rows, ahead, triton = ctx.options
-    n, nothing = ctx.n_terms, (None,) * 9
+    saved = iter(ctx.saved_tensors)
+    hidden, weight, given, kept, shares, made = (
+        [next(saved) for _ in range(size)] for size in ctx.sizes
+    )
+    bias, labels, contrast, bag = given
+    none = [None] * len(hidden)
+    nothing = (*[None] * 8, [None] * len(shares), *[None] * 4)
     grads = {
         fact: grad.contiguous()
         for fact, grad in zip(FACTS, upstream[2:-1], strict=True)
         if grad is not None and fact in want and fact != "argmax"
     }
-    none = [None] * n
     if not grads:
         return (none, none, None, *nothing)
-    saved = list(ctx.saved_tensors)
-    hidden, weight = saved[:n], saved[n : 2 * n]
-    units, rest = (saved[2 * n : 3 * n], saved[3 * n :]) if ahead else ([], saved[2 * n :])
-    bias, labels, contrast, bag, *kept = rest
     need_hidden, need_weight = (any(need) for need in ctx.needs_input_grad[:2])
-    need_bias = ctx.needs_input_grad[2]
+    need_bias = bias is not None and ctx.needs_input_grad[2]
     if torch.is_grad_enabled():
-        found = _twice_differentiable(
+        d_hidden, d_weight, d_bias = _twice_differentiable(
             hidden, weight, bias, softcap, scale, labels, contrast, bag, grads
         )
-        d_hidden, d_weight, d_bias = found
-    elif set(grads) == {ahead}:
-        column = grads[ahead][:, None]
-        d_hidden, d_weight, d_bias = [(column * unit).to(unit.dtype) for unit in units], none, None
+        out = [*d_hidden * need_hidden, *d_weight * need_weight, *[d_bias] * need_bias]
+    elif made and shares and set(grads) == set(ahead):
+        factor = common_factor([grads[fact] for fact in ahead], shares, labels)
+        out = [grad * factor for grad in made]
+    elif made and not shares and list(grads) == ahead:
+        out = [grads[ahead[0]][:, None] * grad for grad in made]
     else:
         facts = dict(zip(KEPT, kept, strict=True))
         total = bag.sum() if bag is not None else float(weight[0].shape[0])
@@ -354,15 +359,33 @@ def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
             facts["row_max"], facts["row_rest"], *c.values(),
             n_rows, need_hidden, need_weight, need_bias, triton,
         )  # fmt: skip
-        d_hidden, out = (out[:n], out[n:]) if need_hidden else (none, out)
-        d_weight, out = (out[:n], out[n:]) if need_weight else (none, out)
-        d_bias = out[0] if out else None
-    return (
-        d_hidden if need_hidden else none,
-        d_weight if need_weight else none,
-        d_bias if need_bias else None,
-        *nothing,
+    n, rest = len(hidden), iter(out)
+    d_hidden, d_weight = (
+        [next(rest).to(t.dtype) for t in part] if need else none
+        for part, need in ((hidden, need_hidden), (weight, need_weight))
     )
+    d_bias = next(rest).to(bias.dtype) if need_bias else None
+    return (d_hidden[:n], d_weight, d_bias, *nothing)
+
+
+def common_factor(
+    grads: Sequence[Tensor], shares: Sequence[Tensor], labels: Tensor | None
+) -> Tensor:
+    """What every upstream gradient is of the share that was foretold, over the rows that count."""
+    counts = 1.0 if labels is None else (labels != IGNORED).to(shares[0].dtype)
+    both = list(zip(grads, shares, strict=True))
+    along = torch.stack([(g * s * counts).sum() for g, s in both]).sum()
+    length = torch.stack([(s * s * counts).sum() for s in shares]).sum()
+    factor: Tensor = along / torch.where(length == 0, 1.0, length)
+    if values_checked(factor):
+        for grad, share in both:
+            apart = (grad - factor * share) * counts
+            if apart.abs().max() > 1e-3 * factor.abs() * share.abs().max() + 1e-30:
+                raise RuntimeError(
+                    "the loss foretold its upstream gradients as shares=...: they came otherwise; "
+                    "leave shares out"
+                )
+    return factor
 
 
 def _twice_differentiable(
@@ -407,9 +430,9 @@ def _twice_differentiable(
 
 
 _head_stats = declare(
-    f"head_stats({_OF_HEAD} str[] want, int n_rows, str with_gradient, bool triton) -> ("
+    f"head_stats({_OF_HEAD} str want, int n_rows, str ahead, Tensor[] shares, {_NEEDS}) -> ("
     + ", ".join(f"Tensor {name}" for name in ("row_max", "row_rest", *FACTS))
-    + ", Tensor[] units)",
+    + ", Tensor[] made)",
     implementation=_forward,
     fake=_forward_fake,
     setup_context=_setup_context,
@@ -424,19 +447,28 @@ def head_stats(
     bag_weights: Tensor | None,  # [V]
     want: Sequence[str],
     impl: str,
+    shares: Mapping[str, Tensor] | None = None,  # [N] each
 ) -> tuple[Tensor, ...]:
-    """The outputs of vocab_stats' operator for a head's logits; its arguments have been checked."""
+    """The outputs of vocab_stats' operator for a head's logits; its arguments have been checked.
+
+    Products' work, of N D V each: 1 without gradients. With a frozen head 2 where one fact is
+    differentiated or `shares` foretell the upstream gradients, with a trained one 3 where they do;
+    4 otherwise (3 for a frozen head).
+    """
     hidden = [states.reshape(-1, states.shape[-1]) for states in head.hidden]
-    of_head = (*head.weight, *([] if head.bias is None else [head.bias]))
-    asked = torch.is_grad_enabled() and any(t.requires_grad for t in hidden)
-    frozen = not any(t.requires_grad for t in of_head)
     smooth = [fact for fact in want if fact != "argmax"]
-    ahead = smooth[0] if asked and frozen and len(smooth) == 1 else ""
+    need = [
+        torch.is_grad_enabled() and any(t.requires_grad for t in part if t is not None)
+        for part in (hidden, head.weight, [head.bias])
+    ]
+    foretold = shares is not None and set(shares) == set(smooth)
+    ahead = smooth if any(need) and (foretold or (not any(need[1:]) and len(smooth) == 1)) else []
+    known = [shares[fact] for fact in ahead] if shares is not None and foretold else []
     rows = slab_rows(head.weight[0].shape[0], hidden[0], head.max_slab_bytes)
     *outputs, _ = _head_stats(
         hidden, list(head.weight), head.bias, float(head.softcap), float(head.scale), labels,
-        contrast_labels, bag_weights, list(want), rows, ahead,
-        choose(impl, *hidden, *head.weight),
+        contrast_labels, bag_weights, " ".join(want), rows, " ".join(ahead), known,
+        *(needed and bool(ahead) for needed in need), choose(impl, *hidden, *head.weight),
     )  # fmt: skip
     shape = head.hidden[0].shape[:-1]
     return tuple(fact.view(shape) if fact.numel() else fact for fact in outputs)

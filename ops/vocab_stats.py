@@ -629,6 +629,7 @@ def vocab_stats(
     bag_weights: Tensor | None = None,
     mask: Tensor | None = None,
     want: Sequence[str] | None = None,
+    shares: Mapping[str, Tensor] | None = None,
     impl: str = "auto",
 ) -> VocabStats:
     """Per-row statistics of `logits`, shape `logits.shape[:-1]`, in one pass over the vocabulary.
@@ -642,6 +643,9 @@ def vocab_stats(
         bag_weights: [V] weights of the vocabulary for `bag_mass` and `logp_sum`, without gradient.
         mask: [...] rows that count (nonzero); others are treated as labelled -100.
         want: names of VocabStats fields; by default ("lse",), or ("lse", "logp") with labels.
+        shares: for LazyLogits, of every wanted fact the weights [...] that its upstream gradient
+            will be one common multiple of, where a loss knows them: then the gradients of a head
+            that is trained, too, are made in the forward.
         impl: "auto" (Triton on a GPU, torch on a CPU), "triton" or "torch".
 
     Returns:
@@ -684,7 +688,13 @@ def vocab_stats(
     if head is not None:
         from .head import head_stats
 
-        outputs = head_stats(head, *given_rows, impl)
+        foretold = None
+        if shares is not None:
+            foretold = {
+                name: share.detach().to(torch.float32).expand(logits.shape[:-1]).reshape(-1)
+                for name, share in shares.items()
+            }
+        outputs = head_stats(head, *given_rows, impl, foretold)
     else:
         outputs = _vocab_stats(logits, *given_rows, choose(impl, logits))
     fields = dict(zip(FACTS, outputs[2:], strict=True))

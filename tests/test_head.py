@@ -209,11 +209,58 @@ def test_a_slab_must_hold_a_row(device: str) -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-def test_opcheck(frozen: bool, device: str) -> None:
-    case = draw(device, frozen=frozen, bias=True)
-    ahead = "logp" if frozen else ""
+@pytest.mark.parametrize("ahead", ["", "logp"])
+def test_opcheck(ahead: str, frozen: bool, device: str) -> None:
+    case = draw(device, frozen=frozen, bias=True, ignored=(2,))
+    shares = [torch.ones(7, device=device)] if ahead and not frozen else []
+    need = bool(ahead)
     args = (
-        case.hidden, case.weight, case.bias, 0.0, 1.0, case.given["labels"], None, None, ["logp"],
-        4, ahead, False,
+        case.hidden, case.weight, case.bias, 0.0, 1.0, case.given["labels"], None, None, "logp",
+        4, ahead, shares, need, need and not frozen, need and not frozen, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.onepass.head_stats.default, args)
+
+
+@pytest.mark.parametrize("shape", ["bias", "two_terms", "softcap", "ignored", "all_ignored"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_foretold_gradients(
+    frozen: bool, shape: str, impl: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss that knows its rows' weights has both gradients made in the forward: one product for
+    the logits in all, and the same gradients, whatever the loss is multiplied by later."""
+    calls: list[str] = []
+    product = module.head_product
+
+    def counted(*args: Any) -> Tensor:
+        calls.append("product")
+        return product(*args)
+
+    case = draw(device, frozen=frozen, **SHAPES[shape])
+    weights = torch.linspace(0.5, 2, 7, device=device)
+    shares = {"logp": -weights, "logp_sum": 0.1 * weights}
+    whole = case.whole(("logp", "logp_sum"), impl)
+    monkeypatch.setattr(module, "head_product", counted)
+    stats = VocabStats(
+        *head_stats(
+            case.head, case.given["labels"], None, case.given["bag_weights"], ("logp", "logp_sum"),
+            impl, shares,
+        )[2:]
+    )  # fmt: skip
+    grads = []
+    for facts in (stats, whole):
+        loss = (weights * (0.1 * facts.logp_sum - facts.logp)).sum() * 3.0
+        grads.append(torch.autograd.grad(loss, case.leaves))
+    assert calls == ["product"] * (0 if shape == "all_ignored" else 1)
+    for got, expected in zip(*grads, strict=True):
+        size = float(expected.abs().max())
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6 * size)
+
+
+def test_a_wrong_forecast_is_seen(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "values_checked", lambda tensor: True)
+    case = draw(device)
+    shares = {"logp": torch.ones(7, device=device)}
+    stats = head_stats(case.head, case.given["labels"], None, None, ("logp",), "torch", shares)
+    logp = VocabStats(*stats[2:]).logp
+    with pytest.raises(RuntimeError, match="foretold its upstream gradients"):
+        (logp * torch.arange(7, device=device)).sum().backward()

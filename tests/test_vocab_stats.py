@@ -77,10 +77,11 @@ class Case:
     def stats(
         self, impl: str, want: Sequence[str] | None = None, logits: Tensor | None = None
     ) -> onepass.VocabStats:
+        extras: dict[str, Any] = self.extras
         return onepass.vocab_stats(
             self.logits if logits is None else logits,
             self.labels,
-            **self.extras,
+            **extras,
             mask=self.mask,
             want=self.possible() if want is None else want,
             impl=impl,
@@ -597,7 +598,8 @@ def test_an_unchecked_bad_label_spoils_its_row_only(
 
     def row_gradients(labels: list[int]) -> tuple[Tensor, Tensor]:
         ids = torch.tensor(labels, device=device)
-        stats = onepass.vocab_stats(logits, **{name: ids}, want=fact, impl="triton")
+        given: dict[str, Any] = {name: ids}
+        stats = onepass.vocab_stats(logits, **given, want=fact, impl="triton")
         values = getattr(stats, fact)
         return values, torch.autograd.grad(values.sum(), logits)[0]
 

@@ -353,6 +353,11 @@ def _unchanged(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     return _with(lazy)
 
 
+def _new(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
+    """new_zeros and its kin want no more than the dtype and the device."""
+    return func(torch.empty(0, dtype=lazy.dtype, device=lazy.device), *args, **kwargs)
+
+
 # ---------------------------------------------------------------- what happens to logits
 
 
@@ -578,6 +583,9 @@ _TABLE: dict[Handler, tuple[Any, ...]] = {
     _selected: (Tensor.index_select, torch.index_select),
     _detached: (Tensor.detach, torch.detach),
     _unchanged: (Tensor.contiguous, Tensor.clone, torch.clone),
+    _new: (
+        Tensor.new_empty, Tensor.new_full, Tensor.new_ones, Tensor.new_tensor, Tensor.new_zeros,
+    ),
     _cast: (
         Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type,
         Tensor.type_as, Tensor.cpu, Tensor.cuda,

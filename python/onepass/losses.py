@@ -75,9 +75,11 @@ def token_losses(
     z_loss: float,
     class_weights: Tensor | None,
     impl: str,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of every row, 0 where `target` is -100 or `mask` is 0; integer targets or
-    probabilities."""
+    probabilities. `row_weights` [...]: what the gradient of every row's loss will be a common
+    multiple of, where the caller knows."""
     if target.is_floating_point():
         if label_smoothing:
             wide = target.to(accumulation_dtype(logits.dtype))
@@ -93,14 +95,26 @@ def token_losses(
             wanted.append("lse")
         if label_smoothing:
             wanted.append("logp_sum")
-        stats = vocab_stats(
-            logits, target, bag_weights=class_weights, mask=mask, want=wanted, impl=impl
-        )
-        loss, lse, smooth = -stats.logp, stats.lse, stats.logp_sum
+        on_logp: Tensor | float = -(1 - label_smoothing)
         if class_weights is not None:
-            loss = loss * class_weights.to(loss.dtype)[target.clamp(0, logits.shape[-1] - 1)]
+            on_logp = on_logp * class_weights[target.clamp(0, logits.shape[-1] - 1)]
+        on_sum = -label_smoothing / logits.shape[-1]
+        shares = None
+        if row_weights is not None and not z_loss:
+            shares = {"logp": on_logp * row_weights, "logp_sum": on_sum * row_weights}
+            shares = {fact: shares[fact] for fact in wanted}
+        stats = vocab_stats(
+            logits,
+            target,
+            bag_weights=class_weights,
+            mask=mask,
+            want=wanted,
+            shares=shares,
+            impl=impl,
+        )
+        loss, lse = on_logp * stats.logp, stats.lse
         if label_smoothing:
-            loss = (1 - label_smoothing) * loss - label_smoothing / logits.shape[-1] * smooth
+            loss = loss + on_sum * stats.logp_sum
     if z_loss:
         loss = loss + z_loss * lse.square()
     return loss
@@ -179,6 +193,7 @@ def cross_entropy(
         z_loss=0.0,
         class_weights=weight,
         impl=impl,
+        row_weights=known_weights(logits, None, reduction, is_linear=True),
     )
     if reduction != "mean" or target.is_floating_point():
         return reduce_rows(losses, reduction=reduction)
@@ -261,6 +276,9 @@ def masked_cross_entropy(
         z_loss=z_loss,
         class_weights=None,
         impl=impl,
+        row_weights=known_weights(
+            logits, counts, reduction, max_loss is None or cap_scope == "mean"
+        ),
     )
     if max_loss is not None and cap_scope == "token":
         losses = sigmoid_cap(losses, max_loss, ce_scaling_factor, cap_form)
@@ -268,6 +286,17 @@ def masked_cross_entropy(
     if max_loss is not None and cap_scope == "mean":
         loss = sigmoid_cap(loss, max_loss, ce_scaling_factor, cap_form)
     return loss
+
+
+def known_weights(
+    logits: Tensor, counts: Tensor | None, reduction: str, is_linear: bool
+) -> Tensor | None:
+    """The rows' weights in a loss that is linear in them; None where it is not."""
+    if reduction == "none" or not is_linear:
+        return None
+    if counts is None or not counts.is_floating_point():
+        return torch.ones((), device=logits.device)
+    return counts
 
 
 def sigmoid_cap(
