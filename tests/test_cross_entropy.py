@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import onepass
 
 BAR = (
-    8.0  # units of natural scale: RELIABILITY's floor, above which torch's own order of sums stays
+    8.0  # units of natural scale: the floor above which torch's own order of sums stays
 )
 HALF = {torch.bfloat16, torch.float16}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

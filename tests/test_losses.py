@@ -1,4 +1,4 @@
-"""The masked losses against their formulas, written here once more in fp64 from SPEC.md.
+"""The masked losses against their formulas, written here once more in fp64.
 
 An error is allowed a few units of the natural scale of the fp32 sums, and the gradient's own
 rounding to its dtype. Where a loss has a hard limit (a saturated cap, equal rows) the bar is 1e-6,
@@ -588,7 +588,7 @@ def test_one_row_without_batch(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("name", L2)
 def test_equal_rows_are_at_rest(name: str, impl: str, device: str) -> None:
-    """x = target: distance 0 and gradient 0, not the NaN of sqrt at 0 (SPEC.md D-04)."""
+    """x = target: distance 0 and gradient 0, not the NaN of sqrt at 0."""
     x = torch.randn(3, 65, device=device, requires_grad=True)
     target = x.detach().clone().requires_grad_()
     loss = HIDDEN[name][0](x, target, impl=impl)
@@ -722,7 +722,7 @@ def test_masked_mean_does_not_read_masked_rows(poison: float, device: str) -> No
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_masked_mean_accumulates_in_fp32(dtype: torch.dtype, device: str) -> None:
-    """bf16 cannot count past 256, and fp16 cannot hold a sum of 65,520 (SPEC.md D-01, D-03)."""
+    """bf16 cannot count past 256, and fp16 cannot hold a sum of 65,520."""
     values = torch.full((1000,), 300.0, dtype=dtype, device=device)
     values[0] = 44.0
     mask = torch.ones(1000, dtype=torch.bool, device=device)
@@ -802,7 +802,7 @@ def test_mask_weights_can_be_learned(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_all_masked(name: str, impl: str, device: str) -> None:
-    """0 with a live graph and zero gradients, whatever the rows hold (SPEC.md D-03).
+    """0 with a live graph and zero gradients, whatever the rows hold.
 
     But a capped mean of 0 is the cap of 0, and that is half of the cap in the literal form.
     """

@@ -24,7 +24,7 @@ from support.pair_truth import LAYOUTS, laid_out, moments, moments_gradients
 from support.truth import Truth, error_in_u, exact_pair, relative_error, worst_error
 
 MOMENTS = onepass.RowMoments._fields
-FACTOR, FLOOR = 3.0, 8.0  # RELIABILITY 0.8: torch in another summation order stays within these
+FACTOR, FLOOR = 3.0, 8.0  # torch in another summation order stays within these
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 LOW = (FP32, BF16, FP16)
@@ -242,7 +242,7 @@ def test_upstream_gradients(impl: str, kind: str, device: str) -> None:
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-4, 1e-6], ids="{:g}".format)
 def test_close_rows_in_fp32(impl: str, distance: float, device: str) -> None:
     """xx + yy - 2 xy is off by 2.6e-3, 25 and 2,470 times the truth at 1e-2, 1e-4 and 1e-5, and
-    1 - cos of the plain form likewise (RELIABILITY 4)."""
+    1 - cos of the plain form likewise."""
     x, y = draw((2, 1000), FP32, device, distance=distance)
     stats = onepass.row_moments(x, y, impl=impl)
     check_moments(stats, x, y)
@@ -478,7 +478,7 @@ def test_double_backward_is_the_same_gradient(
 
 
 def test_backward_twice(impl: str, device: str) -> None:
-    """A backward that consumes its state doubles or zeroes the second gradient (RELIABILITY 2)."""
+    """A backward that consumes its state doubles or zeroes the second gradient."""
     x, y = draw((3, 67), BF16, device)
     leaves = leaves_of(x, y)
     stats = onepass.row_moments(*leaves, impl=impl)
@@ -631,7 +631,7 @@ def test_only_the_gradient_that_is_asked_for_is_written() -> None:
 def test_pooled_error_is_within_five_percent_of_unfused_torch(
     impl: str, dtype: torch.dtype, device: str
 ) -> None:
-    """RELIABILITY 0.8: the geometric mean over many rows of every moment and gradient, each
+    """The geometric mean over many rows of every moment and gradient, each
     measured against fp64; one row may be 3 times as far off above 8 u."""
     pooled = dict[str, list[Tensor]]()
     rows = 60 if impl == "torch" else 12

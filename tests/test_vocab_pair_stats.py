@@ -28,7 +28,7 @@ from support.truth import Truth, error_in_u, exact_divergences, worst_error
 
 FACTS = onepass.VocabPairStats._fields
 DIVERGENCES = ("kl", "reverse_kl", "jsd")
-FACTOR, FLOOR = 3.0, 8.0  # RELIABILITY 0.8: torch in another summation order stays within these
+FACTOR, FLOOR = 3.0, 8.0  # torch in another summation order stays within these
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -187,7 +187,7 @@ def pair_of(regime: str, n: int, vocab_size: int) -> tuple[Tensor, Tensor]:
         # KL below 0.3 although the likely columns of the student lie e^100 apart in the teacher
         z, t = torch.zeros_like(z), t.scatter(-1, column, 100.0)
         z = z.scatter(-1, column, math.log(4.0 * vocab_size))
-    elif regime == "offset":  # a constant that cancels: RELIABILITY 0.1
+    elif regime == "offset":  # a constant that cancels
         z, t = z + 1000.0, t + 1000.0
     elif regime == "offset_apart":
         z, t = z + 300.0, t - 300.0
@@ -260,7 +260,7 @@ def test_low_and_mixed_precision(
 
 @pytest.mark.parametrize("regime", REGIMES)
 def test_float64_is_calculated_in_float64(regime: str, device: str) -> None:
-    """TRL's head calculates fp64 in fp32 (RELIABILITY 3): errors of 10^5 u and more."""
+    """TRL's head calculates fp64 in fp32: errors of 10^5 u and more."""
     case = draw((3, 4, 65), (FP64, FP64), device, regime=regime, shared=1)
     check_everything(case, "torch")
 
@@ -529,7 +529,7 @@ def test_offsets_beyond_int32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["some", "all", "one_pair"])
 def test_masked_rows_are_zero_and_never_leak(impl: str, kind: str, device: str) -> None:
-    """NaN in a row that does not count reaches nothing (RELIABILITY 2, classes 13 and 14): not its
+    """NaN in a row that does not count reaches nothing: not its
     own facts, not its gradient, not the gradient of a target row that other pairs share (logits of
     1000: measured from nothing, their exponentials would be infinite)."""
     case = draw((2, 3, 67), (FP32, BF16), device, regime="offset", shared=1)
@@ -914,7 +914,7 @@ def test_double_backward_is_the_same_gradient(impl: str, device: str) -> None:
 
 
 def test_backward_twice(impl: str, device: str) -> None:
-    """linkedin/Liger-Kernel's cross-entropy multiplied its gradient again: RELIABILITY 2, 10."""
+    """linkedin/Liger-Kernel's cross-entropy multiplied its gradient again."""
     case = draw((2, 2, 67), (BF16, BF16), device, shared=1)
     leaves = case.leaves()
     stats = case.stats(impl, *leaves)
@@ -1147,7 +1147,7 @@ def row_errors(got: Tensor, want: Truth) -> Tensor:
 def test_pooled_error_is_within_five_percent_of_unfused_torch(
     impl: str, dtype: torch.dtype, device: str
 ) -> None:
-    """RELIABILITY 0.8: the geometric mean over many rows of every fact and gradient, each measured
+    """The geometric mean over many rows of every fact and gradient, each measured
     against fp64; one row for one fact may be 3 times as far off above 8 u."""
     rows, pooled = (60 if impl == "torch" else 2), dict[str, list[Tensor]]()
     for regime in ("random", "near", "agreeing", "flat", "offset", "ties"):
