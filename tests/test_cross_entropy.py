@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 import onepass
 
-BAR = (
-    8.0  # units of natural scale: the floor above which torch's own order of sums stays
-)
+BAR = 8.0  # units of natural scale: the floor above which torch's own order of sums stays
 HALF = {torch.bfloat16, torch.float16}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = {  # logits; the class dimension is the second where there are two or more
