@@ -438,12 +438,11 @@ def _onepass_hidden_each() -> Function:
 
 
 def _onepass_head(impl: str) -> Function:
-    from torch.nn import functional as F
-
     from .. import cross_entropy
+    from ..lazy_logits import LazyLogits
 
     def function(inputs: Inputs) -> Outputs:
-        logits = F.linear(inputs["hidden"], inputs["weight"])
+        logits = LazyLogits(inputs["hidden"], inputs["weight"])
         return (cross_entropy(logits, inputs["labels"], impl=impl),)
 
     return function
