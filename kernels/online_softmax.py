@@ -89,6 +89,22 @@ def collapse_rest(is_first, decay, rest):
 
 
 @triton.jit
+def finish(top, rest):
+    """The row's maximum, rest and lse; without a finite maximum no probability is defined."""
+    top = tl.where(rest == EMPTY, float("-inf"), top)
+    endless = tl.abs(top) == float("inf")
+    rest = tl.where(endless, float("nan"), rest)
+    return top, rest, tl.where(endless, top, top + log1p(rest))
+
+
+@triton.jit
+def put(pointer, out, value, counts):
+    """Stores a row's fact where it is wanted; those that do not count hold 0."""
+    if pointer is not None:
+        tl.store(pointer + out, tl.where(counts, value, 0))
+
+
+@triton.jit
 def row_offset(row, inner_size, outer_stride, inner_stride):
     """Offset of a row (int64) where rows step by two strides: [B, S, V] views without a copy."""
     return row // inner_size * outer_stride + row % inner_size * inner_stride

@@ -18,10 +18,12 @@ from .online_softmax import (
     collapse_rest,
     decayed_gap,
     edge_columns,
+    finish,
     first_maximum,
     gap_and_decay,
     log1p,
     plain_exp,
+    put,
     row_offset,
     whole_vectors,
 )
@@ -325,13 +327,6 @@ def load_part(partials_ptr, partial, index: tl.constexpr, is_segment, empty):
     return tl.load(partials_ptr + partial * PARTS + index, mask=is_segment, other=empty)
 
 
-@triton.jit
-def put(pointer, out, value, counts):
-    """Stores a pair's fact where it is wanted; pairs that do not count hold 0."""
-    if pointer is not None:
-        tl.store(pointer + out, tl.where(counts, value, 0.0))
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def vocab_pair_stats_merge_kernel(
     logits_ptr,  # as in vocab_pair_stats_kernel
@@ -457,15 +452,6 @@ def vocab_pair_stats_merge_kernel(
         if REVERSE_KL:
             reverse_kl = divergence(near, drift, cross, heat, rest, t_rest, offset)
             put(reverse_kl_out, out, reverse_kl, counts)
-
-
-@triton.jit
-def finish(top, rest):
-    """The row's maximum, rest and lse; without a finite maximum no probability is defined."""
-    top = tl.where(rest == EMPTY, float("-inf"), top)
-    endless = tl.abs(top) == float("inf")
-    rest = tl.where(endless, float("nan"), rest)
-    return top, rest, tl.where(endless, top, top + log1p(rest))
 
 
 @triton.jit

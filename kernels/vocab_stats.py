@@ -18,10 +18,12 @@ from .online_softmax import (
     collapse_rest,
     decayed_gap,
     edge_columns,
+    finish,
     first_maximum,
     gap_and_decay,
     log1p,
     plain_exp,
+    put,
     row_offset,
     weighted_gap,
     whole_vectors,
@@ -57,13 +59,6 @@ def load_logit(row_ptr, label, vocab_size):
     inside = (label >= 0) & (label < vocab_size)
     z = tl.load(row_ptr + label, mask=inside, other=0.0).to(tl.float32)
     return tl.where(label == IGNORED, 0.0, tl.where(inside, z, float("nan")))
-
-
-@triton.jit
-def put(pointer, out, value, counts):
-    """Stores a row's fact where it is wanted; rows that do not count hold 0."""
-    if pointer is not None:
-        tl.store(pointer + out, tl.where(counts, value, 0))
 
 
 @triton.jit
@@ -311,17 +306,15 @@ def vocab_stats_merge_kernel(
         bag_ptr,
         offsets_ptr,
     )
-    # Without a finite maximum no probability is defined, though `rest` alone would not show it.
-    top = tl.where(rest == EMPTY, float("-inf"), top)
+    top, rest, lse = finish(top, rest)
     order = tl.where(order < vocab_size, order, 0)  # NaN, or -inf throughout
     endless = tl.abs(top) == float("inf")
-    rest = tl.where(endless, float("nan"), rest)
     squares = tl.where(endless, float("nan"), squares)
-    log_norm = log1p(rest)
     level = tl.where(endless, 0.0, top)  # inf - inf would warn where NaN is right
+    log_norm = log1p(rest)
     put(row_max_ptr, out, top, counts)
     put(row_rest_ptr, out, rest, counts)
-    put(lse_out, out, tl.where(endless, top, top + log_norm), counts)
+    put(lse_out, out, lse, counts)
     if label_logit_out is not None or logp_out is not None:
         z_label = load_logit(row_ptr + shift, tl.load(labels_ptr + out), vocab_size)
         put(label_logit_out, out, z_label, counts)
