@@ -19,7 +19,7 @@ from ._check import check_choice
 IMPLS = ("auto", "triton", "torch")
 GPU_TYPES = ("cuda", "xpu")  # ROCm devices call themselves cuda
 ONE_STEP = 1 << 30  # more rows than anyone has
-SLAB_BYTES = 1 << 20  # fp32 working set of the torch path on a CPU: a share of the L2 cache
+SLAB_BYTES = 1 << 22  # fp32 of a slab on the torch path: in cache, yet few calls where threads meet
 
 
 def choose(impl: str, *tensors: Tensor | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -30,13 +31,17 @@ def exponentials(z: Tensor, keep_gap: bool = True) -> Exponentials:
 def sum_beside_one(e: Tensor) -> Tensor:
     """sum(e) - 1 of rows [n, V] whose maximum is 1, to full relative accuracy however small it is.
 
-    From 2 on the subtraction costs nothing. Below, exactly one element is 1, and the others are
-    summed without it.
+    From 2 on the subtraction costs nothing. Below, float32 is summed in float64; where even that
+    has too few digits, exactly one element is 1, and the others are summed without it.
     """
-    total = e.sum(-1)
-    rest = total - 1
-    small = (total < 2).nonzero().squeeze(-1)
-    if small.numel() == 0:
+    rest = e.sum(-1) - 1
+    small = rest < 1
+    if e.dtype == torch.float32 and small.any():
+        wide = (e.sum(-1, dtype=torch.float64) - 1).float()
+        rest = torch.where(small, wide, rest)
+        small = rest < 1e-8
+    rows = small.nonzero().squeeze(-1)
+    if rows.numel() == 0:
         return rest
-    picked = e[small]
-    return rest.index_copy(0, small, picked.masked_fill(picked == 1, 0.0).sum(-1))
+    picked = e[rows]
+    return rest.index_copy(0, rows, picked.masked_fill(picked == 1, 0.0).sum(-1))
