@@ -438,8 +438,7 @@ def _onepass_hidden_each() -> Function:
 
 
 def _onepass_head(impl: str) -> Function:
-    from .. import cross_entropy
-    from ..lazy_logits import LazyLogits
+    from .. import LazyLogits, cross_entropy
 
     def function(inputs: Inputs) -> Outputs:
         logits = LazyLogits(inputs["hidden"], inputs["weight"])

@@ -69,8 +69,8 @@ def check_floating(name: str, tensor: object) -> None:
     dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
     if dual or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise NotImplementedError(
-            f"{name} is inside forward-mode AD or a torch.func transform: onepass does not "
-            "serve; use backward() or torch.autograd.grad (create_graph=True for a second one)"
+            f"{name} is inside forward-mode AD or a torch.func transform: onepass serves "
+            "neither; use backward() or torch.autograd.grad (create_graph=True for a second one)"
         )
 
 
@@ -101,7 +101,7 @@ def check_tokens(name: str, labels: object, logits: Tensor) -> Tensor:
     rows = logits.shape[:-1]
     if labels.shape != rows:
         mend = ""
-        if logits.dim() > 2 and labels.shape == logits.movedim(-1, 1).shape[:-1]:
+        if logits.dim() > 2 and labels.shape == (rows[0], logits.shape[-1], *rows[1:-1]):
             mend = "; classes are dimension 1 here: flatten both to rows, or masked_cross_entropy"
         raise ValueError(
             f"{name} must have one class index a row, shape {tuple(rows)}: "

@@ -359,13 +359,13 @@ def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
             facts["row_max"], facts["row_rest"], *c.values(),
             n_rows, need_hidden, need_weight, need_bias, triton,
         )  # fmt: skip
-    n, rest = len(hidden), iter(out)
+    rest = iter(out)
     d_hidden, d_weight = (
         [next(rest).to(t.dtype) for t in part] if need else none
         for part, need in ((hidden, need_hidden), (weight, need_weight))
     )
     d_bias = next(rest).to(bias.dtype) if need_bias else None
-    return (d_hidden[:n], d_weight, d_bias, *nothing)
+    return (d_hidden, d_weight, d_bias, *nothing)
 
 
 def common_factor(

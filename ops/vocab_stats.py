@@ -636,7 +636,7 @@ def vocab_stats(
 
     Args:
         logits: [..., V] float32, bfloat16, float16 (float64 through the torch path), any strides;
-            or `onepass.lazy_logits.LazyLogits`.
+            or `onepass.LazyLogits`.
         labels: [...] integer token ids for `logp` and `label_logit`; a row labelled -100 is not
             read: all its facts are 0 and so is its gradient.
         contrast_labels: [...] a second id per row, for `contrast_logit` (-100: 0 there).

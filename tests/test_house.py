@@ -347,6 +347,9 @@ def test_installed_kernels_package_wins(tmp_path: Path) -> None:
 # -- the public names -------------------------------------------------------------------------
 
 PUBLIC = [
+    "LazyLogits",
+    "MaterializedError",
+    "MaterializedWarning",
     "RowMoments",
     "VocabPairStats",
     "VocabStats",
@@ -358,6 +361,7 @@ PUBLIC = [
     "masked_normalized_l2",
     "reduce_rows",
     "row_moments",
+    "strict",
     "vocab_pair_stats",
     "vocab_stats",
 ]

@@ -19,6 +19,10 @@ _HOMES = {
     "vocab_pair_stats": ".ops.vocab_pair_stats",
     "RowMoments": ".ops.row_moments",
     "row_moments": ".ops.row_moments",
+    "LazyLogits": ".lazy_logits",
+    "MaterializedError": ".lazy_logits",
+    "MaterializedWarning": ".lazy_logits",
+    "strict": ".lazy_logits",
     "cross_entropy": ".losses",
     "masked_cross_entropy": ".losses",
     "masked_inner_product": ".losses",
@@ -27,6 +31,9 @@ _HOMES = {
     "reduce_rows": ".reduce",
 }
 __all__ = [
+    "LazyLogits",
+    "MaterializedError",
+    "MaterializedWarning",
     "RowMoments",
     "VocabPairStats",
     "VocabStats",
@@ -38,11 +45,13 @@ __all__ = [
     "masked_normalized_l2",
     "reduce_rows",
     "row_moments",
+    "strict",
     "vocab_pair_stats",
     "vocab_stats",
 ]
 
 if TYPE_CHECKING:
+    from .lazy_logits import LazyLogits, MaterializedError, MaterializedWarning, strict
     from .losses import (
         cross_entropy,
         masked_cross_entropy,

@@ -291,8 +291,9 @@ def masked_cross_entropy(
 def known_weights(
     logits: Tensor, counts: Tensor | None, reduction: str, is_linear: bool
 ) -> Tensor | None:
-    """The rows' weights in a loss that is linear in them; None where it is not."""
-    if reduction == "none" or not is_linear:
+    """The rows' weights in a loss that is linear in them; None where it is not, or where whole
+    logits have no use for them."""
+    if reduction == "none" or not is_linear or not hasattr(logits, "onepass_head"):
         return None
     if counts is None or not counts.is_floating_point():
         return torch.ones((), device=logits.device)
