@@ -24,6 +24,43 @@ def log1p(x):
 
 
 @triton.jit
+def tanh(x):
+    """tanh(x) to a few ulp: a series where 1 - exp(-2 |x|) would lose digits."""
+    near = tl.where(tl.abs(x) < 0.25, x, 0.0)
+    w = near * near
+    tail = -17.0 / 315 + w * (62.0 / 2835 - w * (1382.0 / 155925))
+    series = near + near * w * (-1.0 / 3 + w * (2.0 / 15 + w * tail))
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def cap_logits(u, valid, softcap, logit_scale):
+    """Logits of a head's product u: logit_scale * softcap * tanh(u / softcap); without the part
+    that is None. Lanes that are not valid hold -inf."""
+    if softcap is not None:
+        u = softcap * tanh(u / softcap)
+    if logit_scale is not None:
+        u = u * logit_scale
+    if softcap is not None or logit_scale is not None:
+        u = tl.where(valid, u, float("-inf"))
+    return u
+
+
+@triton.jit
+def cap_gradient(dz, u, softcap, logit_scale):
+    """The gradient of u from that of the logits. The slope 4 e / (1 + e)^2 stays above 0 long after
+    1 - tanh^2 has become 0."""
+    if softcap is not None:
+        e = tl.exp(-2.0 * tl.abs(u / softcap))
+        dz = dz * (4.0 * e / ((1.0 + e) * (1.0 + e)))
+    if logit_scale is not None:
+        dz = dz * logit_scale
+    return dz
+
+
+@triton.jit
 def plain_exp(x):
     """exp(x) by Triton's own means: any back-end, and the interpreter."""
     return tl.exp(x)

@@ -15,6 +15,8 @@ from .online_softmax import (
     EMPTY,
     LOWEST,
     add_to_rest,
+    cap_gradient,
+    cap_logits,
     collapse_rest,
     decayed_gap,
     edge_columns,
@@ -53,11 +55,12 @@ def load_weight(weights_ptr, columns, valid):
 
 
 @triton.jit
-def load_logit(row_ptr, label, vocab_size):
+def load_logit(row_ptr, label, vocab_size, softcap, logit_scale):
     """The logit of one column; 0 for an ignored label, NaN for one outside the vocabulary (never
     memory of somebody else)."""
     inside = (label >= 0) & (label < vocab_size)
-    z = tl.load(row_ptr + label, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(row_ptr + label, mask=inside, other=0.0).to(tl.float32)
+    z = cap_logits(u, inside, softcap, logit_scale)
     return tl.where(label == IGNORED, 0.0, tl.where(inside, z, float("nan")))
 
 
@@ -119,6 +122,8 @@ def vocab_stats_kernel(
     outer_stride,
     inner_stride,
     base_shift,
+    softcap,  # fp32: the rows hold a head's product, capped here; or None
+    logit_scale,  # fp32: and multiplied by this; or None
     EXP: tl.constexpr,  # plain_exp or flushed_exp
     VEC: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -149,7 +154,8 @@ def vocab_stats_kernel(
         for block in range(segment * SEGMENT, tl.minimum((segment + 1) * SEGMENT, last), BLOCK):
             positions = block + lanes
             valid = (positions >= first) & (positions < last)
-            z = tl.load(row_ptr + positions, mask=valid, other=float("-inf")).to(tl.float32)
+            u = tl.load(row_ptr + positions, mask=valid, other=float("-inf")).to(tl.float32)
+            z = cap_logits(u, valid, softcap, logit_scale)
             columns = positions - shift
             stays = top >= z
             gap, decay = gap_and_decay(top, z, EXP)
@@ -241,6 +247,8 @@ def vocab_stats_merge_kernel(
     outer_stride,
     inner_stride,
     base_shift,
+    softcap,
+    logit_scale,
     VEC: tl.constexpr,
     LANES: tl.constexpr,  # at least n_segments + 2 * VEC
 ):
@@ -258,6 +266,7 @@ def vocab_stats_merge_kernel(
     columns = positions - shift
 
     edge = tl.load(row_ptr + positions, mask=is_edge, other=float("-inf")).to(tl.float32)
+    edge = cap_logits(edge, is_edge, softcap, logit_scale)
     top = tl.load(top_ptr + partial, mask=is_segment, other=LOWEST)
     top = tl.where(is_segment, top, tl.maximum(edge, LOWEST))
     nothing = tl.where(edge == float("-inf"), EMPTY, 0.0)
@@ -316,12 +325,14 @@ def vocab_stats_merge_kernel(
     put(row_rest_ptr, out, rest, counts)
     put(lse_out, out, lse, counts)
     if label_logit_out is not None or logp_out is not None:
-        z_label = load_logit(row_ptr + shift, tl.load(labels_ptr + out), vocab_size)
+        label = tl.load(labels_ptr + out)
+        z_label = load_logit(row_ptr + shift, label, vocab_size, softcap, logit_scale)
         put(label_logit_out, out, z_label, counts)
         put(logp_out, out, (z_label - level) - log_norm, counts)
     if contrast_logit_out is not None:
         contrast = tl.where(counts, tl.load(contrast_ptr + out), IGNORED)
-        put(contrast_logit_out, out, load_logit(row_ptr + shift, contrast, vocab_size), counts)
+        z_contrast = load_logit(row_ptr + shift, contrast, vocab_size, softcap, logit_scale)
+        put(contrast_logit_out, out, z_contrast, counts)
     put(entropy_out, out, log_norm - heat / (1.0 + rest), counts)
     put(logit_sum_out, out, logit_sum, counts)
     put(logp_sum_out, out, offsets - seen * log_norm, counts)
@@ -350,13 +361,14 @@ def load_label(pointer, row, vocab_size):
 
 @triton.jit
 def logits_gradient(
-    z, columns, valid, top, scale, label, contrast, weights_ptr,
+    u, softcap, logit_scale, columns, valid, top, scale, label, contrast, weights_ptr,
     on_p, on_p_gap, on_p_squared, on_p_weight, on_one, on_weight, at_label, on_label, on_contrast,
     on_p_ptr, on_p_gap_ptr, on_p_squared_ptr, on_p_weight_ptr, on_one_ptr, on_weight_ptr,
     at_label_ptr, on_label_ptr, on_contrast_ptr,
     EXP: tl.constexpr,
 ):  # fmt: skip
     """dlogits of these columns; where a pointer is None its coefficient has no part in it."""
+    z = cap_logits(u, valid, softcap, logit_scale)
     gap = z - top
     e = EXP(gap)
     p = e * scale
@@ -377,7 +389,7 @@ def logits_gradient(
         dz += tl.where(columns == label, on_label, 0.0)
     if on_contrast_ptr is not None:
         dz += tl.where(columns == contrast, on_contrast, 0.0)
-    return dz
+    return cap_gradient(dz, u, softcap, logit_scale)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -406,6 +418,8 @@ def vocab_stats_backward_kernel(
     outer_stride,
     inner_stride,
     base_shift,
+    softcap,  # fp32: the rows hold a head's product, capped here; or None
+    logit_scale,  # fp32: and multiplied by this; or None
     EXP: tl.constexpr,  # plain_exp or flushed_exp
     VEC: tl.constexpr,
     SAME_SHIFT: tl.constexpr,  # logits and dlogits rows are equally far from alignment
@@ -452,9 +466,10 @@ def vocab_stats_backward_kernel(
         for block in range(segment * SEGMENT, stop, BLOCK):
             positions = block + lanes
             valid = (positions >= first) & (positions < last)
-            z = tl.load(row_ptr + positions, mask=valid, other=float("-inf")).to(tl.float32)
+            u = tl.load(row_ptr + positions, mask=valid, other=float("-inf")).to(tl.float32)
             dz = logits_gradient(
-                z, positions - shift, valid, top, scale, label, contrast, weights_ptr,
+                u, softcap, logit_scale, positions - shift, valid, top, scale,
+                label, contrast, weights_ptr,
                 on_p, on_p_gap, on_p_squared, on_p_weight, on_one, on_weight,
                 at_label, on_label, on_contrast,
                 on_p_ptr, on_p_gap_ptr, on_p_squared_ptr, on_p_weight_ptr, on_one_ptr,
@@ -463,9 +478,10 @@ def vocab_stats_backward_kernel(
             )  # fmt: skip
             tl.store(out_ptr + positions, dz.to(dlogits_ptr.dtype.element_ty), mask=valid)
         if segment == 0:
-            z = tl.load(row_ptr + edges, mask=is_edge, other=float("-inf")).to(tl.float32)
+            u = tl.load(row_ptr + edges, mask=is_edge, other=float("-inf")).to(tl.float32)
             dz = logits_gradient(
-                z, edges - shift, is_edge, top, scale, label, contrast, weights_ptr,
+                u, softcap, logit_scale, edges - shift, is_edge, top, scale,
+                label, contrast, weights_ptr,
                 on_p, on_p_gap, on_p_squared, on_p_weight, on_one, on_weight,
                 at_label, on_label, on_contrast,
                 on_p_ptr, on_p_gap_ptr, on_p_squared_ptr, on_p_weight_ptr, on_one_ptr,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._cap import Cap
 from ._check import IGNORED, values_checked
 from ._declare import declare
 from ._launch import GPU_TYPES, accumulation_dtype, capturing, choose
@@ -52,9 +53,12 @@ class Head(NamedTuple):
     def logits(self) -> Tensor:
         """The logits themselves, [..., V]: the definition."""
         rows = [states.reshape(-1, states.shape[-1]) for states in self.hidden]
-        product = head_product(rows, self.weight, self.bias)
-        whole = capped(product, self.softcap, self.scale)
+        whole = self.cap.logits(head_product(rows, self.weight, self.bias))
         return whole.view(*self.hidden[0].shape[:-1], whole.shape[-1])
+
+    @property
+    def cap(self) -> Cap:
+        return Cap(self.softcap, self.scale)
 
 
 def head_product(
@@ -64,26 +68,13 @@ def head_product(
     room: Tensor | None = None,  # [n, V] to write to
 ) -> Tensor:
     """sum_k hidden_k weight_k^T + bias, [n, V]: the definition, where no `room` is given."""
-    product = torch.mm(hidden[0], weight[0].T, out=room)
+    if bias is None:
+        product = torch.mm(hidden[0], weight[0].T, out=room)
+    else:  # in one call, which rounds once
+        product = torch.addmm(bias, hidden[0], weight[0].T, out=room)
     for states, matrix in zip(hidden[1:], weight[1:], strict=True):
         product = torch.addmm(product, states, matrix.T, out=room)
-    if bias is not None:
-        product = torch.add(product, bias, out=room)
     return product
-
-
-def capped(u: Tensor, softcap: float, scale: float) -> Tensor:
-    """scale * softcap * tanh(u / softcap); a softcap of 0 is none."""
-    if softcap == 0:
-        return u if scale == 1 else u * scale
-    return torch.tanh(u / softcap) * (softcap * scale)
-
-
-def cap_slope(u: Tensor, softcap: float, scale: float) -> Tensor:
-    """Its derivative, as 4 e / (1 + e)^2 with e = exp(-2 |u / softcap|): 1 - tanh^2 would be 0 long
-    before a capped logit stops to move."""
-    e = torch.exp(u.to(accumulation_dtype(u.dtype)).abs() * (-2 / softcap))
-    return scale * 4 * e / (1 + e).square()
 
 
 def slab_rows(vocab_size: int, logits: Tensor, max_slab_bytes: int | None) -> int:
@@ -107,14 +98,12 @@ class Slabs:
         hidden: Sequence[Tensor],
         weight: Sequence[Tensor],
         bias: Tensor | None,
-        softcap: float,
-        scale: float,
+        cap: Cap,
         ids: Sequence[Tensor | None],  # labels and contrast labels, [N] each
         n_rows: int,
     ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.softcap, self.scale = softcap, scale
-        self.ids = ids
+        self.cap, self.ids = cap, ids
         # Leaving rows out waits for the device once; a graph's capture cannot, and zeroes them.
         self.blind = capturing(hidden[0]) and ids[0] is not None
         self.kept = None if self.blind else kept_rows(ids[0])
@@ -131,8 +120,8 @@ class Slabs:
         room[:, vocab_size:] = 0  # a GEMM may multiply what lies there by zero
         return room[:, :vocab_size]
 
-    def __iter__(self) -> Iterator[tuple[Any, list[Tensor], Tensor, Tensor]]:
-        """(rows, their hidden states, u, logits); u is the logits' memory where nothing caps."""
+    def __iter__(self) -> Iterator[tuple[Any, list[Tensor], Tensor]]:
+        """(rows, their hidden states, u): u is the product, before any cap."""
         for start in range(0, self.total, self.step):
             rows: Any = slice(start, min(start + self.step, self.total))
             n = rows.stop - start
@@ -143,27 +132,23 @@ class Slabs:
             if self.blind and labels is not None:
                 counts = (labels[rows] != IGNORED)[:, None]
                 hidden = [torch.where(counts, states, 0.0) for states in hidden]
-            u = head_product(hidden, self.weight, self.bias, self.room[:n])
-            yield rows, hidden, u, capped(u, self.softcap, self.scale)
+            yield rows, hidden, head_product(hidden, self.weight, self.bias, self.room[:n])
 
     def gradient(
         self,
         rows: Any,
         u: Tensor,
-        logits: Tensor,
         bag_weights: Tensor | None,
         row_max: Tensor,
         row_rest: Tensor,
         coefficients: dict[str, Tensor | None],
         triton: bool,
     ) -> Tensor:
-        """The gradient with respect to u, in the place of the logits."""
+        """The gradient with respect to u, in its place."""
         labels, contrast = (pick(t, rows) for t in self.ids)
         run = _backward_triton if triton else _backward_torch
-        run(logits, logits, labels, contrast, bag_weights, row_max, row_rest, coefficients)
-        if self.softcap:
-            return logits * cap_slope(u, self.softcap, self.scale).to(logits.dtype)
-        return logits if self.scale == 1 else logits.mul_(self.scale)
+        run(u, u, labels, contrast, bag_weights, row_max, row_rest, coefficients, self.cap)
+        return u
 
 
 class Gradients:
@@ -175,9 +160,15 @@ class Gradients:
         weight: Sequence[Tensor],
         bias: Tensor | None,
         need: Sequence[bool],
+        ahead: bool = False,  # of an upstream gradient: to be multiplied, and only then rounded
     ) -> None:
         self.matrices = weight
-        self.hidden = [torch.empty_like(t) for t in hidden if need[0]]
+        wide = ahead and hidden[0].device.type == "cuda"
+        self.hidden = [
+            torch.empty_like(t, dtype=accumulation_dtype(t.dtype) if wide else t.dtype)
+            for t in hidden
+            if need[0]
+        ]
         of_head = ([*weight] if need[1] else [], [bias] if need[2] and bias is not None else [])
         self.weight, self.bias = (
             [torch.empty_like(t, dtype=accumulation_dtype(t.dtype)) for t in part]
@@ -195,11 +186,28 @@ class Gradients:
     def add(self, rows: Any, states: Sequence[Tensor], du: Tensor) -> None:
         """One slab's share: its rows, their hidden states, the gradient of the product."""
         for grad, matrix in zip(self.hidden, self.matrices, strict=False):
-            grad[rows] = du @ matrix
+            grad[rows] = product(du, matrix, grad.dtype)
         for total, part in zip(self.weight, states, strict=False):
             add_product(total, du.T, part)
         for total in self.bias:
             total += du.sum(0, dtype=total.dtype)
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in `dtype`, which only CUDA's library has at hand before it rounds."""
+    if a.dtype == dtype or a.device.type != "cuda":
+        return torch.mm(a, b).to(dtype)
+    return torch.mm(a, b, out_dtype=dtype)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, in the dtype of `total`: fp32 whatever a and b are."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 def _forward(
@@ -222,19 +230,19 @@ def _forward(
 ) -> tuple[Any, ...]:
     asked = want.split()
     facts = _empty_facts(hidden[0], asked, False)
-    made = Gradients(hidden, weight, bias, (need_hidden, need_weight, need_bias))
+    made = Gradients(hidden, weight, bias, (need_hidden, need_weight, need_bias), ahead=True)
     made.zero()
     if facts["row_max"].numel():
         ids = (labels, contrast_labels)
-        slabs = Slabs(hidden, weight, bias, softcap, scale, ids, n_rows)
+        slabs = Slabs(hidden, weight, bias, Cap(softcap, scale), ids, n_rows)
         total = weight_sum(slabs.room, bag_weights)
-        for rows, states, u, logits in slabs:
+        for rows, states, u in slabs:
             labels_, contrast = (pick(t, rows) for t in ids)
-            found = _empty_facts(logits, asked, triton)
+            found = _empty_facts(u, asked, triton)
             if triton:
-                _forward_triton(logits, labels_, contrast, bag_weights, found)
+                _forward_triton(u, labels_, contrast, bag_weights, found, slabs.cap)
             else:
-                _forward_torch(logits, labels_, contrast, bag_weights, asked, found)
+                _forward_torch(u, labels_, contrast, bag_weights, asked, found, slabs.cap)
             for name, values in found.items():
                 facts[name][rows] = values
             if ahead:
@@ -243,7 +251,7 @@ def _forward(
                 grads = dict(zip(ahead.split(), of_rows, strict=True))
                 c = row_coefficients(found, grads, total, bag_weights is not None)
                 state = (found["row_max"], found["row_rest"], c, triton)
-                made.add(rows, states, slabs.gradient(rows, u, logits, bag_weights, *state))
+                made.add(rows, states, slabs.gradient(rows, u, bag_weights, *state))
     return (*_as_outputs(hidden[0], facts), made.all)
 
 
@@ -251,17 +259,7 @@ def _forward_fake(
     hidden: list[Tensor], weight: list[Tensor], bias: Tensor | None, *rest: Any
 ) -> tuple[Any, ...]:
     facts = _as_outputs(hidden[0], _empty_facts(hidden[0], rest[5].split(), True))
-    return (*facts, Gradients(hidden, weight, bias, rest[-4:-1]).all)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, in the dtype of `total`: fp32 whatever a and b are."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.device.type == "cuda":
-        total += torch.mm(a, b, out_dtype=total.dtype)
-    else:
-        total += a @ b
+    return (*facts, Gradients(hidden, weight, bias, rest[-4:-1], ahead=True).all)
 
 
 def _backward_op(
@@ -281,11 +279,12 @@ def _backward_op(
     made = Gradients(hidden, weight, bias, (need_hidden, need_weight, need_bias))
     made.zero()
     if row_max.numel():
-        slabs = Slabs(hidden, weight, bias, softcap, scale, (labels, contrast_labels), n_rows)
-        for rows, states, u, logits in slabs:
+        ids = (labels, contrast_labels)
+        slabs = Slabs(hidden, weight, bias, Cap(softcap, scale), ids, n_rows)
+        for rows, states, u in slabs:
             c = {name: pick(value, rows) for name, value in zip(COEFFICIENTS, values, strict=True)}
             state = (row_max[rows], row_rest[rows], c, triton)
-            made.add(rows, states, slabs.gradient(rows, u, logits, bag_weights, *state))
+            made.add(rows, states, slabs.gradient(rows, u, bag_weights, *state))
     return made.all
 
 
@@ -380,7 +379,10 @@ def common_factor(
     if values_checked(factor):
         for grad, share in both:
             apart = (grad - factor * share) * counts
-            if apart.abs().max() > 1e-3 * factor.abs() * share.abs().max() + 1e-30:
+            if (
+                apart.numel()
+                and apart.abs().max() > 1e-3 * factor.abs() * share.abs().max() + 1e-30
+            ):
                 raise RuntimeError(
                     "the loss foretold its upstream gradients as shares=...: they came otherwise; "
                     "leave shares out"
@@ -405,7 +407,8 @@ def _twice_differentiable(
     rows: Any = slice(None) if kept is None else kept
     states = [t[rows] for t in hidden]
     u = head_product(states, weight, bias)
-    picked = (capped(u, softcap, scale), pick(labels, rows), pick(contrast_labels, rows))
+    cap = Cap(softcap, scale)
+    picked = (cap.logits(u), pick(labels, rows), pick(contrast_labels, rows))
     facts = vocab_stats_reference(*picked, bag_weights, want=tuple(grads))
     c = row_coefficients(
         facts,
@@ -414,12 +417,8 @@ def _twice_differentiable(
         bag_weights is not None,
     )
     top, rest = facts["row_max"], facts["row_rest"]
-    du = vocab_stats_backward_reference(*picked, bag_weights, top, rest, c)
-    if softcap:
-        du = du * cap_slope(u, softcap, scale)
-    elif scale != 1:
-        du = du * scale
-    du = du.to(u.dtype)
+    dz = vocab_stats_backward_reference(*picked, bag_weights, top, rest, c)
+    du = cap.gradient(dz, u).to(u.dtype)
     d_hidden = [du @ matrix for matrix in weight]
     if kept is not None:
         d_hidden = [
@@ -453,7 +452,7 @@ def head_stats(
 
     Products' work, of N D V each: 1 without gradients. With a frozen head 2 where one fact is
     differentiated or `shares` foretell the upstream gradients, with a trained one 3 where they do;
-    4 otherwise (3 for a frozen head).
+    4 otherwise (3 for a frozen head), and in float16.
     """
     hidden = [states.reshape(-1, states.shape[-1]) for states in head.hidden]
     smooth = [fact for fact in want if fact != "argmax"]
@@ -463,6 +462,8 @@ def head_stats(
     ]
     foretold = shares is not None and set(shares) == set(smooth)
     ahead = smooth if any(need) and (foretold or (not any(need[1:]) and len(smooth) == 1)) else []
+    if hidden[0].dtype == torch.float16:  # whose gradients underflow before a loss scale is known
+        ahead = []
     known = [shares[fact] for fact in ahead] if shares is not None and foretold else []
     rows = slab_rows(head.weight[0].shape[0], hidden[0], head.max_slab_bytes)
     *outputs, _ = _head_stats(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._cap import NO_CAP, Cap
 from ._check import (
     IGNORED,
     check_choice,
@@ -267,13 +268,15 @@ def _forward_torch(
     bag_weights: Tensor | None,
     want: Sequence[str],
     out: dict[str, Tensor],
+    cap: Cap = NO_CAP,
 ) -> None:
     kept = kept_rows(labels)
     n_rows = logits.shape[0] if kept is None else kept.shape[0]
     for slab in slabs(n_rows, logits.shape[-1]):
         rows = slab if kept is None else kept[slab]
+        z = cap.logits(logits[rows])
         facts = vocab_stats_reference(
-            logits[rows], pick(labels, rows), pick(contrast_labels, rows), bag_weights, want
+            z, pick(labels, rows), pick(contrast_labels, rows), bag_weights, want
         )
         for name, target in out.items():
             target[rows] = facts[name]
@@ -288,12 +291,13 @@ def _backward_torch(
     row_max: Tensor,
     row_rest: Tensor,
     coefficients: dict[str, Tensor | None],
+    cap: Cap = NO_CAP,
 ) -> None:
     kept = kept_rows(labels)
     if kept is not None:
         dlogits.zero_()
     given = {name for name, value in coefficients.items() if value is not None}
-    of_softmax = given in ({"on_p"}, {"on_p", "at_label"})
+    of_softmax = cap.is_none and given in ({"on_p"}, {"on_p", "at_label"})
     in_place = of_softmax and kept is None and dlogits.dtype == row_max.dtype
     n_rows = logits.shape[0] if kept is None else kept.shape[0]
     for slab in slabs(n_rows, logits.shape[-1]):
@@ -306,8 +310,8 @@ def _backward_torch(
             dlogits[rows] = softmax_gradient(z, ids, top, rest, c).to(dlogits.dtype)
         else:
             others = (pick(contrast_labels, rows), bag_weights)
-            dz = vocab_stats_backward_reference(z, ids, *others, top, rest, c)
-            dlogits[rows] = dz.to(dlogits.dtype)
+            dz = vocab_stats_backward_reference(cap.logits(z), ids, *others, top, rest, c)
+            dlogits[rows] = cap.gradient(dz, z).to(dlogits.dtype)
 
 
 SEGMENT = 16384  # columns a program reads: fixed, so that a row's sums do not depend on the batch
@@ -330,6 +334,7 @@ def _forward_triton(
     contrast_labels: Tensor | None,
     bag_weights: Tensor | None,
     out: dict[str, Tensor],
+    cap: Cap = NO_CAP,
 ) -> None:
     import triton
 
@@ -354,7 +359,8 @@ def _forward_triton(
         partial("logp_sum" in out),
         partial("logp_sum" in out),
     )
-    where = (vocab_size, rows.inner_size, rows.outer_stride, rows.inner_stride, rows.base_shift)
+    steps = (rows.inner_size, rows.outer_stride, rows.inner_stride, rows.base_shift)
+    where = (vocab_size, *steps, *cap.for_kernels)
     with device_of(logits):
         vocab_stats_kernel[shape](
             rows.base,
@@ -394,6 +400,7 @@ def _backward_triton(
     row_max: Tensor,
     row_rest: Tensor,
     coefficients: dict[str, Tensor | None],
+    cap: Cap = NO_CAP,
 ) -> None:
     import triton
 
@@ -419,6 +426,7 @@ def _backward_triton(
             rows.outer_stride,
             rows.inner_stride,
             rows.base_shift,
+            *cap.for_kernels,
             EXP=exponential(logits),
             VEC=rows.vec,
             SAME_SHIFT=rows.same_shift(out),
@@ -690,8 +698,9 @@ def vocab_stats(
 
         foretold = None
         if shares is not None:
+            facts = accumulation_dtype(logits.dtype)
             foretold = {
-                name: share.detach().to(torch.float32).expand(logits.shape[:-1]).reshape(-1)
+                name: share.detach().to(facts).expand(logits.shape[:-1]).reshape(-1)
                 for name, share in shares.items()
             }
         outputs = head_stats(head, *given_rows, impl, foretold)

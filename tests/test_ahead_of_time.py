@@ -103,11 +103,15 @@ def configurations(target: str) -> dict[str, Job]:
     return jobs
 
 
+CAP = ("softcap", "logit_scale")
+
+
 def stats_jobs(target: str, dtype: str, vec: int, full: bool) -> dict[str, Job]:
     kernels = importlib.import_module("onepass.kernels.vocab_stats")
     meta = {"VEC": vec, "SEGMENT": 16384, "BLOCK": 2 * vec * 256}
     types = {"logits_ptr": f"*{dtype}", "dlogits_ptr": f"*{dtype}", "index_ptr": "*i32"}
     types |= dict.fromkeys(("labels_ptr", "contrast_ptr", "argmax_out"), "*i64")
+    types |= dict.fromkeys(CAP, "fp32")
     sums = {
         "index_ptr": "argmax_out",
         "heat_ptr": "entropy_out",
@@ -119,7 +123,7 @@ def stats_jobs(target: str, dtype: str, vec: int, full: bool) -> dict[str, Job]:
     wants = {"logp": (), "logp+entropy": ("heat_ptr",), "smoothed": ("offsets_ptr",)}
     jobs = {}
     for want, kept in (wants if full else {"logp": ()}).items():
-        off = [n for n in sums if n not in kept] + ["weights_ptr"]
+        off = [n for n in sums if n not in kept] + ["weights_ptr", *CAP]
         off += [] if "offsets_ptr" in kept else ["seen_ptr"]
         jobs[f"vocab_stats {dtype} {want}"] = job(
             kernels.vocab_stats_kernel, target, off, types, **meta
@@ -129,9 +133,14 @@ def stats_jobs(target: str, dtype: str, vec: int, full: bool) -> dict[str, Job]:
     backward: Any = partial(
         job, kernels.vocab_stats_backward_kernel, target, types=types, SAME_SHIFT=True, **meta
     )
-    plain = ["weights_ptr", "contrast_ptr"]
+    plain = ["weights_ptr", "contrast_ptr", *CAP]
     jobs[f"vocab_stats_backward {dtype} logp"] = backward([*every, *plain])
     if full:
+        off = [*sums, "weights_ptr", "seen_ptr"]
+        jobs[f"vocab_stats {dtype} logp, capped"] = job(
+            kernels.vocab_stats_kernel, target, off, types, **meta
+        )
+        jobs[f"vocab_stats_backward {dtype} logp, capped"] = backward([*every, *plain[:2]])
         jobs[f"vocab_stats {dtype} all, weights"] = job(
             kernels.vocab_stats_kernel, target, (), types, **{**meta, "BLOCK": vec * 256}
         )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 import onepass
 from onepass.ops import head as module
@@ -264,3 +266,99 @@ def test_a_wrong_forecast_is_seen(device: str, monkeypatch: pytest.MonkeyPatch) 
     logp = VocabStats(*stats[2:]).logp
     with pytest.raises(RuntimeError, match="foretold its upstream gradients"):
         (logp * torch.arange(7, device=device)).sum().backward()
+
+
+def float64_of(case: Case) -> Case:
+    """The same numbers, exactly, with gradients of their own."""
+
+    def wide(t: Tensor) -> Tensor:
+        return t.detach().double().requires_grad_(t.requires_grad)
+
+    bias = None if case.bias is None else wide(case.bias)
+    given = {**case.given, "bag_weights": case.given["bag_weights"].double()}
+    return Case(
+        [wide(t) for t in case.hidden],
+        [wide(t) for t in case.weight],
+        bias,
+        given,
+        case.softcap,
+        case.scale,
+    )
+
+
+def unfused(case: Case, want: Sequence[str]) -> Any:
+    """As code does it without this package: logits in the dtype given, upcast, then the cap."""
+    z = functional.linear(case.hidden[0], case.weight[0], case.bias)
+    z = z.to(torch.promote_types(z.dtype, torch.float32)) * case.scale
+    if case.softcap:
+        z = case.softcap * torch.tanh(z / case.softcap)
+    logp, labels = z.log_softmax(-1), case.given["labels"]
+    facts = {
+        "logp": logp.gather(-1, labels[:, None]).squeeze(-1),
+        "entropy": -(logp.exp() * logp).sum(-1),
+    }
+    return SimpleNamespace(**{fact: facts[fact] for fact in want})
+
+
+@pytest.mark.parametrize("shape", ["plain", "bias", "softcap"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_errors_are_no_larger_than_unfused(
+    dtype: torch.dtype, frozen: bool, shape: str, impl: str, device: str
+) -> None:
+    """A bias or a cap costs no rounding of its own; root mean square over all, against float64."""
+    want = ("logp", "entropy")
+    ours: list[list[float]] = []
+    theirs: list[list[float]] = []
+    for _ in range(4):
+        case = draw(device, dtype=dtype, frozen=frozen, rows=32, **SHAPES[shape])
+        exact = float64_of(case)
+        truth = unfused(exact, want)
+        truth = [truth.logp, truth.entropy, *gradients(truth, want, exact.leaves)]
+        for stats, errors in ((case.lazy(want, impl), ours), (unfused(case, want), theirs)):
+            found = [stats.logp, stats.entropy, *gradients(stats, want, case.leaves)]
+            errors.append(
+                [
+                    float(((a.double() - b).norm() / b.norm()).detach())
+                    for a, b in zip(found, truth, strict=True)
+                ]
+            )
+    for at, (own, other) in enumerate(
+        zip(torch.tensor(ours).mean(0), torch.tensor(theirs).mean(0), strict=True)
+    ):
+        assert own <= 1.05 * other, at
+
+
+def test_float16_gradients_wait_for_the_loss_scale(device: str) -> None:
+    """A gradient made before the scale of the loss is known would be rounded to float16's zero."""
+    case = draw(device, dtype=torch.float16, rows=16, vocab_size=257)
+    exact = float64_of(case)
+    grads = []
+    for each, scale in ((case, 2.0**15), (exact, 2.0**15)):
+        hidden, weight = each.hidden[0], each.weight[0]
+        lazy = onepass.LazyLogits(hidden, weight, softcap=0.5)
+        loss = onepass.cross_entropy(lazy, case.given["labels"])
+        grads.append(torch.autograd.grad(loss * scale, [hidden, weight]))
+    for got, expected in zip(*grads, strict=True):
+        error = (got.double() - expected).abs().max() / expected.abs().max()
+        assert error <= 2.0**-10
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.25, 1024.0])
+def test_a_power_of_two_upstream_costs_no_rounding(upstream: float, device: str) -> None:
+    """What the mean divides by is in the gradients that are made ahead, but for a power of two."""
+    case = draw(device, dtype=torch.bfloat16, rows=7, ignored=(2,))
+    lazy = onepass.LazyLogits(case.hidden[0], case.weight[0])
+    loss = onepass.cross_entropy(lazy, case.given["labels"])
+    plain = torch.autograd.grad(loss, case.leaves, retain_graph=True)
+    scaled = torch.autograd.grad(loss * upstream, case.leaves)
+    assert all(torch.equal(a * upstream, b) for a, b in zip(plain, scaled, strict=True))
+
+
+def test_no_rows_at_all(impl: str, device: str) -> None:
+    case = draw(device, rows=0)
+    lazy = onepass.LazyLogits(case.hidden[0], case.weight[0])
+    loss = onepass.cross_entropy(lazy, case.given["labels"], impl=impl)
+    assert loss == 0
+    grads = torch.autograd.grad(loss, case.leaves)
+    assert not any(grad.any() for grad in grads)

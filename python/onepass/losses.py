@@ -7,6 +7,8 @@ back into logits or hidden states.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ from .ops._launch import IMPLS, accumulation_dtype
 from .ops.row_moments import RowMoments, row_moments
 from .ops.vocab_pair_stats import check_probabilities, vocab_pair_stats
 from .ops.vocab_stats import vocab_stats
-from .reduce import REDUCTIONS, check_num_items, reduce_rows
+from .reduce import REDUCTIONS, check_num_items, mean_divisor, reduce_rows, row_weights
 
 CAP_FORMS = ("sigmoid", "zero_at_zero")
 CAP_SCOPES = ("mean", "token")
@@ -185,6 +187,13 @@ def cross_entropy(
         raise ValueError(
             "weight is differentiated for probabilities only: pass weight.detach() with labels"
         )
+    divisor = None
+    if reduction == "mean" and not target.is_floating_point():
+        share = (target != IGNORED).to(accumulation_dtype(logits.dtype))
+        if weight is not None:
+            share = share * weight[target.clamp(0, logits.shape[-1] - 1)]
+        nothing = (share == 0).all()
+        divisor = torch.where(nothing, 1.0, share.sum())
     losses = token_losses(
         logits,
         target,
@@ -193,15 +202,11 @@ def cross_entropy(
         z_loss=0.0,
         class_weights=weight,
         impl=impl,
-        row_weights=known_weights(logits, None, reduction, is_linear=True),
+        row_weights=known_weights(logits, None, reduction, divisor),
     )
-    if reduction != "mean" or target.is_floating_point():
+    if divisor is None:
         return reduce_rows(losses, reduction=reduction)
-    share = (target != IGNORED).to(losses.dtype)
-    if weight is not None:
-        share = share * weight[target.clamp(0, logits.shape[-1] - 1)]
-    nothing = (share == 0).all()
-    return torch.where(nothing, 0.0, losses.sum() / torch.where(nothing, 1.0, share.sum()))
+    return torch.where(nothing, 0.0, losses.sum() / divisor)
 
 
 def masked_cross_entropy(
@@ -268,6 +273,12 @@ def masked_cross_entropy(
     if not target.is_floating_point():
         labelled = target != IGNORED
         counts = labelled if mask is None else torch.where(labelled, mask, 0)
+    weights = None if counts is None else row_weights(counts, accumulation_dtype(logits.dtype))
+    divisor = None
+    if reduction == "mean":
+        rows = target[..., 0] if weights is None else weights
+        divisor = mean_divisor(rows, weights, num_items)
+    is_linear = max_loss is None or cap_scope == "mean"
     losses = token_losses(
         logits,
         target,
@@ -276,28 +287,32 @@ def masked_cross_entropy(
         z_loss=z_loss,
         class_weights=None,
         impl=impl,
-        row_weights=known_weights(
-            logits, counts, reduction, max_loss is None or cap_scope == "mean"
-        ),
+        row_weights=known_weights(logits, weights, reduction, divisor) if is_linear else None,
     )
     if max_loss is not None and cap_scope == "token":
         losses = sigmoid_cap(losses, max_loss, ce_scaling_factor, cap_form)
-    loss = reduce_rows(losses, counts, reduction=reduction, num_items=num_items)
+    loss = reduce_rows(losses, weights, reduction=reduction, num_items=divisor)
     if max_loss is not None and cap_scope == "mean":
         loss = sigmoid_cap(loss, max_loss, ce_scaling_factor, cap_form)
     return loss
 
 
 def known_weights(
-    logits: Tensor, counts: Tensor | None, reduction: str, is_linear: bool
+    logits: Tensor, weights: Tensor | None, reduction: str, divisor: Tensor | float | None
 ) -> Tensor | None:
-    """The rows' weights in a loss that is linear in them; None where it is not, or where whole
-    logits have no use for them."""
-    if reduction == "none" or not is_linear or not hasattr(logits, "onepass_head"):
+    """The rows' weights in a loss that is linear in them, up to a power of two; None where whole
+    logits have no use for them.
+
+    With the divisor's mantissa in them the gradients that a head makes ahead need only a power of
+    two in the backward, which rounds nothing; with all of it they would underflow in float16.
+    """
+    if reduction == "none" or not hasattr(logits, "onepass_head"):
         return None
-    if counts is None or not counts.is_floating_point():
-        return torch.ones((), device=logits.device)
-    return counts
+    if weights is None:
+        weights = torch.ones((), dtype=accumulation_dtype(logits.dtype), device=logits.device)
+    if isinstance(divisor, Tensor):
+        return weights / divisor.frexp().mantissa
+    return weights if divisor is None else weights / math.frexp(divisor)[0]
 
 
 def sigmoid_cap(

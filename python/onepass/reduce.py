@@ -40,22 +40,32 @@ def reduce_rows(
     check_weights("mask", mask, values.shape)
     check_num_items(num_items, reduction)
     if mask is not None:
-        # Integers number segments as often as they mark rows: they count, they do not weigh.
-        weights = (mask if mask.is_floating_point() else mask != 0).to(values)
+        weights = row_weights(mask, values.dtype)
         values = torch.where(weights != 0, values, 0.0) * weights
     if reduction == "none":
         return values
     total = values.sum()
     if reduction == "sum":
         return total
+    return total / mean_divisor(values, None if mask is None else weights, num_items)
+
+
+def row_weights(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a mask weighs its rows by: integers number segments as often as they mark rows, so they
+    count and do not weigh."""
+    return (mask if mask.is_floating_point() else mask != 0).to(dtype)
+
+
+def mean_divisor(
+    rows: Tensor, weights: Tensor | None, num_items: Tensor | float | None
+) -> Tensor | float:
+    """What the mean over `rows` [...] divides their sum by."""
     if isinstance(num_items, Tensor):
-        items = num_items.to(values).reshape(())
-        return total / torch.where(items == 0, 1.0, items)
+        items = num_items.to(rows.device, torch.float32).reshape(())
+        return torch.where(items == 0, 1.0, items)
     if num_items is not None:
-        return total / (num_items or 1.0)
-    if mask is None:
-        return total / max(values.numel(), 1)
-    return total / weights.sum().clamp_min(1)
+        return float(num_items) or 1.0
+    return float(max(rows.numel(), 1)) if weights is None else weights.sum().clamp_min(1)
 
 
 def check_num_items(num_items: object, reduction: str) -> None:
