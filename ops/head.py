@@ -77,17 +77,25 @@ def head_product(
     return product
 
 
-def slab_rows(vocab_size: int, logits: Tensor, max_slab_bytes: int | None) -> int:
-    """Rows whose logits fit into so many bytes."""
+def slab_limit(row_bytes: int, like: Tensor, max_slab_bytes: int | None) -> int:
+    """Rows of so many bytes that fit into a slab, on the device of `like`."""
     limit = max_slab_bytes
     if limit is None:
-        limit = SLAB_BYTES_ON_GPU if logits.device.type in GPU_TYPES else SLAB_BYTES_ON_CPU
-    least = vocab_size * logits.element_size()
-    if limit < least:
+        limit = SLAB_BYTES_ON_GPU if like.device.type in GPU_TYPES else SLAB_BYTES_ON_CPU
+        limit = max(limit, row_bytes)
+    if limit < row_bytes:
         raise ValueError(
-            f"max_slab_bytes must hold one row of logits, {least} bytes: got {max_slab_bytes}"
+            f"max_slab_bytes must hold one row of logits, {row_bytes} bytes: got {max_slab_bytes}"
         )
-    return limit // least
+    return limit // max(1, row_bytes)
+
+
+def padded_room(like: Tensor, n_rows: int, vocab_size: int) -> Tensor:
+    """[n_rows, V]; on a GPU with rows that start at 16 bytes, whatever V is."""
+    width = 16 // like.element_size() if like.device.type in GPU_TYPES else 1
+    room = like.new_empty(n_rows, -(-vocab_size // width) * width)
+    room[:, vocab_size:] = 0  # a GEMM may multiply what lies there by zero
+    return room[:, :vocab_size]
 
 
 class Slabs:
@@ -109,16 +117,7 @@ class Slabs:
         self.kept = None if self.blind else kept_rows(ids[0])
         self.total = hidden[0].shape[0] if self.kept is None else self.kept.shape[0]
         self.step = min(n_rows, max(1, self.total))
-        self.room = self._room()
-
-    def _room(self) -> Tensor:
-        """[step, V]; on a GPU with rows that start at 16 bytes, whatever V is."""
-        first, vocab_size = self.hidden[0], self.weight[0].shape[0]
-        width = 16 // first.element_size() if first.device.type in GPU_TYPES else 1
-        stride = -(-vocab_size // width) * width
-        room = first.new_empty(self.step, stride)
-        room[:, vocab_size:] = 0  # a GEMM may multiply what lies there by zero
-        return room[:, :vocab_size]
+        self.room = padded_room(hidden[0], self.step, weight[0].shape[0])
 
     def __iter__(self) -> Iterator[tuple[Any, list[Tensor], Tensor]]:
         """(rows, their hidden states, u): u is the product, before any cap."""
@@ -465,7 +464,8 @@ def head_stats(
     if hidden[0].dtype == torch.float16:  # whose gradients underflow before a loss scale is known
         ahead = []
     known = [shares[fact] for fact in ahead] if shares is not None and foretold else []
-    rows = slab_rows(head.weight[0].shape[0], hidden[0], head.max_slab_bytes)
+    row_bytes = head.weight[0].shape[0] * hidden[0].element_size()
+    rows = slab_limit(row_bytes, hidden[0], head.max_slab_bytes)
     *outputs, _ = _head_stats(
         hidden, list(head.weight), head.bias, float(head.softcap), float(head.scale), labels,
         contrast_labels, bag_weights, " ".join(want), rows, " ".join(ahead), known,

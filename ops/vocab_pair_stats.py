@@ -9,7 +9,7 @@ softmax(target_logits) or target_probs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -696,11 +696,14 @@ def _forward(
         flat = {name: fact.view(z.shape[0], -1) for name, fact in facts.items()}
         run = _forward_triton if triton else _forward_torch
         run(z, t, mask, probs, want, beta, flat)
-    if "jsd" in want and not is_one_side(beta):
-        # Probabilities that sum to 1 and a few digits may exceed what the divergence can be.
-        most = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
-        facts["jsd"].clamp_(max=most)
+    clamp_jsd(facts, beta)
     return _as_outputs(logits, facts)
+
+
+def clamp_jsd(facts: dict[str, Tensor], beta: float) -> None:
+    """Probabilities that sum to 1 and a few digits may exceed what the divergence can be."""
+    if "jsd" in facts and not is_one_side(beta):
+        facts["jsd"].clamp_(max=-beta * math.log(beta) - (1 - beta) * math.log1p(-beta))
 
 
 def _forward_fake(
@@ -880,13 +883,15 @@ def vocab_pair_stats(
     mask: Tensor | None = None,
     want: Sequence[str] = ("cross_entropy",),
     jsd_beta: float = 0.5,
+    shares: Mapping[str, Tensor] | None = None,
     impl: str = "auto",
 ) -> VocabPairStats:
     """Per-row statistics of `logits` against target logits or probabilities, in one pass over the
     vocabulary.
 
     Args:
-        logits: [..., V] float32, bfloat16, float16 (float64 through the torch path), any strides.
+        logits: [..., V] float32, bfloat16, float16 (float64 through the torch path), any strides;
+            either side may be `onepass.LazyLogits`, and their hidden sizes may differ.
         target_logits: [..., V], of the shape of logits or of its trailing part: logits [K, N, V]
             share each of the targets [N, V] among K rows, and a target row is read once for four
             of them (jsd reads both sides once more, each pair by itself). Any floating dtype.
@@ -896,6 +901,7 @@ def vocab_pair_stats(
             gradients 0.
         want: names of VocabPairStats fields.
         jsd_beta: weight of the target in the Jensen-Shannon divergence's mixture, between 0 and 1.
+        shares: as in `vocab_stats`, for LazyLogits as `logits`.
         impl: "auto" (Triton on a GPU, torch on a CPU), "triton" or "torch".
 
     Returns:
@@ -939,10 +945,20 @@ def vocab_pair_stats(
     flags = None if mask is None else mask_rows(mask, logits)
     if probs and values_checked(target):
         check_probabilities(name, target, flags)
-    use_triton = choose(impl, logits, target)
-    outputs = _vocab_pair_stats(
-        logits, target, flags, probs, list(want), float(jsd_beta), use_triton
-    )
+    given = (flags, probs, list(want), float(jsd_beta))
+    if hasattr(logits, "onepass_head") or hasattr(target, "onepass_head"):
+        from .head_pair import head_pair_stats
+
+        foretold = None
+        if shares is not None:
+            facts = accumulation_dtype(logits.dtype)
+            foretold = {
+                name: share.detach().to(facts).expand(logits.shape[:-1])
+                for name, share in shares.items()
+            }
+        outputs = head_pair_stats(logits, target, *given, impl, foretold)
+    else:
+        outputs = _vocab_pair_stats(logits, target, *given, choose(impl, logits, target))
     fields = dict(zip((*STATES, *FACTS), outputs, strict=True))
     wanted: Any = {fact: fields[fact] if fact in want else None for fact in FACTS}
     return VocabPairStats(**wanted)

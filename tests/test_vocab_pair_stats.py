@@ -62,9 +62,10 @@ class Case:
             self.want = ("cross_entropy", "lse")
 
     def stats(self, impl: str, logits: Tensor, target: Tensor) -> onepass.VocabPairStats:
+        given: Any = {"target_probs" if self.probs else "target_logits": target}
         return onepass.vocab_pair_stats(
             logits,
-            **{"target_probs" if self.probs else "target_logits": target},
+            **given,
             mask=self.mask,
             want=self.want,
             jsd_beta=self.beta,

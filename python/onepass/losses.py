@@ -89,7 +89,12 @@ def token_losses(
         if class_weights is not None:
             target = target * class_weights
         want = ("cross_entropy", "lse") if z_loss else ("cross_entropy",)
-        pair = vocab_pair_stats(logits, target_probs=target, mask=mask, want=want, impl=impl)
+        shares = None
+        if row_weights is not None and not z_loss:
+            shares = {"cross_entropy": row_weights}
+        pair = vocab_pair_stats(
+            logits, target_probs=target, mask=mask, want=want, shares=shares, impl=impl
+        )
         loss, lse = pair.cross_entropy, pair.lse
     else:
         wanted = ["logp"]
@@ -187,13 +192,15 @@ def cross_entropy(
         raise ValueError(
             "weight is differentiated for probabilities only: pass weight.detach() with labels"
         )
-    divisor = None
+    divisor: Tensor | float | None = None
     if reduction == "mean" and not target.is_floating_point():
         share = (target != IGNORED).to(accumulation_dtype(logits.dtype))
         if weight is not None:
             share = share * weight[target.clamp(0, logits.shape[-1] - 1)]
         nothing = (share == 0).all()
         divisor = torch.where(nothing, 1.0, share.sum())
+    elif reduction == "mean":
+        divisor = mean_divisor(target[..., 0], None, None)
     losses = token_losses(
         logits,
         target,
@@ -204,7 +211,7 @@ def cross_entropy(
         impl=impl,
         row_weights=known_weights(logits, None, reduction, divisor),
     )
-    if divisor is None:
+    if not isinstance(divisor, Tensor):
         return reduce_rows(losses, reduction=reduction)
     return torch.where(nothing, 0.0, losses.sum() / divisor)
 
