@@ -343,11 +343,8 @@ def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
             hidden, weight, bias, softcap, scale, labels, contrast, bag, grads
         )
         out = [*d_hidden * need_hidden, *d_weight * need_weight, *[d_bias] * need_bias]
-    elif made and shares and set(grads) == set(ahead):
-        factor = common_factor([grads[fact] for fact in ahead], shares, labels)
+    elif (factor := factor_ahead(made, grads, ahead, shares, labels)) is not None:
         out = [grad * factor for grad in made]
-    elif made and not shares and list(grads) == ahead:
-        out = [grads[ahead[0]][:, None] * grad for grad in made]
     else:
         facts = dict(zip(KEPT, kept, strict=True))
         total = bag.sum() if bag is not None else float(weight[0].shape[0])
@@ -366,10 +363,34 @@ def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
     return (d_hidden, d_weight, d_bias, *nothing)
 
 
+def factor_ahead(
+    made: Sequence[Tensor],
+    grads: Mapping[str, Tensor],
+    ahead: Sequence[str],
+    shares: Sequence[Tensor],
+    labels: Tensor | None,
+) -> Tensor | None:
+    """What the gradients made in the forward are to be multiplied by, [] or [..., 1]; None where
+    they do not serve and the logits are to be made again."""
+    if not made or set(grads) != set(ahead):
+        return None
+    if shares:
+        factor = common_factor([grads[fact] for fact in ahead], shares, labels)
+    else:
+        factor = grads[ahead[0]][..., None]
+    if made[0].device.type == "cpu" and made[0].dtype == torch.bfloat16:
+        # A CPU's product has been rounded already: only a power of two rounds nothing more.
+        mantissa = factor.frexp().mantissa.abs()
+        if not ((mantissa == 0.5) | (mantissa == 0)).all():
+            return None
+    return factor
+
+
 def common_factor(
     grads: Sequence[Tensor], shares: Sequence[Tensor], labels: Tensor | None
 ) -> Tensor:
-    """What every upstream gradient is of the share that was foretold, over the rows that count."""
+    """What every upstream gradient is of the share that was foretold, over the rows that count: a
+    power of two where only rounding keeps it from being one."""
     counts = 1.0 if labels is None else (labels != IGNORED).to(shares[0].dtype)
     both = list(zip(grads, shares, strict=True))
     along = torch.stack([(g * s * counts).sum() for g, s in both]).sum()
@@ -386,7 +407,9 @@ def common_factor(
                     "the loss foretold its upstream gradients as shares=...: they came otherwise; "
                     "leave shares out"
                 )
-    return factor
+    mantissa, exponent = factor.frexp()
+    power = torch.ldexp((2 * mantissa).round() / 2, exponent)  # of the nearest half
+    return torch.where((power - factor).abs() <= 1e-6 * factor.abs(), power, factor)
 
 
 def _twice_differentiable(
@@ -471,5 +494,9 @@ def head_stats(
         contrast_labels, bag_weights, " ".join(want), rows, " ".join(ahead), known,
         *(needed and bool(ahead) for needed in need), choose(impl, *hidden, *head.weight),
     )  # fmt: skip
-    shape = head.hidden[0].shape[:-1]
-    return tuple(fact.view(shape) if fact.numel() else fact for fact in outputs)
+    shape, made = head.hidden[0].shape[:-1], {"row_max", "row_rest", *want}
+    names = ("row_max", "row_rest", *FACTS)
+    return tuple(
+        fact.view(shape) if name in made else fact
+        for name, fact in zip(names, outputs, strict=True)
+    )

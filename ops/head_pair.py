@@ -16,7 +16,7 @@ from torch import Tensor
 from ._cap import NO_CAP, Cap
 from ._declare import declare
 from ._launch import capturing, choose
-from .head import Gradients, Head, common_factor, head_product, padded_room, slab_limit
+from .head import Gradients, Head, factor_ahead, head_product, padded_room, slab_limit
 from .vocab_pair_stats import (
     COEFFICIENTS,
     FACTS,
@@ -287,11 +287,8 @@ def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
         out = [
             d for part, need in zip(both, needs, strict=True) if need for d in part if d is not None
         ]
-    elif made and shares and set(grads) == set(ahead):
-        factor = common_factor([grads[fact] for fact in ahead], shares, None)
+    elif (factor := factor_ahead(made, grads, ahead, shares, None)) is not None:
         out = [grad * factor for grad in made]
-    elif made and not shares and list(grads) == ahead:
-        out = [grads[ahead[0]][..., None] * grad for grad in made]
     else:
         held = dict(zip((*STATES, *FACTS), facts, strict=True))
         c = pair_coefficients(held, grads, probs)
@@ -407,7 +404,10 @@ def head_pair_stats(
         " ".join(want) if ahead else "", known, *(needed and ahead for needed in needs[:3]),
         choose(impl, *tensors),
     )  # fmt: skip
-    return tuple(fact.view(rows) if fact.numel() else fact for fact in outputs)
+    return tuple(
+        fact.view(rows) if name in want else fact
+        for name, fact in zip((*STATES, *FACTS), outputs, strict=True)
+    )
 
 
 def _budget(logits: Tensor) -> int | None:

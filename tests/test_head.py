@@ -310,8 +310,9 @@ def test_errors_are_no_larger_than_unfused(
     want = ("logp", "entropy")
     ours: list[list[float]] = []
     theirs: list[list[float]] = []
-    for _ in range(4):
-        case = draw(device, dtype=dtype, frozen=frozen, rows=32, **SHAPES[shape])
+    rows, draws = (8, 2) if impl == "triton" and device == "cpu" else (32, 4)  # interpreted: slow
+    for _ in range(draws):
+        case = draw(device, dtype=dtype, frozen=frozen, rows=rows, **SHAPES[shape])
         exact = float64_of(case)
         truth = unfused(exact, want)
         truth = [truth.logp, truth.entropy, *gradients(truth, want, exact.leaves)]

@@ -61,7 +61,8 @@ def mean_divisor(
 ) -> Tensor | float:
     """What the mean over `rows` [...] divides their sum by."""
     if isinstance(num_items, Tensor):
-        items = num_items.to(rows.device, torch.float32).reshape(())
+        wide = torch.promote_types(num_items.dtype, torch.float32)
+        items = num_items.to(rows.device, wide).reshape(())
         return torch.where(items == 0, 1.0, items)
     if num_items is not None:
         return float(num_items) or 1.0
