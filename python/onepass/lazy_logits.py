@@ -469,24 +469,13 @@ def _hooked(func: Any, lazy: Any, hook: Any) -> Any:
             "first and use what it gives"
         )
     head = lazy.onepass_head
-    for at, states in enumerate(head.hidden):
-        if states.grad_fn is not None:
-            return states.register_hook(hook)
-        if states.requires_grad:
-            return _hooked_alias(lazy, "hidden", at, hook)
-    for at, matrix in enumerate(head.weight):
-        if matrix.requires_grad:
-            return _hooked_alias(lazy, "weight", at, hook)
-    raise RuntimeError("cannot register a hook on LazyLogits that do not require grad")
-
-
-def _hooked_alias(lazy: LazyLogits, field: str, at: int, hook: Any) -> Any:
-    """A hook on a leaf would outlive the step."""
-    head = lazy.onepass_head
-    parts = list(getattr(head, field))
-    parts[at] = parts[at].view_as(parts[at])
-    lazy.onepass_head = head._replace(**{field: tuple(parts)})
-    return parts[at].register_hook(hook)
+    place = next((states for states in head.hidden if states.grad_fn is not None), None)
+    if place is not None:
+        return place.register_hook(hook)
+    # A hook on a leaf would outlive the step: on aliases, then.
+    hidden, weight = (tuple(t.view_as(t) for t in part) for part in (head.hidden, head.weight))
+    lazy.onepass_head = head._replace(hidden=hidden, weight=weight)
+    return next(t for t in (*hidden, *weight) if t.requires_grad).register_hook(hook)
 
 
 def _new(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
@@ -782,7 +771,7 @@ _TABLE: dict[Handler, tuple[Any, ...]] = {
     _joined: (torch.cat, torch.concat, torch.concatenate, torch.stack),
     _indexed: (Tensor.__getitem__,),
     _selected: (Tensor.index_select, torch.index_select),
-    _detached: (Tensor.detach, torch.detach, Tensor.data.__get__),
+    _detached: (Tensor.detach, torch.detach, Tensor.data.__get__),  # type: ignore[attr-defined]
     _hooked: (Tensor.register_hook,),
     _alike: (
         torch.empty_like, torch.full_like, torch.ones_like, torch.rand_like, torch.randn_like,
