@@ -28,42 +28,37 @@ EVERY = list(FAMILIES)
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_same_loss_and_gradients_and_nothing_made(name: str, device: str) -> None:
+def test_same_step_and_undone_bit_for_bit(name: str, device: str) -> None:
     model, batch = tiny(name, device), batch_of(name, device)
     before = step(model, batch)
+    with torch.no_grad():
+        untouched = model(**batch)
+    plain = {key: set(module.__dict__) for key, module in model.named_modules()}
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+
     assert onepass.lazy_head(model) is model
     with onepass.strict():
         after = step(model, batch)
     assert_same_step(after, before)
-    assert isinstance(after[0].logits, LazyLogits)
-    assert after[0].logits.shape == before[0].logits.shape
-    torch.testing.assert_close(
-        after[0].logits.materialize(), before[0].logits, rtol=1e-5, atol=1e-6
-    )
+    logits, wanted = after[0].logits, before[0].logits
+    assert isinstance(logits, LazyLogits)
+    assert (logits.shape, logits.dtype) == (wanted.shape, wanted.dtype)
+    torch.testing.assert_close(logits.materialize(), wanted, rtol=1e-5, atol=1e-6)
     assert (getattr(after[0], "aux_loss", None) is not None) == name.endswith("_aux")
     assert onepass.report(model).fused
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_undone_bit_for_bit(name: str, device: str) -> None:
-    model, batch = tiny(name, device), batch_of(name, device)
-    plain = {key: set(module.__dict__) for key, module in model.named_modules()}
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    with torch.no_grad():
-        wanted = model(**batch)
-    onepass.lazy_head(model)
     lazy_state = model.state_dict()
     assert list(lazy_state) == list(state)
     assert all(torch.equal(lazy_state[key], value) for key, value in state.items())
+
     assert onepass.unlazy_head(model) is model
-    with torch.no_grad():
-        got = model(**batch)
-    assert torch.equal(got.logits, wanted.logits) and torch.equal(got.loss, wanted.loss)
-    assert type(got.logits) is Tensor
     assert {key: set(module.__dict__) for key, module in model.named_modules()} == plain
+    with torch.no_grad():
+        again = model(**batch)
+    assert type(again.logits) is Tensor
+    assert torch.equal(again.logits, untouched.logits) and torch.equal(again.loss, untouched.loss)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2_softcap", "phi_bias", "mixtral_aux"])
+@pytest.mark.parametrize("name", ["llama", "mixtral_aux"])
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_same_loss_in_every_mode(name: str, grad: bool, training: bool, device: str) -> None:
@@ -268,7 +263,7 @@ def test_a_head_that_transformers_does_not_know(device: str) -> None:
         with onepass.lazy_head_within(model, head):
             assert isinstance(model(x), LazyLogits)
             assert repr(onepass.report(model, head)) == (
-                "Own.to_logits: fused, weight [9, 4] float32"
+                "Own: to_logits: fused, weight [9, 4] float32"
             )
     itself = nn.Linear(4, 9).to(device)
     with onepass.lazy_head_within(itself, head=itself):

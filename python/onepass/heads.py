@@ -117,7 +117,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def find_head(model: object, head: nn.Module | str | None) -> tuple[str, nn.Module]:
-    """The name and the module of the output head. Raises where there is none."""
+    """The name and the module of the output head; "" where it is the model. Raises where there is
+    none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
     kind = type(model).__name__
@@ -148,7 +149,7 @@ def find_head(model: object, head: nn.Module | str | None) -> tuple[str, nn.Modu
         )
     for name, module in unwrapped(model).named_modules():
         if module is head:
-            return name or kind, head
+            return name, head
     raise ValueError(f"head ({type(head).__name__}) is no module of {kind}")
 
 
@@ -168,7 +169,7 @@ def parts_of(name: str, head: nn.Module) -> list[Part]:
             "forward: not fused"
         )
     if "base_layer" not in inside:
-        return [Part(name, head)]
+        return [Part(name or type(head).__name__, head)]
     variants = sorted({type(v).__name__ for v in getattr(head, "lora_variant", {}).values()})
     ups = inside.get("lora_B")
     if ups is None or variants:
@@ -344,7 +345,7 @@ def lazy_head(model: nn.Module, head: nn.Module | str | None = None) -> nn.Modul
     name, top = find_head(model, head)
     parts = parts_of(name, top)
     if all(is_lazy(part.module) for part in parts):
-        raise ValueError(f"{name} is lazy already: onepass.unlazy_head(model) undoes it")
+        raise ValueError(f"{parts[0].name} is lazy already: onepass.unlazy_head(model) undoes it")
     managed = managed_by_fsdp2(model, name)
     for part in parts:
         why_not = obstacle(part, managed)
@@ -357,7 +358,7 @@ def lazy_head(model: nn.Module, head: nn.Module | str | None = None) -> nn.Modul
     for module in changed:
         switch_on(module)
     try:
-        probe(name, top, parts[0].module)
+        probe(parts[0].name, top, parts[0].module)
     except BaseException:
         for module in changed:
             switch_off(module)
@@ -453,7 +454,7 @@ class Report:
         return all(state.fused for state in self.heads)
 
     def __repr__(self) -> str:
-        return "\n".join(f"{self.model}.{state}" for state in self.heads)
+        return "\n".join(f"{self.model}: {state}" for state in self.heads)
 
 
 def report(model: nn.Module, head: nn.Module | str | None = None) -> Report:
