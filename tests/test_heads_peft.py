@@ -30,7 +30,7 @@ pytestmark = [
 ]
 
 
-def adapted(model: nn.Module, **options: Any) -> nn.Module:
+def adapted(model: Any, **options: Any) -> Any:
     """The model with adapters whose B is not zero, as at a start it is."""
     torch.manual_seed(2)
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))

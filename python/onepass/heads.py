@@ -11,7 +11,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from torch.nn import functional
 
 from .lazy_logits import LazyLogits
 from .ops._check import FLOATS
+
+Model = TypeVar("Model", bound=nn.Module)
 
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 # What replaces a model's forward or torch's loss, and how to go without.
@@ -323,7 +325,7 @@ def managed_by_fsdp2(model: nn.Module, name: str) -> bool:
 # ---------------------------------------------------------------- on, off, how it stands
 
 
-def lazy_head(model: nn.Module, head: nn.Module | str | None = None) -> nn.Module:
+def lazy_head(model: Model, head: nn.Module | str | None = None) -> Model:
     """The model itself, whose output head gives `LazyLogits` in the place of logits from now on.
 
     The model's own forward and loss, `transformers.Trainer`, PEFT, accelerate and a loop of one's
@@ -398,7 +400,7 @@ def probe(name: str, head: nn.Module, first: nn.Module) -> None:
         )
 
 
-def unlazy_head(model: nn.Module) -> nn.Module:
+def unlazy_head(model: Model) -> Model:
     """The model itself, with the forwards that `lazy_head` replaced put back everywhere in it.
 
     Raises:
@@ -417,7 +419,7 @@ def unlazy_head(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def lazy_head_within(model: nn.Module, head: nn.Module | str | None = None) -> Iterator[nn.Module]:
+def lazy_head_within(model: Model, head: nn.Module | str | None = None) -> Iterator[Model]:
     """`lazy_head` for the length of a with block: `with onepass.lazy_head_within(model): ...`.
 
     Raises as `lazy_head` does, for a model that is lazy already too.

@@ -157,10 +157,14 @@ class _Place(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, make: Callable[[], Tensor], *parts: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.n_parts = len(parts)
         return make()
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if grads == (None,):  # DDP passes on what it got for each output, here nothing
+            return (None,) * (1 + ctx.n_parts)
         raise RuntimeError(
             "a gradient came to LazyLogits by another way than their statistics: call "
             "materialize() before the operation it came from"
@@ -442,8 +446,8 @@ def _for_ddp() -> bool:
     where gradients are off; RuntimeError where it waits for gradients that never come."""
     for frame in _frames():
         module = frame.f_globals.get("__name__", "")
-        if module == "torch.nn.parallel.distributed":
-            ddp = frame.f_locals.get("ddp_weakref", lambda: None)()
+        if module == "torch.nn.parallel.distributed" and "ddp_weakref" in frame.f_locals:
+            ddp = frame.f_locals["ddp_weakref"]()
             outputs = frame.f_locals.get("inputs", ())
             others = [t for t in outputs if isinstance(t, Tensor) and not _is_lazy(t)]
             if getattr(ddp, "static_graph", False) and not any(t.requires_grad for t in others):

@@ -62,7 +62,7 @@ def t5() -> nn.Module:
     return hf.T5ForConditionalGeneration(config)
 
 
-def llama(**options: Any) -> nn.Module:
+def llama(**options: Any) -> Any:
     return hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES | options))
 
 
@@ -100,7 +100,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 
 
-def tiny(name: str, device: str = "cpu") -> nn.Module:
+def tiny(name: str, device: str = "cpu") -> Any:
     """A model of that family with seeded weights and without dropout, which draws at random."""
     torch.manual_seed(0)
     model = FAMILIES[name]()
@@ -148,5 +148,5 @@ def assert_same_step(
             expected[name],
             rtol=rtol,
             atol=rtol * size,
-            msg=lambda said, n=name: f"{n} {said}",
+            msg=name,
         )
