@@ -49,9 +49,29 @@ class Head(NamedTuple):
     softcap: float = 0.0  # 0: none
     scale: float = 1.0
     max_slab_bytes: int | None = None
+    versions: tuple[tuple[Tensor, int], ...] = ()  # weights, and how often they had been written to
+
+    def check_weights(self) -> None:
+        """RuntimeError where the weights are not those any more that the logits stand for."""
+        if torch.compiler.is_compiling():
+            return
+        for weight in self.weight:
+            if weight.numel() and weight.untyped_storage().size() == 0:
+                raise RuntimeError(
+                    "the head's weights were freed after its forward (FSDP resharded them): shard "
+                    "the head with reshard_after_forward=False, or as part of the root, and take "
+                    "the loss inside the model's forward"
+                )
+        for weight, version in self.versions:
+            if weight._version != version:
+                raise RuntimeError(
+                    "the head's weights were written to after its forward (an optimizer's step?): "
+                    "use the logits before, or materialize() them then"
+                )
 
     def logits(self) -> Tensor:
         """The logits themselves, [..., V]: the definition."""
+        self.check_weights()
         rows = [states.reshape(-1, states.shape[-1]) for states in self.hidden]
         whole = self.cap.logits(head_product(rows, self.weight, self.bias))
         return whole.view(*self.hidden[0].shape[:-1], whole.shape[-1])
@@ -476,6 +496,7 @@ def head_stats(
     differentiated or `shares` foretell the upstream gradients, with a trained one 3 where they do;
     4 otherwise (3 for a frozen head), and in float16.
     """
+    head.check_weights()
     hidden = [states.reshape(-1, states.shape[-1]) for states in head.hidden]
     smooth = [fact for fact in want if fact != "argmax"]
     need = [

@@ -83,6 +83,14 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def nothing_said_yet() -> None:
+    """A warning that comes once a process comes once a test."""
+    from onepass import lazy_logits
+
+    lazy_logits._warned.clear()
+
+
+@pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test draws the same numbers, alone or among others."""
     random.seed(0)

@@ -234,7 +234,12 @@ def test_keeps_a_graph_only_where_there_is_one(device: str) -> None:
     assert not LazyLogits(hidden, weight, bias).detach().requires_grad
     assert LazyLogits(hidden.detach(), weight.detach(), bias).requires_grad
     states = hidden * 2
-    assert LazyLogits(states, weight).grad_fn is states.grad_fn
+    place = LazyLogits(states, weight).grad_fn
+    assert place is not None and place.next_functions[0][0] is states.grad_fn
+    with torch.no_grad():
+        made = LazyLogits(states, weight)
+    # as of logits: what was made without a graph has none later
+    assert not made.requires_grad and not made.logsumexp(-1).requires_grad
 
 
 BAD: dict[str, tuple[Callable[[list[Tensor]], Any], type[Exception], str]] = {

@@ -27,6 +27,11 @@ _HOMES = {
     "masked_cross_entropy": ".losses",
     "masked_inner_product": ".losses",
     "masked_normalized_l2": ".losses",
+    "Report": ".heads",
+    "lazy_head": ".heads",
+    "lazy_head_within": ".heads",
+    "report": ".heads",
+    "unlazy_head": ".heads",
     "masked_mean": ".reduce",
     "reduce_rows": ".reduce",
 }
@@ -34,23 +39,29 @@ __all__ = [
     "LazyLogits",
     "MaterializedError",
     "MaterializedWarning",
+    "Report",
     "RowMoments",
     "VocabPairStats",
     "VocabStats",
     "__version__",
     "cross_entropy",
+    "lazy_head",
+    "lazy_head_within",
     "masked_cross_entropy",
     "masked_inner_product",
     "masked_mean",
     "masked_normalized_l2",
     "reduce_rows",
+    "report",
     "row_moments",
     "strict",
+    "unlazy_head",
     "vocab_pair_stats",
     "vocab_stats",
 ]
 
 if TYPE_CHECKING:
+    from .heads import Report, lazy_head, lazy_head_within, report, unlazy_head
     from .lazy_logits import LazyLogits, MaterializedError, MaterializedWarning, strict
     from .losses import (
         cross_entropy,

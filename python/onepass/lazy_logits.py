@@ -9,16 +9,18 @@ makes the logits, once and audibly.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from .losses import cross_entropy
 from .ops._check import check_floating, check_same_device
@@ -26,10 +28,12 @@ from .ops.head import Head
 from .ops.vocab_stats import vocab_stats
 
 _strict: ContextVar[bool] = ContextVar("onepass_strict", default=False)
+_warned: set[tuple[str, str]] = set()  # the operation and the caller's line
 
 
 class MaterializedWarning(UserWarning):
-    """Logits were made whole, where something asked for them that no statistic can serve."""
+    """Logits were made whole, where something asked for them that no statistic can serve. Said once
+    for each operation and line."""
 
 
 class MaterializedError(RuntimeError):
@@ -68,7 +72,7 @@ class LazyLogits(Tensor):
     """
 
     onepass_head: Head
-    _normalized: bool  # they stand for log-probabilities
+    _normalized: float  # they stand for log-probabilities times this; 0 where for logits
 
     @staticmethod
     def __new__(
@@ -83,7 +87,9 @@ class LazyLogits(Tensor):
         max_slab_bytes: int | None = None,
     ) -> LazyLogits:
         check_head(hidden, weight, bias)
-        head = Head((hidden,), (weight,), bias, max_slab_bytes=max_slab_bytes)
+        written = [t for t in (weight, bias) if t is not None and not t.is_inference()]
+        versions = tuple((t, t._version) for t in written)
+        head = Head((hidden,), (weight,), bias, max_slab_bytes=max_slab_bytes, versions=versions)
         product = _make(head, hidden.dtype)
         product = _scaled(product, scale)
         if softcap is not None:
@@ -96,7 +102,10 @@ class LazyLogits(Tensor):
     def materialize(self) -> Tensor:
         """The logits (or log-probabilities) themselves, [..., V], differentiable."""
         logits = self.onepass_head.logits().to(self.dtype)
-        return logits.log_softmax(-1) if self._normalized else logits
+        if not self._normalized:
+            return logits
+        log_probs = logits.log_softmax(-1)
+        return log_probs if self._normalized == 1 else log_probs * self._normalized
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         head = self.onepass_head
@@ -108,26 +117,11 @@ class LazyLogits(Tensor):
             *(["bias"] if head.bias is not None else []),
             *([f"softcap={head.softcap:g}"] if head.softcap else []),
             *([f"scale={head.scale:g}"] if head.scale != 1 else []),
-            *(["log_softmax"] if self._normalized else []),
+            *(["log_softmax"] if self._normalized == 1 else []),
+            *([f"{self._normalized:g} log_softmax"] if self._normalized not in (0, 1) else []),
         ]
         inside = ", ".join([terms, *extras])
         return f"LazyLogits({list(self.shape)}, {self.dtype}, {self.device}: {inside})"
-
-    @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
-        """Whether the logits would: as their hidden states or their head do."""
-        head = self.onepass_head
-        parts = (*head.hidden, *head.weight, head.bias)
-        return any(t.requires_grad for t in parts if t is not None)
-
-    @property
-    def grad_fn(self) -> Any:  # type: ignore[override]
-        """That of the hidden states: what a caller's test for a graph wants to see."""
-        return next((h.grad_fn for h in self.onepass_head.hidden if h.grad_fn is not None), None)
-
-    @property
-    def is_leaf(self) -> bool:  # type: ignore[override]
-        return not self.requires_grad
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.materialize().__reduce_ex__(protocol)
@@ -148,8 +142,33 @@ class LazyLogits(Tensor):
         return _materialized(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, *_: Any, **__: Any) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # Collectives ask nobody above autograd: evaluation gathers logits over processes.
+        if getattr(func, "namespace", "") in ("c10d", "_c10d_functional"):
+            return _materialized(func, args, kwargs or {})
         raise RuntimeError(f"LazyLogits came to {func} below autograd: call materialize() first")
+
+
+class _Place(torch.autograd.Function):
+    """The place of LazyLogits in autograd's graph, after hidden states and head: callers test it,
+    and DistributedDataParallel looks there for parameters that a step does not use."""
+
+    @staticmethod
+    def forward(ctx: Any, make: Callable[[], Tensor], *parts: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.n_parts = len(parts)
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if grads == (None,):  # DDP passes on what it got for each output, here nothing
+            return (None,) * (1 + ctx.n_parts)
+        raise RuntimeError(
+            "a gradient came to LazyLogits by another way than their statistics: call "
+            "materialize() before the operation it came from"
+        )
 
 
 def check_head(hidden: object, weight: object, bias: object) -> None:
@@ -180,15 +199,40 @@ def check_head(hidden: object, weight: object, bias: object) -> None:
         check_same_device("bias", bias, "hidden", hidden)
 
 
-def _make(head: Head, dtype: torch.dtype, normalized: bool = False) -> LazyLogits:
+def _make(
+    head: Head, dtype: torch.dtype, normalized: float = 0.0, *, ungraphed: bool = True
+) -> LazyLogits:
+    """LazyLogits of a head; outside of a graph where gradients are off, as logits would be, unless
+    `ungraphed` is False."""
     first = head.hidden[0]
     shape = (*first.shape[:-1], head.weight[0].shape[0])
-    lazy: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-        LazyLogits, shape, dtype=dtype, device=first.device
-    )
-    lazy.onepass_head, lazy._normalized = head, normalized
+
+    def wrapper() -> Tensor:
+        empty: Tensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            LazyLogits, shape, dtype=dtype, device=first.device
+        )
+        return empty
+
+    parts = [t for t in (*head.hidden, *head.weight, head.bias) if t is not None]
+    graph = any(t.requires_grad for t in parts)
+    lazy: Any
+    if graph and torch.is_grad_enabled():
+        lazy = _Place.apply(wrapper, *parts)  # type: ignore[no-untyped-call]
+    else:
+        lazy = wrapper()
+        if graph and ungraphed:
+            head = _detached_head(head)
+    lazy.onepass_head, lazy._normalized = head, float(normalized)
     made: LazyLogits = lazy
     return made
+
+
+def _detached_head(head: Head) -> Head:
+    return head._replace(
+        hidden=tuple(h.detach() for h in head.hidden),
+        weight=tuple(w.detach() for w in head.weight),
+        bias=None if head.bias is None else head.bias.detach(),
+    )
 
 
 def _with(lazy: LazyLogits, **changed: Any) -> LazyLogits:
@@ -199,33 +243,77 @@ def _with(lazy: LazyLogits, **changed: Any) -> LazyLogits:
 def _materialized(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Runs `func` on the logits themselves, and says so."""
     name = getattr(func, "__name__", str(func))
-    if name == "__get__":
+    if name in ("__get__", "__set__"):
         name = getattr(getattr(func, "__self__", None), "__name__", name)
-    at = _caller()
-    said = f"{name} at {at} needs whole logits: they were made. Statistics of onepass do without"
+        if func.__name__ == "__set__":
+            raise TypeError(f"LazyLogits have no {name} to set: call materialize() first")
+    _check_out_of_place(name, args, kwargs)
+    at, advice = _caller()
     if _strict.get():
         raise MaterializedError(
-            f"{name} at {at} needs whole logits: call materialize(), or leave onepass.strict()"
+            f"{name} at {at} needs whole logits{advice}: call materialize(), or leave "
+            "onepass.strict()"
         )
-    warnings.warn(said, MaterializedWarning, stacklevel=3)
+    if (name, at) not in _warned:
+        _warned.add((name, at))
+        said = f"{name} at {at} needs whole logits: they were made{advice}. "
+        warnings.warn(said + "Statistics of onepass do without", MaterializedWarning, stacklevel=3)
 
     def whole(value: Any) -> Any:
-        if isinstance(value, LazyLogits):
-            return value.materialize()
-        if isinstance(value, (list, tuple)) and any(isinstance(v, LazyLogits) for v in value):
-            return type(value)(whole(v) for v in value)
-        return value
+        return value.materialize() if isinstance(value, LazyLogits) else value
 
-    return func(*(whole(a) for a in args), **{k: whole(v) for k, v in kwargs.items()})
+    args, kwargs = pytree.tree_map(whole, (args, kwargs))
+    return func(*args, **kwargs)
 
 
-def _caller() -> str:
-    """File and line of the code outside of torch and this package that called."""
-    for frame in inspect.stack(context=0)[2:]:
-        path = frame.filename.replace("\\", "/")
-        if "/onepass/" not in path and "/torch/" not in path:
-            return f"{frame.filename}:{frame.lineno}"
-    return "an unknown place"
+OUT_OF_PLACE = {
+    "__setitem__": "torch.where",
+    **{f"__i{name}__": sign for name, sign in (
+        ("add", "+"), ("sub", "-"), ("mul", "*"), ("truediv", "/"), ("floordiv", "//"),
+        ("mod", "%"), ("pow", "**"), ("and", "&"), ("or", "|"), ("xor", "^"),
+    )},
+    "copy_": "the other tensor",
+    "fill_": "torch.full_like",
+    "zero_": "torch.zeros_like",
+    "detach_": "detach",
+}  # fmt: skip
+
+
+def _check_out_of_place(name: str, args: Any, kwargs: dict[str, Any]) -> None:
+    """Raises where the call would write into LazyLogits: it would write into a copy."""
+    if name == "out" or any(_is_lazy(t) for t in pytree.tree_leaves(kwargs.get("out"))):
+        raise RuntimeError(f"{name}(out=...) cannot write into LazyLogits: leave out= away")
+    writes = name in OUT_OF_PLACE or (name.endswith("_") and not name.endswith("__"))
+    if not args or not _is_lazy(args[0]) or not (writes or kwargs.get("inplace") is True):
+        return
+    mend = OUT_OF_PLACE.get(name) or name.removesuffix("_")
+    if not writes:
+        mend = f"{name}(..., inplace=False)"
+    raise RuntimeError(
+        f"{name} cannot write into LazyLogits, which hold no logits: use the out-of-place {mend}, "
+        "or materialize() first"
+    )
+
+
+def _frames() -> Iterator[FrameType]:
+    """Those that called, the nearest first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _caller() -> tuple[str, str]:
+    """File and line of the code outside of torch and this package that called, and what to do about
+    it where that is known."""
+    for frame in _frames():
+        module = frame.f_globals.get("__name__", "")
+        if module.split(".")[0] not in ("onepass", "torch"):
+            advice = ""
+            if module.startswith("peft."):
+                advice = " (was the adapter added after lazy_head? Call onepass.lazy_head again)"
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}", advice
+    return "an unknown place", ""
 
 
 # ---------------------------------------------------------------- what happens to rows
@@ -342,20 +430,70 @@ def _selected(func: Any, lazy: Any, dim: int, index: Tensor) -> Any:
     return NotImplemented if front is None else _on_rows(lazy, lambda h: func(h, front[0], index))
 
 
-def _detached(func: Any, lazy: Any) -> LazyLogits:
-    head = lazy.onepass_head
-    bias = None if head.bias is None else head.bias.detach()
-    weight = tuple(w.detach() for w in head.weight)
-    return _with(_on_rows(lazy, torch.detach), weight=weight, bias=bias)
+def _detached(func: Any, lazy: Any, *_: Any) -> LazyLogits:
+    return _make(_detached_head(lazy.onepass_head), lazy.dtype, lazy._normalized)
 
 
 def _unchanged(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
-    return _with(lazy)
+    head, graph = lazy.onepass_head, True
+    if not torch.is_grad_enabled() and lazy.requires_grad:
+        graph = _for_ddp()
+    return _make(head, lazy.dtype, lazy._normalized, ungraphed=not graph)
+
+
+def _for_ddp() -> bool:
+    """Whether DistributedDataParallel clones its outputs, as it does inside an autograd.Function
+    where gradients are off; RuntimeError where it waits for gradients that never come."""
+    for frame in _frames():
+        module = frame.f_globals.get("__name__", "")
+        if module == "torch.nn.parallel.distributed" and "ddp_weakref" in frame.f_locals:
+            ddp = frame.f_locals["ddp_weakref"]()
+            outputs = frame.f_locals.get("inputs", ())
+            others = [t for t in outputs if isinstance(t, Tensor) and not _is_lazy(t)]
+            if getattr(ddp, "static_graph", False) and not any(t.requires_grad for t in others):
+                raise RuntimeError(
+                    "DistributedDataParallel(static_graph=True) waits for a gradient through the "
+                    "model's outputs, and LazyLogits pass none: return the loss too, or leave "
+                    "static_graph away"
+                )
+            return True
+        if module.split(".")[0] not in ("onepass", "torch"):
+            return False
+    return False
+
+
+def _hooked(func: Any, lazy: Any, hook: Any) -> Any:
+    """FSDP asks when the backward starts: its hooks go to the hidden states. Others ask for the
+    gradient of the logits, which is never made."""
+    of = getattr(hook, "func", hook)
+    of = getattr(of, "__func__", of)
+    if not getattr(of, "__module__", "").startswith("torch.distributed."):
+        raise RuntimeError(
+            "register_hook wants the gradient of LazyLogits, which is never made: materialize() "
+            "first and use what it gives"
+        )
+    head = lazy.onepass_head
+    place = next((states for states in head.hidden if states.grad_fn is not None), None)
+    if place is not None:
+        return place.register_hook(hook)
+    # A hook on a leaf would outlive the step: on aliases, then.
+    hidden, weight = (tuple(t.view_as(t) for t in part) for part in (head.hidden, head.weight))
+    lazy.onepass_head = head._replace(hidden=hidden, weight=weight)
+    return next(t for t in (*hidden, *weight) if t.requires_grad).register_hook(hook)
 
 
 def _new(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     """new_zeros and its kin want no more than the dtype and the device."""
-    return func(torch.empty(0, dtype=lazy.dtype, device=lazy.device), *args, **kwargs)
+    return func(_stand_in(lazy), *args, **kwargs)
+
+
+def _alike(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
+    """zeros_like and its kin want the shape besides."""
+    return func(_stand_in(lazy, 1).expand(lazy.shape), *args, **kwargs)
+
+
+def _stand_in(lazy: LazyLogits, size: int = 0) -> Tensor:
+    return torch.empty(size, dtype=lazy.dtype, device=lazy.device)
 
 
 # ---------------------------------------------------------------- what happens to logits
@@ -363,7 +501,12 @@ def _new(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _cast(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     """float(), to(dtype) ...: the logits are made in the hidden states' dtype and then cast."""
-    probe = func(torch.empty(0, dtype=lazy.dtype, device=lazy.device), *args, **kwargs)
+    args = tuple(_stand_in(arg) if _is_lazy(arg) else arg for arg in args)
+    if not _is_lazy(lazy):
+        return func(lazy, *args, **kwargs)
+    probe = func(_stand_in(lazy), *args, **kwargs)
+    if not isinstance(probe, Tensor):  # type()
+        return probe
     if probe.device != lazy.device or not probe.dtype.is_floating_point:
         return NotImplemented
     return _make(lazy.onepass_head, probe.dtype, lazy._normalized)
@@ -394,16 +537,24 @@ def _times(func: Any, a: Any, b: Any) -> Any:
     lazy, other = (a, b) if _is_lazy(a) else (b, a)
     factor = _number(other)
     if lazy._normalized:
-        return NotImplemented
+        return _renormalized(lazy, factor)
     if factor is not None:
         return _scaled(lazy, factor) if factor else NotImplemented
     return _by_rows(lazy, other, torch.mul)
 
 
+def _renormalized(lazy: LazyLogits, factor: float | None) -> Any:
+    if not factor:
+        return NotImplemented
+    return _make(lazy.onepass_head, lazy.dtype, lazy._normalized * factor)
+
+
 def _divided(func: Any, lazy: Any, other: Any, **kwargs: Any) -> Any:
-    if kwargs or not _is_lazy(lazy) or lazy._normalized:
+    if kwargs or not _is_lazy(lazy):
         return NotImplemented
     divisor = _number(other)
+    if lazy._normalized:
+        return _renormalized(lazy, 1 / divisor if divisor else None)
     if divisor is not None:
         return _scaled(lazy, 1 / divisor) if divisor else NotImplemented
     return _by_rows(lazy, other, torch.div)
@@ -445,10 +596,13 @@ def _summed(a: LazyLogits, b: LazyLogits, sign: float) -> Any:
     """The terms of both, where neither is capped yet."""
     left, right = a.onepass_head, b.onepass_head
     plain = not (left.softcap or right.softcap or a._normalized or b._normalized)
-    if not plain or a.shape != b.shape or left.hidden[0].dtype != right.hidden[0].dtype:
+    if not plain or a.shape != b.shape or a.device != b.device:
         return NotImplemented
+    wider = left if _width(left) >= _width(right) else right
+    dtype = wider.hidden[0].dtype
 
     def terms(head: Head, factor: float) -> Head:
+        head = _in_dtype(head, dtype)
         by = head.scale * factor
         if by == 1:
             return head
@@ -461,8 +615,25 @@ def _summed(a: LazyLogits, b: LazyLogits, sign: float) -> Any:
         hidden=(*left.hidden, *right.hidden),
         weight=(*left.weight, *right.weight),
         bias=sum(biases[1:], biases[0]) if biases else None,
+        versions=(*left.versions, *right.versions),
     )
     return _make(head, torch.promote_types(a.dtype, b.dtype))
+
+
+def _width(head: Head) -> int:
+    return sum(w.shape[1] for w in head.weight)
+
+
+def _in_dtype(head: Head, dtype: torch.dtype) -> Head:
+    """All terms in one dtype. A sum's is that of its larger product: a float32 adapter joins a
+    bfloat16 head without a float32 copy of it."""
+    if head.hidden[0].dtype == dtype:
+        return head
+    return head._replace(
+        hidden=tuple(h.to(dtype) for h in head.hidden),
+        weight=tuple(w.to(dtype) for w in head.weight),
+        bias=None if head.bias is None else head.bias.to(dtype),
+    )
 
 
 def _plus_bias(lazy: LazyLogits, other: Any) -> Any:
@@ -478,7 +649,7 @@ def _plus_bias(lazy: LazyLogits, other: Any) -> Any:
 
 
 def _negated(func: Any, lazy: Any) -> Any:
-    return NotImplemented if lazy._normalized else _scaled(lazy, -1.0)
+    return _renormalized(lazy, -1.0) if lazy._normalized else _scaled(lazy, -1.0)
 
 
 # ---------------------------------------------------------------- what a loss asks
@@ -513,7 +684,7 @@ def _argmax(func: Any, lazy: Any, dim: Any = None, keepdim: bool = False) -> Any
 def _log_softmax(func: Any, lazy: Any, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
     dtype = kwargs.get("dtype")
     if dtype is None:
-        dtype = next((a for a in args if isinstance(a, torch.dtype)), lazy.dtype)
+        dtype = next((a for a in args if isinstance(a, torch.dtype)), _result_dtype(lazy))
     if dim is None or not _over_vocabulary(lazy, dim) or lazy._normalized:
         return NotImplemented
     return _make(lazy.onepass_head, dtype, normalized=True)
@@ -526,21 +697,43 @@ def _gathered(func: Any, lazy: Any, dim: Any, index: Tensor, **kwargs: Any) -> A
         return NotImplemented
     fact = "logp" if lazy._normalized else "label_logit"
     whole = _make(lazy.onepass_head, lazy.dtype)
-    return _fact(whole, fact, labels=index.squeeze(-1)).to(lazy.dtype).unsqueeze(-1)
+    values = _fact(whole, fact, labels=index.squeeze(-1)).to(lazy.dtype)
+    if lazy._normalized not in (0, 1):
+        values = values * lazy._normalized
+    return values.unsqueeze(-1)
+
+
+def _summed_over(
+    func: Any, lazy: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Any:
+    if not _is_lazy(lazy) or dim is None or not _over_vocabulary(lazy, dim):
+        return NotImplemented
+    whole = _make(lazy.onepass_head, lazy.dtype)
+    values = _fact(whole, "logp_sum" if lazy._normalized else "logit_sum")
+    if lazy._normalized not in (0, 1):
+        values = values * lazy._normalized
+    return _kept_dimension(values.to(dtype or _result_dtype(lazy)), keepdim)
+
+
+def _result_dtype(lazy: LazyLogits) -> torch.dtype:
+    """That of a loss of these logits; float32 under autocast, as torch's."""
+    if lazy.dtype.itemsize < 4 and torch.is_autocast_enabled(lazy.device.type):
+        return torch.float32
+    return lazy.dtype
 
 
 def _cross_entropy(func: Any, input: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
     fits = _is_lazy(input) and not input._normalized and input.dim() <= 2
     if not fits or not isinstance(target, Tensor) or target.is_floating_point():
         return NotImplemented
-    return cross_entropy(input, target, *args, **kwargs).to(input.dtype)
+    return cross_entropy(input, target, *args, **kwargs).to(_result_dtype(input))
 
 
 def _nll_loss(func: Any, input: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
-    if not _is_lazy(input) or not input._normalized or input.dim() > 2:
+    if not _is_lazy(input) or input._normalized != 1 or input.dim() > 2:
         return NotImplemented
     whole = _make(input.onepass_head, input.dtype)
-    return cross_entropy(whole, target, *args, **kwargs).to(input.dtype)
+    return cross_entropy(whole, target, *args, **kwargs).to(_result_dtype(input))
 
 
 def _reshape_like(func: Any, lazy: Any, other: Any) -> Any:
@@ -552,7 +745,8 @@ ATTRIBUTES = {
     for name in (
         "shape", "dtype", "device", "layout", "ndim", "is_nested", "is_sparse", "is_cuda", "is_cpu",
         "is_meta", "is_quantized", "is_mps", "is_xpu", "is_sparse_csr", "is_mkldnn", "itemsize",
-        "names", "retains_grad", "output_nr", "grad", "_version", "_backward_hooks",
+        "names", "retains_grad", "output_nr", "grad", "_version", "_backward_hooks", "_base",
+        "requires_grad", "grad_fn", "is_leaf", "nbytes",
     )
     if hasattr(Tensor, name)
 }  # fmt: skip
@@ -581,7 +775,12 @@ _TABLE: dict[Handler, tuple[Any, ...]] = {
     _joined: (torch.cat, torch.concat, torch.concatenate, torch.stack),
     _indexed: (Tensor.__getitem__,),
     _selected: (Tensor.index_select, torch.index_select),
-    _detached: (Tensor.detach, torch.detach),
+    _detached: (Tensor.detach, torch.detach, Tensor.data.__get__),  # type: ignore[attr-defined]
+    _hooked: (Tensor.register_hook,),
+    _alike: (
+        torch.empty_like, torch.full_like, torch.ones_like, torch.rand_like, torch.randn_like,
+        torch.zeros_like,
+    ),
     _unchanged: (Tensor.contiguous, Tensor.clone, torch.clone),
     _new: (
         Tensor.new_empty, Tensor.new_full, Tensor.new_ones, Tensor.new_tensor, Tensor.new_zeros,
@@ -608,6 +807,7 @@ _TABLE: dict[Handler, tuple[Any, ...]] = {
         Tensor.log_softmax, torch.log_softmax, functional.log_softmax, torch.special.log_softmax,
     ),
     _gathered: (Tensor.gather, torch.gather),
+    _summed_over: (Tensor.sum, torch.sum),
     _cross_entropy: (functional.cross_entropy,),
     _nll_loss: (functional.nll_loss,),
 }  # fmt: skip

@@ -1,0 +1,501 @@
+"""lazy_head: a model whose output head gives LazyLogits, and nothing else about it changed.
+
+The head's instance gets a `forward` of its own; parameters, names, state_dict, ties, saving and
+generation stay. What stands in the way is said before anything is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .lazy_logits import LazyLogits
+from .ops._check import FLOATS
+
+Model = TypeVar("Model", bound=nn.Module)
+
+WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+# What replaces a model's forward or torch's loss, and how to go without.
+RIVALS = {
+    "axolotl": "switch its cut_cross_entropy, liger and chunked_cross_entropy off",
+    "cut_cross_entropy": "load the model without cce_patch",
+    "liger_kernel": "load the model without apply_liger_kernel_to_* (use_liger_kernel=False)",
+    "trl": "call onepass.lazy_head on a model without add_fused_lm_head",
+    "unsloth": "load the model with transformers",
+}
+GATHER = "gather it first (weight.full_tensor(), deepspeed.zero.GatheredParameters)"
+
+
+class LazyForward:
+    """In the place of a linear module's `forward`: hidden states [..., D] to LazyLogits [..., V].
+
+    It knows its module weakly, and reads the parameters when called. What is copied with its module
+    (deepcopy, pickle) belongs to the copy.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self._run = graph_breaking()
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self._run(self._module, hidden)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LazyForward:
+        module = self._module()
+        assert module is not None
+        return LazyForward(memo.get(id(module), module))
+
+    def __reduce__(self) -> Any:
+        return LazyForward, (self._module(),)
+
+    def belongs_to(self, module: nn.Module) -> bool:
+        return self._module() is module
+
+
+@functools.cache
+def graph_breaking() -> Callable[..., Tensor]:
+    """`run_head`, where torch.compile breaks the graph, as it then must at what LazyLogits do too.
+    Here, since it loads torch._dynamo, a second that `import onepass` does not cost."""
+    disable: Callable[..., Any] = torch._dynamo.disable
+    handle = LazyLogits.__torch_function__.__func__  # type: ignore[attr-defined]
+    LazyLogits.__torch_function__ = classmethod(disable(handle))  # type: ignore[assignment]
+    run: Callable[..., Tensor] = disable(run_head)
+    return run
+
+
+def run_head(of: Callable[[], nn.Module | None], hidden: Tensor) -> Tensor:
+    """A linear module's LazyLogits, cast as torch.nn.functional.linear casts under autocast."""
+    module = of()
+    if module is None:
+        raise RuntimeError("the head of this forward is gone: it was copied without its module")
+    weight, bias = module.weight, getattr(module, "bias", None)
+    parts = [t for t in (hidden, weight, bias) if t is not None]
+    for name, part in zip(("hidden states", "weight", "bias"), (hidden, weight, bias), strict=True):
+        if part is not None and type(part) not in (Tensor, nn.Parameter):
+            kind = type(part).__name__
+            mend = GATHER if kind == "DTensor" else "call onepass.unlazy_head for this model"
+            raise TypeError(f"the head's {name} came as {kind}, not as a plain tensor: {mend}")
+    device = hidden.device
+    if weight.device != device:
+        raise RuntimeError(
+            f"the head's weight is on {weight.device}, its hidden states on {device}: torch.nn."
+            "DataParallel copies modules without their lazy head; use DistributedDataParallel"
+        )
+    if torch.is_autocast_enabled(device.type) and all(t.dtype != torch.float64 for t in parts):
+        dtype = torch.get_autocast_dtype(device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return LazyLogits(hidden, weight, bias)
+
+
+# ---------------------------------------------------------------- where the head is
+
+
+class Part(NamedTuple):
+    """One linear module whose forward is to become lazy."""
+
+    name: str
+    module: nn.Module
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that torch.compile, DDP, FSDP1 or DeepSpeed wraps."""
+    while True:
+        inside = getattr(model, "_modules", {})
+        if "_orig_mod" in inside:
+            model = inside["_orig_mod"]
+        elif type(model).__name__ in WRAPPERS and "module" in inside:
+            model = inside["module"]
+        else:
+            return model
+
+
+def find_head(model: object, head: nn.Module | str | None) -> tuple[str, nn.Module]:
+    """The name and the module of the output head; "" where it is the model. Raises where there is
+    none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
+    kind = type(model).__name__
+    if kind == "DataParallel":
+        raise ValueError(
+            "torch.nn.DataParallel copies modules without their lazy head: pass its .module and "
+            "train with DistributedDataParallel"
+        )
+    if isinstance(head, str):
+        try:
+            return head, unwrapped(model).get_submodule(head)
+        except AttributeError as error:
+            raise ValueError(f"head={head!r} names no module of {kind}: {error}") from None
+    if head is None:
+        find = getattr(unwrapped(model), "get_output_embeddings", None)
+        try:
+            head = find() if callable(find) else None
+        except (AttributeError, NotImplementedError):
+            head = None
+        if head is None:
+            raise ValueError(
+                f"{kind} has no output head (get_output_embeddings() gives none): pass head=, a "
+                "module or its name"
+            )
+    if not isinstance(head, nn.Module):
+        raise TypeError(
+            f"head must be a torch.nn.Module of the model or its name: got {type(head).__name__}"
+        )
+    for name, module in unwrapped(model).named_modules():
+        if module is head:
+            return name, head
+    raise ValueError(f"head ({type(head).__name__}) is no module of {kind}")
+
+
+def parts_of(name: str, head: nn.Module) -> list[Part]:
+    """The linear modules that a head is made of: itself, or what PEFT wrapped it in. Raises for an
+    adapter that is more than a sum of linear terms."""
+    inside = head._modules
+    copies = inside.get("modules_to_save")
+    if "original_module" in inside and copies is not None:
+        found = parts_of(f"{name}.original_module", _module(inside["original_module"]))
+        for key, copy in copies.named_children():
+            found += parts_of(f"{name}.modules_to_save.{key}", copy)
+        return found
+    if "original_module" in inside:
+        raise ValueError(
+            f"{name} is wrapped in PEFT's {type(head).__name__}, which changes its weight at every "
+            "forward: not fused"
+        )
+    if "base_layer" not in inside:
+        return [Part(name or type(head).__name__, head)]
+    variants = sorted({type(v).__name__ for v in getattr(head, "lora_variant", {}).values()})
+    ups = inside.get("lora_B")
+    if ups is None or variants:
+        kind = ", ".join(variants) or type(head).__module__.split(".")[-2]
+        raise ValueError(
+            f"{name} has an adapter of kind {kind}, which is no sum of linear terms: use plain "
+            "LoRA on the head, or leave the head out of target_modules"
+        )
+    found = parts_of(f"{name}.base_layer", _module(inside["base_layer"]))
+    return found + [Part(f"{name}.lora_B.{key}", up) for key, up in ups.named_children()]
+
+
+def _module(found: nn.Module | None) -> nn.Module:
+    assert found is not None
+    return found
+
+
+# ---------------------------------------------------------------- what stands in its way
+
+
+def is_lazy(module: nn.Module) -> bool:
+    return slot_of(module) is not None
+
+
+def slot_of(module: nn.Module) -> str | None:
+    """The attribute that holds the module's LazyForward."""
+    for slot in ("forward", "_old_forward"):
+        if isinstance(module.__dict__.get(slot), LazyForward):
+            return slot
+    return None
+
+
+def obstacle(part: Part, managed: bool) -> str:
+    """Why a module cannot give LazyLogits; empty where it can. `managed`: FSDP2 makes its weight
+    whole when it is called."""
+    module = part.module
+    kind, weight = type(module).__name__, getattr(module, "weight", None)
+    if type(module).__module__.split(".")[0] in ("bitsandbytes", "awq", "gptqmodel", "torchao"):
+        return f"is quantised ({type(module).__module__}.{kind}): its weight is no plain matrix"
+    if not isinstance(weight, Tensor):
+        quantised = "quantized" in type(module).__module__ or hasattr(module, "qweight")
+        return f"is quantised ({kind})" if quantised else f"({kind}) has no weight [V, D]"
+    if hasattr(weight, "ds_id"):
+        return f"has a weight sharded by ZeRO-3: {GATHER}, or use ZeRO-2"
+    kind_of_weight = type(weight).__name__
+    if kind_of_weight == "DTensor":
+        if managed:
+            return ""
+        return f"has a weight sharded as DTensor: {GATHER}, or leave the head out of the plan"
+    if weight.is_quantized or weight.dtype not in FLOATS:
+        return f"is quantised ({weight.dtype} {kind_of_weight}): float32, bfloat16, float16 needed"
+    if type(weight) not in (Tensor, nn.Parameter):
+        return f"has a weight of type {kind_of_weight}, not a plain tensor (quantised or sharded?)"
+    if weight.dim() != 2 or not weight.numel():
+        sharded = "; FSDP1 shards it: call lazy_head before wrapping" if weight.dim() == 1 else ""
+        return f"has a weight of shape {tuple(weight.shape)}, not [V, D]{sharded}"
+    hook = module.__dict__.get("_hf_hook")
+    if any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ()))):
+        return "is offloaded by accelerate, which takes its weight away after the forward"
+    of_instance = module.__dict__.get("_old_forward" if hook is not None else "forward")
+    if not isinstance(of_instance, (LazyForward, type(None))):
+        if getattr(of_instance, "__func__", None) is not type(module).forward:
+            return f"has a forward of its own already, from {origin(of_instance)}: undo that first"
+    return not_linear(module, weight)
+
+
+def not_linear(module: nn.Module, weight: Tensor) -> str:
+    """Why a module is not x W^T + b, by trying it on one row; empty where it is."""
+    kind = type(module)
+    own = kind.forward
+    if own is nn.Linear.forward or weight.is_meta:
+        return "" if own is nn.Linear.forward else f"({kind.__name__}) is not torch.nn.Linear"
+    row = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
+    with torch.no_grad(), torch.random.fork_rng(_gpus(weight)):
+        try:
+            got = own(module, row)
+            wanted = functional.linear(row, weight, getattr(module, "bias", None))
+            tolerance = 1e-5 if weight.dtype.itemsize >= 4 else 2e-2
+            size = float(wanted.abs().max())
+            same = got.shape == wanted.shape and torch.allclose(
+                got.to(wanted.dtype), wanted, rtol=tolerance, atol=tolerance * size
+            )
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            return f"({kind.__name__}) is not x @ weight.T + bias: {str(error).splitlines()[0]}"
+    return "" if same else f"({kind.__name__}) does more than x @ weight.T + bias"
+
+
+def _gpus(tensor: Tensor) -> list[Any]:
+    return [tensor.device] if tensor.device.type == "cuda" else []
+
+
+def origin(function: Any) -> str:
+    """The module where a function was written, whatever functools.wraps says."""
+    plain = getattr(function, "__func__", function)
+    found = getattr(plain, "__globals__", {}).get("__name__")
+    return str(found or getattr(function, "__module__", None) or type(function).__module__)
+
+
+def layers_of(function: Any) -> Iterator[Any]:
+    """A function, what it wraps, what that wraps ..."""
+    found, seen = [function], set()
+    while found:
+        layer = found.pop()
+        if id(layer) not in seen:
+            yield layer
+        seen.add(id(layer))
+        inner = (getattr(layer, name, None) for name in ("func", "__wrapped__"))
+        found += [each for each in inner if callable(each) and id(each) not in seen]
+
+
+def bypass(model: nn.Module, name: str) -> str:
+    """What keeps the model from calling its head, or its loss from being torch's, as far as names
+    tell; empty where nothing does."""
+    model = unwrapped(model)
+    above = ["", *(name[:at] for at, letter in enumerate(name) if letter == ".")]
+    for path in above:
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            continue
+        of_instance = module.__dict__.get("forward")
+        kind = type(module).__name__
+        places = [(f"{kind}.forward", f) for f in (of_instance, type(module).forward) if f]
+        places.append((f"{kind}.loss_function", getattr(module, "_loss_function", None)))
+        for place, function in places:
+            rival = rival_of(function)
+            if rival:
+                return f"{place} is {rival}'s, which does without the head: {RIVALS[rival]}"
+    rival = rival_of(functional.cross_entropy)
+    if rival:
+        return f"torch.nn.functional.cross_entropy is {rival}'s: {RIVALS[rival]}"
+    return ""
+
+
+def rival_of(function: Any) -> str:
+    for layer in layers_of(function):
+        package = origin(layer).split(".")[0]
+        for rival in RIVALS:
+            if package == rival or package.startswith(f"{rival}_"):
+                return rival
+    return ""
+
+
+def managed_by_fsdp2(model: nn.Module, name: str) -> bool:
+    above = ["", *(name[:at] for at, letter in enumerate(name) if letter == "."), name]
+    model = unwrapped(model)
+    kinds = (type(model.get_submodule(path)) for path in above)
+    return any(base.__name__ == "FSDPModule" for kind in kinds for base in kind.__mro__)
+
+
+# ---------------------------------------------------------------- on, off, how it stands
+
+
+def lazy_head(model: Model, head: nn.Module | str | None = None) -> Model:
+    """The model itself, whose output head gives `LazyLogits` in the place of logits from now on.
+
+    The model's own forward and loss, `transformers.Trainer`, PEFT, accelerate and a loop of one's
+    own then run as before and never make the logits in training. Only the `forward` of the head's
+    instance changes (with LoRA on the head: those of its base layer and of each lora_B):
+    parameters, their names, ties, state_dict, saving and `generate` stay. `unlazy_head` undoes it;
+    `lazy_head_within` undoes it by itself; `report` says how it stands.
+
+    Args:
+        model: a transformers model, a PEFT model, or any module; also inside torch.compile,
+            DistributedDataParallel or FSDP2.
+        head: the head, or its name, where `model.get_output_embeddings()` does not give it.
+
+    Raises:
+        ValueError: no head; a head that is lazy already, quantised, sharded, or no linear map; a
+            model whose forward another package replaced. Nothing has been changed then.
+        TypeError: not a module.
+    """
+    name, top = find_head(model, head)
+    parts = parts_of(name, top)
+    if all(is_lazy(part.module) for part in parts):
+        raise ValueError(f"{parts[0].name} is lazy already: onepass.unlazy_head(model) undoes it")
+    managed = managed_by_fsdp2(model, name)
+    for part in parts:
+        why_not = obstacle(part, managed)
+        if why_not:
+            raise ValueError(f"{part.name} {why_not}; nothing was changed")
+    why_not = bypass(model, name)
+    if why_not:
+        raise ValueError(f"{why_not}; nothing was changed")
+    changed = [part.module for part in parts if not is_lazy(part.module)]
+    for module in changed:
+        switch_on(module)
+    try:
+        probe(parts[0].name, top, parts[0].module)
+    except BaseException:
+        for module in changed:
+            switch_off(module)
+        raise
+    return model
+
+
+def switch_on(module: nn.Module) -> None:
+    # accelerate's hooks stand in `forward` and call `_old_forward`.
+    slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    setattr(module, slot, LazyForward(module))
+
+
+def switch_off(module: nn.Module) -> None:
+    slot = slot_of(module)
+    if slot == "forward":
+        del module.forward
+    elif slot is not None:
+        setattr(module, slot, type(module).forward.__get__(module))
+
+
+def probe(name: str, head: nn.Module, first: nn.Module) -> None:
+    """One row through the head must come back lazy. Raises where it does not."""
+    weight = first.weight
+    if type(weight).__name__ == "DTensor":  # whole only inside the model's forward
+        return
+    assert isinstance(weight, Tensor)
+    row = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    with torch.no_grad(), torch.random.fork_rng(_gpus(weight)):
+        got = head(row)
+    if not isinstance(got, LazyLogits):
+        place = f"{type(head).__module__}.{type(head).__name__}"
+        hooks = ", or one of its forward hooks," if head._forward_hooks else ""
+        raise ValueError(
+            f"{name} gives {type(got).__name__} for a row, not LazyLogits: {place}{hooks} goes "
+            "past it; nothing was changed"
+        )
+
+
+def unlazy_head(model: Model) -> Model:
+    """The model itself, with the forwards that `lazy_head` replaced put back everywhere in it.
+
+    Raises:
+        ValueError: no head of it is lazy. TypeError: not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
+    lazy = [module for module in model.modules() if is_lazy(module)]
+    if not lazy:
+        raise ValueError(
+            f"no head of {type(model).__name__} is lazy: onepass.lazy_head makes it so"
+        )
+    for module in lazy:
+        switch_off(module)
+    return model
+
+
+@contextlib.contextmanager
+def lazy_head_within(model: Model, head: nn.Module | str | None = None) -> Iterator[Model]:
+    """`lazy_head` for the length of a with block: `with onepass.lazy_head_within(model): ...`.
+
+    Raises as `lazy_head` does, for a model that is lazy already too.
+    """
+    lazy_head(model, head)
+    try:
+        yield model
+    finally:
+        if any(is_lazy(module) for module in model.modules()):
+            unlazy_head(model)
+
+
+@dataclass(frozen=True)
+class HeadState:
+    """One part of a head: its name, whether it is fused, and what there is to say."""
+
+    name: str
+    fused: bool
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'fused' if self.fused else 'not fused'}, {self.why}"
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """How a model's heads stand, one line each; `fused` where all of them are."""
+
+    model: str
+    heads: tuple[HeadState, ...]
+
+    @property
+    def fused(self) -> bool:
+        return all(state.fused for state in self.heads)
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{self.model}: {state}" for state in self.heads)
+
+
+def report(model: nn.Module, head: nn.Module | str | None = None) -> Report:
+    """Whether each part of a model's head gives LazyLogits, or why not; printed, a line each.
+
+    Changes nothing and runs nothing. Arguments as of `lazy_head`.
+
+    Raises:
+        TypeError: not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
+    kind = type(unwrapped(model)).__name__
+    try:
+        name, top = find_head(model, head)
+        parts = parts_of(name, top)
+    except ValueError as error:
+        return Report(kind, (HeadState("head", False, str(error)),))
+    past = bypass(model, name)
+    managed = managed_by_fsdp2(model, name)
+    return Report(kind, tuple(state_of(part, past, managed, model) for part in parts))
+
+
+def state_of(part: Part, past: str, managed: bool, model: nn.Module) -> HeadState:
+    slot = slot_of(part.module)
+    why_not = obstacle(part, managed) or past
+    if not why_not and slot is None:
+        other = part.module.__dict__.get("forward")
+        why_not = f"its forward is {origin(other)}'s" if other else "onepass.lazy_head makes it so"
+    elif slot is not None and not part.module.__dict__[slot].belongs_to(part.module):
+        why_not = "its forward is another module's (a shallow copy?): call onepass.unlazy_head"
+    if why_not:
+        return HeadState(part.name, False, why_not)
+    weight = part.module.weight
+    assert isinstance(weight, Tensor)
+    said = f"weight {list(weight.shape)} {str(weight.dtype).removeprefix('torch.')}"
+    ties = [
+        name
+        for name, tensor in unwrapped(model).named_parameters(remove_duplicate=False)
+        if tensor is weight and name != f"{part.name}.weight"
+    ]
+    return HeadState(part.name, True, f"{said} tied to {ties[0]}" if ties else said)
