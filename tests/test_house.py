@@ -355,6 +355,7 @@ PUBLIC = [
     "VocabStats",
     "__version__",
     "cross_entropy",
+    "linear_cross_entropy",
     "masked_cross_entropy",
     "masked_inner_product",
     "masked_mean",

@@ -26,7 +26,7 @@ from .ops._check import (
 from .ops._launch import IMPLS, accumulation_dtype
 from .ops.row_moments import RowMoments, row_moments
 from .ops.vocab_pair_stats import check_probabilities, vocab_pair_stats
-from .ops.vocab_stats import vocab_stats
+from .ops.vocab_stats import VocabStats, vocab_stats
 from .reduce import REDUCTIONS, check_num_items, reduce_rows
 
 CAP_FORMS = ("sigmoid", "zero_at_zero")
@@ -66,6 +66,61 @@ def check_target(
     return torch.where(target == ignore_index, IGNORED, other)
 
 
+def check_class_weights(name: str, weight: object, logits: Tensor) -> Tensor | None:
+    """Class weights [V] in the accumulation dtype, after checking that they fit the logits."""
+    if weight is None:
+        return None
+    check_floating(name, weight)
+    assert isinstance(weight, Tensor)
+    if weight.shape != logits.shape[-1:]:
+        raise ValueError(
+            f"{name} must hold one number for each of the {logits.shape[-1]} classes: "
+            f"got shape {tuple(weight.shape)}"
+        )
+    check_weights(name, weight, weight.shape)
+    check_same_device(name, weight, "input", logits)
+    return weight.to(accumulation_dtype(logits.dtype))
+
+
+def label_losses(
+    logits: Tensor,
+    target: Tensor,  # class indices, -100 to ignore
+    *,
+    label_smoothing: float,
+    class_weights: Tensor | None,
+    impl: str,
+    mask: Tensor | None = None,
+    also: tuple[str, ...] = (),
+    row_weights: Tensor | None = None,
+) -> tuple[Tensor, VocabStats]:
+    """Cross-entropy of every row, 0 where `target` is -100 or `mask` is 0, and the facts that it
+    was made of, with those that `also` names. `row_weights`: see token_losses."""
+    wanted = ["logp"]
+    if label_smoothing:
+        wanted.append("logp_sum")
+    on_logp: Tensor | float = -(1 - label_smoothing)
+    if class_weights is not None:
+        on_logp = on_logp * class_weights[target.clamp(0, logits.shape[-1] - 1)]
+    on_sum = -label_smoothing / logits.shape[-1]
+    shares = None
+    if row_weights is not None and set(also) <= {"argmax"}:
+        shares = {"logp": on_logp * row_weights, "logp_sum": on_sum * row_weights}
+        shares = {fact: shares[fact] for fact in wanted}
+    stats = vocab_stats(
+        logits,
+        target,
+        bag_weights=class_weights,
+        mask=mask,
+        want=(*wanted, *also),
+        shares=shares,
+        impl=impl,
+    )
+    losses = on_logp * stats.logp
+    if label_smoothing:
+        losses = losses + on_sum * stats.logp_sum
+    return losses, stats
+
+
 def token_losses(
     logits: Tensor,
     target: Tensor,
@@ -80,44 +135,45 @@ def token_losses(
     """Cross-entropy of every row, 0 where `target` is -100 or `mask` is 0; integer targets or
     probabilities. `row_weights` [...]: what the gradient of every row's loss will be a common
     multiple of, where the caller knows."""
+    also = ("lse",) if z_loss else ()
     if target.is_floating_point():
         if label_smoothing:
             wide = target.to(accumulation_dtype(logits.dtype))
             target = (1 - label_smoothing) * wide + label_smoothing / logits.shape[-1]
         if class_weights is not None:
             target = target * class_weights
-        want = ("cross_entropy", "lse") if z_loss else ("cross_entropy",)
+        want = ("cross_entropy", *also)
         pair = vocab_pair_stats(logits, target_probs=target, mask=mask, want=want, impl=impl)
         loss, lse = pair.cross_entropy, pair.lse
     else:
-        wanted = ["logp"]
-        if z_loss:
-            wanted.append("lse")
-        if label_smoothing:
-            wanted.append("logp_sum")
-        on_logp: Tensor | float = -(1 - label_smoothing)
-        if class_weights is not None:
-            on_logp = on_logp * class_weights[target.clamp(0, logits.shape[-1] - 1)]
-        on_sum = -label_smoothing / logits.shape[-1]
-        shares = None
-        if row_weights is not None and not z_loss:
-            shares = {"logp": on_logp * row_weights, "logp_sum": on_sum * row_weights}
-            shares = {fact: shares[fact] for fact in wanted}
-        stats = vocab_stats(
+        loss, stats = label_losses(
             logits,
             target,
-            bag_weights=class_weights,
             mask=mask,
-            want=wanted,
-            shares=shares,
+            label_smoothing=label_smoothing,
+            class_weights=class_weights,
+            also=also,
+            row_weights=row_weights,
             impl=impl,
         )
-        loss, lse = on_logp * stats.logp, stats.lse
-        if label_smoothing:
-            loss = loss + on_sum * stats.logp_sum
+        lse = stats.lse
     if z_loss:
         loss = loss + z_loss * lse.square()
     return loss
+
+
+def reduce_classes(
+    losses: Tensor, target: Tensor, class_weights: Tensor | None, reduction: str
+) -> Tensor:
+    """torch's reductions of a classification's losses: the mean is over the weights of the labels
+    that count (-100 does not), over all rows where `target` holds probabilities."""
+    if reduction != "mean" or target.is_floating_point():
+        return reduce_rows(losses, reduction=reduction)
+    share = (target != IGNORED).to(losses.dtype)
+    if class_weights is not None:
+        share = share * class_weights[target.clamp(0, class_weights.shape[0] - 1)]
+    nothing = (share == 0).all()
+    return torch.where(nothing, 0.0, losses.sum() / torch.where(nothing, 1.0, share.sum()))
 
 
 def cross_entropy(
@@ -164,16 +220,7 @@ def cross_entropy(
         shape = tuple(input.shape) or "a scalar"
         raise ValueError(f"input must be [C], [N, C] or [N, C, d1, ...] with C > 0: got {shape}")
     logits = input if input.dim() < 3 else input.movedim(1, -1)
-    if weight is not None:
-        check_floating("weight", weight)
-        if weight.shape != logits.shape[-1:]:
-            raise ValueError(
-                f"weight must hold one number for each of the {logits.shape[-1]} classes: "
-                f"got shape {tuple(weight.shape)}"
-            )
-        check_weights("weight", weight, weight.shape)
-        check_same_device("weight", weight, "input", input)
-        weight = weight.to(accumulation_dtype(input.dtype))
+    weight = check_class_weights("weight", weight, logits)
     if isinstance(target, Tensor) and target.is_floating_point():
         if isinstance(ignore_index, int) and ignore_index >= 0:
             raise ValueError(
@@ -195,13 +242,7 @@ def cross_entropy(
         impl=impl,
         row_weights=known_weights(logits, None, reduction, is_linear=True),
     )
-    if reduction != "mean" or target.is_floating_point():
-        return reduce_rows(losses, reduction=reduction)
-    share = (target != IGNORED).to(losses.dtype)
-    if weight is not None:
-        share = share * weight[target.clamp(0, logits.shape[-1] - 1)]
-    nothing = (share == 0).all()
-    return torch.where(nothing, 0.0, losses.sum() / torch.where(nothing, 1.0, share.sum()))
+    return reduce_classes(losses, target, weight, reduction)
 
 
 def masked_cross_entropy(
