@@ -377,7 +377,7 @@ def common_factor(
     along = torch.stack([(g * s * counts).sum() for g, s in both]).sum()
     length = torch.stack([(s * s * counts).sum() for s in shares]).sum()
     factor: Tensor = along / torch.where(length == 0, 1.0, length)
-    if values_checked(factor):
+    if grads[0].numel() and values_checked(factor):
         for grad, share in both:
             apart = (grad - factor * share) * counts
             if apart.abs().max() > 1e-3 * factor.abs() * share.abs().max() + 1e-30:

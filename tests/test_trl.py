@@ -3,6 +3,7 @@ theirs, and a TRL that has moved what is replaced is told apart before anything 
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import subprocess
 import sys
@@ -24,7 +25,7 @@ trl = pytest.importorskip(
     exc_type=ImportError,
 )
 bridge: Any = onepass.integrations.trl
-home = __import__("trl.trainer.utils", fromlist=["utils"])
+home = importlib.import_module("trl.trainer.utils")
 THEIRS = home._ChunkedLogProbFunction
 
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(60))]
@@ -185,7 +186,9 @@ def train(
     else:
         rows = {"completion": sentences(3, " ")}
     rows["prompt"] = sentences(2)
-    model, losses, grads = tiny_model(0), [], []
+    model = tiny_model(0)
+    losses: list[Tensor] = []
+    grads: list[Tensor] = []
 
     class Record(TrainerCallback):
         def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -200,5 +200,5 @@ def linear_cross_entropy(
     ).view(input.shape[0], *places)
     if not of_classes:
         target = torch.where(target == index, IGNORED, target)
-    weights = check_class_weights("weight", weight, linear_weight[:, 0, 0])
+    weights = check_class_weights("weight", weight, heads[:, 0, 0])
     return reduce_classes(losses, target, weights, reduction)
