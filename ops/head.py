@@ -448,6 +448,7 @@ def head_stats(
     want: Sequence[str],
     impl: str,
     shares: Mapping[str, Tensor] | None = None,  # [N] each
+    gradient_of: Sequence[str] | None = None,  # of the wanted facts; None for all
 ) -> tuple[Tensor, ...]:
     """The outputs of vocab_stats' operator for a head's logits; its arguments have been checked.
 
@@ -456,7 +457,8 @@ def head_stats(
     4 otherwise (3 for a frozen head).
     """
     hidden = [states.reshape(-1, states.shape[-1]) for states in head.hidden]
-    smooth = [fact for fact in want if fact != "argmax"]
+    told = want if gradient_of is None else gradient_of
+    smooth = [fact for fact in want if fact != "argmax" and fact in told]
     need = [
         torch.is_grad_enabled() and any(t.requires_grad for t in part if t is not None)
         for part in (hidden, head.weight, [head.bias])

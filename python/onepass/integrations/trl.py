@@ -95,7 +95,8 @@ class HeadLogProbs:
             temperature=temperature,
         )
         extras = [ours for theirs, ours in EXTRAS.items() if theirs in outputs]
-        stats = vocab_stats(logits, targets, want=("logp", *extras))
+        # Entropy is differentiated by few losses: they pay for it, the others do not.
+        stats = vocab_stats(logits, targets, want=("logp", *extras), gradient_of=("logp",))
 
         def told(theirs: str) -> Tensor | None:
             return getattr(stats, EXTRAS[theirs]) if theirs in outputs else None
