@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -180,12 +179,15 @@ def train(
     from transformers import TrainerCallback
 
     others: dict[str, Any] = {}
+    rows: dict[str, list[Any]] = {"prompt": sentences(2)}
     if kind == "DPO":
-        rows = {"chosen": sentences(3, " "), "rejected": sentences(4, " ")}
-        others["ref_model"] = tiny_model(1)
+        rows |= {"chosen": sentences(3, " "), "rejected": sentences(4, " ")}
     else:
-        rows = {"completion": sentences(3, " ")}
-    rows["prompt"] = sentences(2)
+        rows |= {"completion": sentences(3, " ")}
+    if kind == "KTO":
+        rows["label"] = [True, False] * 4
+    if kind != "SFT":
+        others["ref_model"] = tiny_model(1)
     model = tiny_model(0)
     losses: list[Tensor] = []
     grads: list[Tensor] = []
@@ -229,6 +231,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
         {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.6},
     ),
     "weighted": ("DPO", {"use_weighting": True}),
+    "kto": ("KTO", {}),
     "sft": ("SFT", {}),
     "sft-dft": ("SFT", {"loss_type": "dft"}),
 }
@@ -329,19 +332,17 @@ def test_says_which_version_it_wants(monkeypatch: pytest.MonkeyPatch, version: s
     assert home._ChunkedLogProbFunction is THEIRS
 
 
-def test_enabled_before_anybody_imports_trl() -> None:
-    # In this process TRL came first.
-    code = """
-import onepass
-onepass.integrations.trl.enable()
-from trl.trainer.utils import add_fused_lm_head
-head = add_fused_lm_head.__globals__["_ChunkedLogProbFunction"]
-assert head is onepass.integrations.trl.HeadLogProbs
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr
+def test_enabled_before_the_trainers_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Everywhere else in this file TRL came first.
+    monkeypatch.setattr(importlib.import_module("trl.trainer"), "utils", home)  # to be put back
+    monkeypatch.delitem(sys.modules, bridge.HOME)
+    bridge.enable()
+    fresh = importlib.import_module(bridge.HOME)
+    assert fresh is not home
+    head = fresh.add_fused_lm_head.__globals__[bridge.NAME]
+    assert head is bridge.HeadLogProbs
+    bridge.disable()
+    assert fresh._ChunkedLogProbFunction is THEIRS
 
 
 def test_stays_with_theirs_under_zero_3() -> None:
