@@ -416,7 +416,7 @@ def common_factor(
     along = torch.stack([(g * s * counts).sum() for g, s in both]).sum()
     length = torch.stack([(s * s * counts).sum() for s in shares]).sum()
     factor: Tensor = along / torch.where(length == 0, 1.0, length)
-    if values_checked(factor):
+    if grads[0].numel() and values_checked(factor):
         for grad, share in both:
             apart = (grad - factor * share) * counts
             if (
@@ -489,6 +489,7 @@ def head_stats(
     want: Sequence[str],
     impl: str,
     shares: Mapping[str, Tensor] | None = None,  # [N] each
+    gradient_of: Sequence[str] | None = None,  # of the wanted facts; None for all
 ) -> tuple[Tensor, ...]:
     """The outputs of vocab_stats' operator for a head's logits; its arguments have been checked.
 
@@ -498,7 +499,8 @@ def head_stats(
     """
     head.check_weights()
     hidden = [states.reshape(-1, states.shape[-1]) for states in head.hidden]
-    smooth = [fact for fact in want if fact != "argmax"]
+    told = want if gradient_of is None else gradient_of
+    smooth = [fact for fact in want if fact != "argmax" and fact in told]
     need = [
         torch.is_grad_enabled() and any(t.requires_grad for t in part if t is not None)
         for part in (hidden, head.weight, [head.bias])

@@ -638,6 +638,7 @@ def vocab_stats(
     mask: Tensor | None = None,
     want: Sequence[str] | None = None,
     shares: Mapping[str, Tensor] | None = None,
+    gradient_of: Sequence[str] | None = None,
     impl: str = "auto",
 ) -> VocabStats:
     """Per-row statistics of `logits`, shape `logits.shape[:-1]`, in one pass over the vocabulary.
@@ -654,6 +655,9 @@ def vocab_stats(
         shares: for LazyLogits, of every wanted fact the weights [...] that its upstream gradient
             will be one common multiple of, where a loss knows them: then the gradients of a head
             that is trained, too, are made in the forward.
+        gradient_of: for LazyLogits, the wanted facts that will be differentiated, where the caller
+            knows (default: all): a frozen head's gradient is made in the forward where that is one.
+            Another's comes all the same, at the price of the logits once more.
         impl: "auto" (Triton on a GPU, torch on a CPU), "triton" or "torch".
 
     Returns:
@@ -673,6 +677,10 @@ def vocab_stats(
         want = ("lse",) if labels is None else ("lse", "logp")
     want = check_want(want, FACTS)
     check_choice("impl", impl, IMPLS)
+    if gradient_of is not None and not set(gradient_of) <= set(want):
+        raise ValueError(
+            f"gradient_of must name wanted facts, {', '.join(want)}: got {gradient_of}"
+        )
     given = {"labels": labels, "contrast_labels": contrast_labels, "bag_weights": bag_weights}
     for fact in want:
         if fact in NEEDS and given[NEEDS[fact]] is None:
@@ -703,7 +711,7 @@ def vocab_stats(
                 name: share.detach().to(facts).expand(logits.shape[:-1]).reshape(-1)
                 for name, share in shares.items()
             }
-        outputs = head_stats(head, *given_rows, impl, foretold)
+        outputs = head_stats(head, *given_rows, impl, foretold, gradient_of)
     else:
         outputs = _vocab_stats(logits, *given_rows, choose(impl, logits))
     fields = dict(zip(FACTS, outputs[2:], strict=True))

@@ -414,6 +414,9 @@ OPS: dict[str, Wrong] = {
         lambda t: stats(t.z, t.y.to("meta")), ValueError, "labels", "meta", "move"
     ),
     "stats-sparse": wrong(lambda t: stats(t.z.to_sparse()), ValueError, "logits", "sparse"),
+    "stats-gradient-of-what": wrong(
+        lambda t: stats(t.z, t.y, gradient_of=("entropy",)), ValueError, "gradient_of", "entropy"
+    ),
     "stats-impl": wrong(lambda t: stats(t.z, impl="gpu"), ValueError, "impl", "'gpu'", "triton"),
     "pair-alone": wrong(
         lambda t: pair(t.z), ValueError, "target_logits", "target_probs", "neither"

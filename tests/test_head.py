@@ -173,6 +173,33 @@ def test_a_frozen_head_is_multiplied_twice(device: str, monkeypatch: pytest.Monk
     assert calls == ["product"]
 
 
+@pytest.mark.parametrize("of", [("logp",), ("logp", "entropy"), ("entropy",)], ids=",".join)
+def test_facts_that_are_only_looked_at_cost_no_pass(
+    of: tuple[str, ...], impl: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gradient_of a frozen head's gradient is made ahead though more is wanted; a gradient
+    that was not announced comes all the same, and right."""
+    calls: list[str] = []
+    product = module.head_product
+
+    def counted(*args: Any) -> Tensor:
+        calls.append("product")
+        return product(*args)
+
+    case = draw(device, frozen=True, ignored=(2,))
+    want = ("logp", "entropy", "logit_sum", "argmax")
+    logits = onepass.LazyLogits(case.hidden[0], case.weight[0])
+    labels = case.given["labels"]
+    monkeypatch.setattr(module, "head_product", counted)
+    stats = onepass.vocab_stats(logits, labels, want=want, gradient_of=("logp",), impl=impl)
+    got = gradients(stats, of, case.leaves)
+    assert len(calls) == (1 if of == ("logp",) else 2)
+    whole = onepass.vocab_stats(case.head.logits(), labels, want=want, impl=impl)
+    for ours, expected in zip(got, gradients(whole, of, case.leaves), strict=True):
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-6 * scale)
+
+
 def test_masked_rows_leak_nothing(impl: str, device: str) -> None:
     case = draw(device, ignored=(1, 5))
     with torch.no_grad():

@@ -358,6 +358,7 @@ PUBLIC = [
     "cross_entropy",
     "lazy_head",
     "lazy_head_within",
+    "linear_cross_entropy",
     "masked_cross_entropy",
     "masked_inner_product",
     "masked_mean",

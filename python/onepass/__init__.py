@@ -23,6 +23,7 @@ _HOMES = {
     "MaterializedError": ".lazy_logits",
     "MaterializedWarning": ".lazy_logits",
     "strict": ".lazy_logits",
+    "linear_cross_entropy": ".head_loss",
     "cross_entropy": ".losses",
     "masked_cross_entropy": ".losses",
     "masked_inner_product": ".losses",
@@ -35,6 +36,7 @@ _HOMES = {
     "masked_mean": ".reduce",
     "reduce_rows": ".reduce",
 }
+_MODULES = ("compat", "integrations", "nn")
 __all__ = [
     "LazyLogits",
     "MaterializedError",
@@ -47,6 +49,7 @@ __all__ = [
     "cross_entropy",
     "lazy_head",
     "lazy_head_within",
+    "linear_cross_entropy",
     "masked_cross_entropy",
     "masked_inner_product",
     "masked_mean",
@@ -61,6 +64,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from . import compat as compat
+    from . import integrations as integrations
+    from . import nn as nn
+    from .head_loss import linear_cross_entropy
     from .heads import Report, lazy_head, lazy_head_within, report, unlazy_head
     from .lazy_logits import LazyLogits, MaterializedError, MaterializedWarning, strict
     from .losses import (
@@ -76,6 +83,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module 'onepass' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name], __name__), name)
@@ -84,4 +93,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_MODULES])

@@ -171,32 +171,40 @@ class _Place(torch.autograd.Function):
         )
 
 
-def check_head(hidden: object, weight: object, bias: object) -> None:
-    """Raises unless hidden [..., D], weight [V, D] and bias [V] make logits."""
-    check_floating("hidden", hidden)
-    check_floating("weight", weight)
+def check_head(
+    hidden: object,
+    weight: object,
+    bias: object,
+    names: tuple[str, str, str] = ("hidden", "weight", "bias"),
+) -> None:
+    """Raises unless hidden [..., D], weight [V, D] and bias [V] make logits; `names` are those of
+    the caller's arguments."""
+    of_hidden, of_weight, of_bias = names
+    check_floating(of_hidden, hidden)
+    check_floating(of_weight, weight)
     assert isinstance(hidden, Tensor) and isinstance(weight, Tensor)
     if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
-            "hidden must be [..., D] and weight [V, D]: "
+            f"{of_hidden} must be [..., D] and {of_weight} [V, D]: "
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if weight.shape[0] == 0 or weight.shape[1] == 0:
-        raise ValueError(f"weight must be [V, D], both above 0: got {tuple(weight.shape)}")
+        raise ValueError(f"{of_weight} must be [V, D], both above 0: got {tuple(weight.shape)}")
     if hidden.dtype != weight.dtype:
         raise ValueError(
-            f"hidden and weight must have one dtype: got {hidden.dtype} and {weight.dtype}"
+            f"{of_hidden} and {of_weight} must have one dtype: "
+            f"got {hidden.dtype} and {weight.dtype}"
         )
-    check_same_device("weight", weight, "hidden", hidden)
+    check_same_device(of_weight, weight, of_hidden, hidden)
     if bias is not None:
-        check_floating("bias", bias)
+        check_floating(of_bias, bias)
         assert isinstance(bias, Tensor)
         if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
             raise ValueError(
-                f"bias must be [V] = ({weight.shape[0]},) {weight.dtype}: "
+                f"{of_bias} must be [V] = ({weight.shape[0]},) {weight.dtype}: "
                 f"got {tuple(bias.shape)} {bias.dtype}"
             )
-        check_same_device("bias", bias, "hidden", hidden)
+        check_same_device(of_bias, bias, of_hidden, hidden)
 
 
 def _make(

@@ -28,7 +28,7 @@ from .ops._check import (
 from .ops._launch import IMPLS, accumulation_dtype
 from .ops.row_moments import RowMoments, row_moments
 from .ops.vocab_pair_stats import check_probabilities, vocab_pair_stats
-from .ops.vocab_stats import vocab_stats
+from .ops.vocab_stats import VocabStats, vocab_stats
 from .reduce import REDUCTIONS, check_num_items, mean_divisor, reduce_rows, row_weights
 
 CAP_FORMS = ("sigmoid", "zero_at_zero")
@@ -68,6 +68,61 @@ def check_target(
     return torch.where(target == ignore_index, IGNORED, other)
 
 
+def check_class_weights(name: str, weight: object, logits: Tensor) -> Tensor | None:
+    """Class weights [V] in the accumulation dtype, after checking that they fit the logits."""
+    if weight is None:
+        return None
+    check_floating(name, weight)
+    assert isinstance(weight, Tensor)
+    if weight.shape != logits.shape[-1:]:
+        raise ValueError(
+            f"{name} must hold one number for each of the {logits.shape[-1]} classes: "
+            f"got shape {tuple(weight.shape)}"
+        )
+    check_weights(name, weight, weight.shape)
+    check_same_device(name, weight, "input", logits)
+    return weight.to(accumulation_dtype(logits.dtype))
+
+
+def label_losses(
+    logits: Tensor,
+    target: Tensor,  # class indices, -100 to ignore
+    *,
+    label_smoothing: float,
+    class_weights: Tensor | None,
+    impl: str,
+    mask: Tensor | None = None,
+    also: tuple[str, ...] = (),
+    row_weights: Tensor | None = None,
+) -> tuple[Tensor, VocabStats]:
+    """Cross-entropy of every row, 0 where `target` is -100 or `mask` is 0, and the facts that it
+    was made of, with those that `also` names. `row_weights`: see token_losses."""
+    wanted = ["logp"]
+    if label_smoothing:
+        wanted.append("logp_sum")
+    on_logp: Tensor | float = -(1 - label_smoothing)
+    if class_weights is not None:
+        on_logp = on_logp * class_weights[target.clamp(0, logits.shape[-1] - 1)]
+    on_sum = -label_smoothing / logits.shape[-1]
+    shares = None
+    if row_weights is not None and set(also) <= {"argmax"}:
+        shares = {"logp": on_logp * row_weights, "logp_sum": on_sum * row_weights}
+        shares = {fact: shares[fact] for fact in wanted}
+    stats = vocab_stats(
+        logits,
+        target,
+        bag_weights=class_weights,
+        mask=mask,
+        want=(*wanted, *also),
+        shares=shares,
+        impl=impl,
+    )
+    losses = on_logp * stats.logp
+    if label_smoothing:
+        losses = losses + on_sum * stats.logp_sum
+    return losses, stats
+
+
 def token_losses(
     logits: Tensor,
     target: Tensor,
@@ -82,13 +137,14 @@ def token_losses(
     """Cross-entropy of every row, 0 where `target` is -100 or `mask` is 0; integer targets or
     probabilities. `row_weights` [...]: what the gradient of every row's loss will be a common
     multiple of, where the caller knows."""
+    also = ("lse",) if z_loss else ()
     if target.is_floating_point():
         if label_smoothing:
             wide = target.to(accumulation_dtype(logits.dtype))
             target = (1 - label_smoothing) * wide + label_smoothing / logits.shape[-1]
         if class_weights is not None:
             target = target * class_weights
-        want = ("cross_entropy", "lse") if z_loss else ("cross_entropy",)
+        want = ("cross_entropy", *also)
         shares = None
         if row_weights is not None and not z_loss:
             shares = {"cross_entropy": row_weights}
@@ -97,34 +153,40 @@ def token_losses(
         )
         loss, lse = pair.cross_entropy, pair.lse
     else:
-        wanted = ["logp"]
-        if z_loss:
-            wanted.append("lse")
-        if label_smoothing:
-            wanted.append("logp_sum")
-        on_logp: Tensor | float = -(1 - label_smoothing)
-        if class_weights is not None:
-            on_logp = on_logp * class_weights[target.clamp(0, logits.shape[-1] - 1)]
-        on_sum = -label_smoothing / logits.shape[-1]
-        shares = None
-        if row_weights is not None and not z_loss:
-            shares = {"logp": on_logp * row_weights, "logp_sum": on_sum * row_weights}
-            shares = {fact: shares[fact] for fact in wanted}
-        stats = vocab_stats(
+        loss, stats = label_losses(
             logits,
             target,
-            bag_weights=class_weights,
             mask=mask,
-            want=wanted,
-            shares=shares,
+            label_smoothing=label_smoothing,
+            class_weights=class_weights,
+            also=also,
+            row_weights=row_weights,
             impl=impl,
         )
-        loss, lse = on_logp * stats.logp, stats.lse
-        if label_smoothing:
-            loss = loss + on_sum * stats.logp_sum
+        lse = stats.lse
     if z_loss:
         loss = loss + z_loss * lse.square()
     return loss
+
+
+def class_shares(target: Tensor, class_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What every row counts in torch's mean: the weight of its label, 0 for -100."""
+    share = (target != IGNORED).to(dtype)
+    if class_weights is None:
+        return share
+    return share * class_weights[target.clamp(0, class_weights.shape[0] - 1)]
+
+
+def reduce_classes(
+    losses: Tensor, target: Tensor, class_weights: Tensor | None, reduction: str
+) -> Tensor:
+    """torch's reductions of a classification's losses: the mean is over the weights of the labels
+    that count (-100 does not), over all rows where `target` holds probabilities."""
+    if reduction != "mean" or target.is_floating_point():
+        return reduce_rows(losses, reduction=reduction)
+    share = class_shares(target, class_weights, losses.dtype)
+    nothing = (share == 0).all()
+    return torch.where(nothing, 0.0, losses.sum() / torch.where(nothing, 1.0, share.sum()))
 
 
 def cross_entropy(
@@ -171,16 +233,7 @@ def cross_entropy(
         shape = tuple(input.shape) or "a scalar"
         raise ValueError(f"input must be [C], [N, C] or [N, C, d1, ...] with C > 0: got {shape}")
     logits = input if input.dim() < 3 else input.movedim(1, -1)
-    if weight is not None:
-        check_floating("weight", weight)
-        if weight.shape != logits.shape[-1:]:
-            raise ValueError(
-                f"weight must hold one number for each of the {logits.shape[-1]} classes: "
-                f"got shape {tuple(weight.shape)}"
-            )
-        check_weights("weight", weight, weight.shape)
-        check_same_device("weight", weight, "input", input)
-        weight = weight.to(accumulation_dtype(input.dtype))
+    weight = check_class_weights("weight", weight, logits)
     if isinstance(target, Tensor) and target.is_floating_point():
         if isinstance(ignore_index, int) and ignore_index >= 0:
             raise ValueError(
@@ -192,15 +245,6 @@ def cross_entropy(
         raise ValueError(
             "weight is differentiated for probabilities only: pass weight.detach() with labels"
         )
-    divisor: Tensor | float | None = None
-    if reduction == "mean" and not target.is_floating_point():
-        share = (target != IGNORED).to(accumulation_dtype(logits.dtype))
-        if weight is not None:
-            share = share * weight[target.clamp(0, logits.shape[-1] - 1)]
-        nothing = (share == 0).all()
-        divisor = torch.where(nothing, 1.0, share.sum())
-    elif reduction == "mean":
-        divisor = mean_divisor(target[..., 0], None, None)
     losses = token_losses(
         logits,
         target,
@@ -209,11 +253,9 @@ def cross_entropy(
         z_loss=0.0,
         class_weights=weight,
         impl=impl,
-        row_weights=known_weights(logits, None, reduction, divisor),
+        row_weights=known_class_weights(logits, target, weight, reduction),
     )
-    if not isinstance(divisor, Tensor):
-        return reduce_rows(losses, reduction=reduction)
-    return torch.where(nothing, 0.0, losses.sum() / divisor)
+    return reduce_classes(losses, target, weight, reduction)
 
 
 def masked_cross_entropy(
@@ -320,6 +362,21 @@ def known_weights(
     if isinstance(divisor, Tensor):
         return weights / divisor.frexp().mantissa
     return weights if divisor is None else weights / math.frexp(divisor)[0]
+
+
+def known_class_weights(
+    logits: Tensor, target: Tensor, class_weights: Tensor | None, reduction: str
+) -> Tensor | None:
+    """The same for torch's reductions of a classification's losses."""
+    if not hasattr(logits, "onepass_head"):
+        return None
+    divisor: Tensor | float | None = None
+    if reduction == "mean" and target.is_floating_point():
+        divisor = mean_divisor(target[..., 0], None, None)
+    elif reduction == "mean":
+        total = class_shares(target, class_weights, accumulation_dtype(logits.dtype)).sum()
+        divisor = torch.where(total == 0, 1.0, total)
+    return known_weights(logits, None, reduction, divisor)
 
 
 def sigmoid_cap(

@@ -1,0 +1,357 @@
+"""The contract with TRL: its trainers give the same losses and gradients with our head as with
+theirs, and a TRL that has moved what is replaced is told apart before anything changes."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import onepass
+from support.environment import DEVICE
+
+trl = pytest.importorskip(
+    "trl",
+    minversion="1.16.0",
+    reason="TRL is optional, and before 1.16 its trainers call lm_head.forward: nothing to replace",
+    exc_type=ImportError,
+)
+bridge: Any = onepass.integrations.trl
+home = importlib.import_module("trl.trainer.utils")
+THEIRS = home._ChunkedLogProbFunction
+
+WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(60))]
+V, D = len(WORDS), 16
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No ping from TRL's trainers, one thread for their small tensors, and TRL's own head before
+    and after every test."""
+    monkeypatch.setenv("CI", "true")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert home._ChunkedLogProbFunction is THEIRS
+    yield
+    torch.set_num_threads(threads)
+    bridge.disable()
+    assert home._ChunkedLogProbFunction is THEIRS
+
+
+# ---------------------------------------------------------------- the function itself
+
+
+def head_inputs(rows: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    shapes = {"hidden": (rows, D), "weight": (V, D), "bias": (V,)}
+    made = {name: torch.randn(shape).to(DEVICE, dtype) for name, shape in shapes.items()}
+    return {name: t.requires_grad_(True) for name, t in made.items()}
+
+
+ALL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+SETTINGS = {
+    "plain": ((1.0, 32, None, 1.0), ("log_probs", *ALL)),
+    "granite-scale": ((1.0, 32, None, 1 / 8), ("log_probs", *ALL)),
+    "gemma-cap": ((1.0, 32, 3.0, 1.0), ("log_probs", *ALL)),
+    "cap-scale-temperature": ((0.7, 16, 2.0, 1.5), ("log_probs", *ALL)),
+    "reference-model": ((1.0, 32, None, 1.0), ("log_probs",)),
+    "sft": ((1.0, 32, None, 1.0), ("log_probs", "entropy", "is_top1")),
+    "no-rows": ((1.0, 32, None, 1.0), ("log_probs", *ALL)),
+}
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["bare", "bias"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_apply_gives_what_theirs_gives(name: str, with_bias: bool) -> None:
+    (temperature, chunk, cap, scale), outputs = SETTINGS[name]
+    given = head_inputs(0 if name == "no-rows" else 9)
+    bias = given["bias"] if with_bias else None
+    targets = torch.randint(0, V, (given["hidden"].shape[0],)).to(DEVICE)
+    if name != "no-rows":  # one target that is the best, so that is_top1 says both
+        with torch.no_grad():
+            given["hidden"][0] = given["weight"][targets[0]] * 4
+    facts = ("log_probs", *ALL)
+    upstream = torch.randn(2, *targets.shape).to(DEVICE)
+    leaves = [given["hidden"], given["weight"], *([bias] if bias is not None else [])]
+
+    def run(function: Any) -> tuple[dict[str, Tensor | None], list[Tensor]]:
+        told = dict(
+            zip(
+                facts,
+                function.apply(
+                    given["hidden"], given["weight"], bias, targets, temperature, chunk, cap, scale,
+                    outputs,
+                ),
+                strict=True,
+            )
+        )  # fmt: skip
+        loss = (told["log_probs"] * upstream[0]).sum()
+        if told["entropy"] is not None:
+            loss = loss + (told["entropy"] * upstream[1]).sum()
+        return told, list(torch.autograd.grad(loss, leaves))
+
+    (ours, our_grads), (theirs, their_grads) = run(bridge.HeadLogProbs), run(THEIRS)
+    for fact in facts:
+        got, expected = ours[fact], theirs[fact]
+        if expected is None:
+            assert got is None, fact
+            continue
+        assert got is not None and got.dtype == expected.dtype, fact
+        assert got.requires_grad == expected.requires_grad, fact
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, msg=fact)
+    for got, expected in zip(our_grads, their_grads, strict=True):
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_autocast_over_a_float32_head() -> None:
+    given = head_inputs(40)
+    targets = torch.randint(0, V, (40,)).to(DEVICE)
+    leaves = [given["hidden"], given["weight"]]
+    exact = torch.nn.functional.linear(given["hidden"].double(), given["weight"].double())
+    truth = exact.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    true_grads = torch.autograd.grad(truth.sum(), leaves)
+    truth = truth.detach()
+
+    def errors(function: Any) -> list[float]:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            logp, *_ = function.apply(
+                given["hidden"], given["weight"], None, targets, 1.0, 32, None, 1.0, ("log_probs",)
+            )
+        assert logp.dtype == torch.float32
+        grads = torch.autograd.grad(logp.sum(), leaves)
+        assert [grad.dtype for grad in grads] == [torch.float32] * 2
+        pairs = [(logp, truth), *zip(grads, true_grads, strict=True)]
+        return [float((got.detach() - want).norm() / want.norm()) for got, want in pairs]
+
+    for ours, theirs in zip(errors(bridge.HeadLogProbs), errors(THEIRS), strict=True):
+        assert ours <= 1.1 * theirs + 2**-9  # the one rounding of a cast weight's gradient
+
+
+# ---------------------------------------------------------------- the trainers
+
+
+def tiny_model(seed: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1,
+        bos_token_id=None, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def sentences(least: int, before: str = "") -> list[str]:
+    """Eight of them, of `least` to `least + 5` words."""
+    pick = torch.Generator().manual_seed(least)
+    lengths = torch.randint(least, least + 6, (8,), generator=pick).tolist()
+    return [
+        before + " ".join(WORDS[i] for i in torch.randint(3, V, (n,), generator=pick).tolist())
+        for n in lengths
+    ]
+
+
+def train(
+    kind: str, folder: Path, tokenizer: Any, **options: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Losses of every step and the gradients before each of the optimizer's, of a fresh run."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    others: dict[str, Any] = {}
+    rows: dict[str, list[Any]] = {"prompt": sentences(2)}
+    if kind == "DPO":
+        rows |= {"chosen": sentences(3, " "), "rejected": sentences(4, " ")}
+    else:
+        rows |= {"completion": sentences(3, " ")}
+    if kind == "KTO":
+        rows["label"] = [True, False] * 4
+    if kind != "SFT":
+        others["ref_model"] = tiny_model(1)
+    model = tiny_model(0)
+    losses: list[Tensor] = []
+    grads: list[Tensor] = []
+
+    class Record(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            grads.extend(p.grad.clone() for p in model.parameters() if p.grad is not None)
+
+    class Recording(getattr(trl, f"{kind}Trainer")):  # type: ignore[misc]
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            losses.append(loss.detach().clone())
+            return loss
+
+    config = getattr(trl, f"{kind}Config")(
+        output_dir=str(folder), max_steps=3, per_device_train_batch_size=4, learning_rate=0.1,
+        optim="sgd", lr_scheduler_type="constant", report_to="none", save_strategy="no",
+        bf16=False, use_cpu=DEVICE == "cpu", disable_tqdm=True, gradient_checkpointing=False,
+        dataloader_pin_memory=False, logging_steps=1, seed=0, **options,
+    )  # fmt: skip
+    trainer = Recording(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+        callbacks=[Record()],
+        **others,
+    )
+    trainer.train()
+    return losses, grads
+
+
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sigmoid": ("DPO", {"loss_type": "sigmoid"}),
+    "ipo": ("DPO", {"loss_type": "ipo"}),
+    "hinge": ("DPO", {"loss_type": "hinge"}),
+    "reverse_kl": ("DPO", {"f_divergence_type": "reverse_kl", "beta": 0.5}),
+    "js_divergence": ("DPO", {"f_divergence_type": "js_divergence"}),
+    "alpha_divergence": (
+        "DPO",
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.6},
+    ),
+    "weighted": ("DPO", {"use_weighting": True}),
+    "kto": ("KTO", {}),
+    "sft": ("SFT", {}),
+    "sft-dft": ("SFT", {"loss_type": "dft"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's and transformers' own, which are not under test
+@pytest.mark.parametrize("name", RUNS)
+def test_trainer_learns_the_same(name: str, tmp_path: Path, tokenizer: Any) -> None:
+    kind, options = RUNS[name]
+    losses, grads = train(kind, tmp_path / "theirs", tokenizer, **options)
+    calls = itertools.count()
+    with bridge.enabled(), pytest.MonkeyPatch.context() as patch:
+        ours = bridge.HeadLogProbs.apply
+        patch.setattr(
+            bridge.HeadLogProbs,
+            "apply",
+            staticmethod(lambda *given: (next(calls), ours(*given))[1]),
+        )
+        our_losses, our_grads = train(kind, tmp_path / "ours", tokenizer, **options)
+    assert next(calls) >= 3, "the trainer went past the head"
+    assert len(losses) == len(our_losses) == 3 and len(grads) == len(our_grads) > 0
+    assert float(torch.stack(grads[-1:]).abs().max()) > 0
+    for got, expected in zip([*our_losses, *our_grads], [*losses, *grads], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- putting it there, and back
+
+
+def test_on_and_off_and_on() -> None:
+    bridge.disable()
+    assert home._ChunkedLogProbFunction is THEIRS
+    bridge.enable()
+    bridge.enable()
+    assert home._ChunkedLogProbFunction is bridge.HeadLogProbs
+    bridge.disable()
+    assert home._ChunkedLogProbFunction is THEIRS
+    with bridge.enabled():
+        with bridge.enabled():
+            assert home._ChunkedLogProbFunction is bridge.HeadLogProbs
+        assert home._ChunkedLogProbFunction is bridge.HeadLogProbs, "the outer one still holds"
+    assert home._ChunkedLogProbFunction is THEIRS
+    with pytest.raises(KeyError), bridge.enabled():
+        raise KeyError
+    assert home._ChunkedLogProbFunction is THEIRS
+
+
+def test_another_patch_on_top_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge.enable()
+    other = object()
+    with monkeypatch.context() as patch:
+        patch.setattr(home, bridge.NAME, other)
+        bridge.disable()
+        assert home._ChunkedLogProbFunction is other
+
+
+def one_sentence(caught: pytest.ExceptionInfo[BaseException]) -> str:
+    said = str(caught.value)
+    assert "\n" not in said and len(said) < 200, said
+    return said
+
+
+def test_says_so_when_the_name_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.delattr(home, bridge.NAME)
+        before = dict(vars(home))
+        with pytest.raises(RuntimeError) as caught:
+            bridge.enable()
+        said = one_sentence(caught)
+        assert "_ChunkedLogProbFunction" in said and "is not there" in said and "1.16" in said
+        assert dict(vars(home)) == before
+
+
+def test_says_so_when_the_arguments_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Newer:
+        @staticmethod
+        def forward(ctx: Any, hidden: Any, weight: Any, labels: Any) -> None: ...
+
+    with monkeypatch.context() as patch:
+        patch.setattr(home, bridge.NAME, Newer)
+        with pytest.raises(RuntimeError, match="hidden, weight, labels") as caught:
+            bridge.enable()
+        one_sentence(caught)
+        assert home._ChunkedLogProbFunction is Newer
+
+
+@pytest.mark.parametrize("version", ["1.10.0", "0.29.1", None], ids=str)
+def test_says_which_version_it_wants(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
+    def told(name: str) -> str:
+        if version is None:
+            raise bridge.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(bridge.metadata, "version", told)
+    with pytest.raises(ImportError, match="1.16") as caught:
+        bridge.enable()
+    assert (version or "none found") in one_sentence(caught)
+    assert home._ChunkedLogProbFunction is THEIRS
+
+
+def test_enabled_before_the_trainers_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Everywhere else in this file TRL came first.
+    monkeypatch.setattr(importlib.import_module("trl.trainer"), "utils", home)  # to be put back
+    monkeypatch.delitem(sys.modules, bridge.HOME)
+    bridge.enable()
+    fresh = importlib.import_module(bridge.HOME)
+    assert fresh is not home
+    head = fresh.add_fused_lm_head.__globals__[bridge.NAME]
+    assert head is bridge.HeadLogProbs
+    bridge.disable()
+    assert fresh._ChunkedLogProbFunction is THEIRS
+
+
+def test_stays_with_theirs_under_zero_3() -> None:
+    given = head_inputs(4)
+    given["weight"].ds_id = 1  # type: ignore[attr-defined]
+    targets = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    bridge.enable()
+    args = (given["hidden"], given["weight"], None, targets, 1.0, 32, None, 1.0, ("log_probs",))
+    with pytest.warns(UserWarning, match="ZeRO-3"):
+        logp, *rest = home._ChunkedLogProbFunction.apply(*args)
+    assert rest == [None] * 4
+    assert torch.equal(logp, THEIRS.apply(*args)[0])
