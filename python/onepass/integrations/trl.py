@@ -134,9 +134,10 @@ def enable() -> None:
     current = getattr(home, NAME, None)
     if current is HeadLogProbs:
         return
-    came = tuple(inspect.signature(current.forward).parameters)[1:] if current else ()
+    forward = getattr(current, "forward", None)
+    came = () if forward is None else tuple(inspect.signature(forward).parameters)[1:]
     if came != ARGUMENTS:
-        moved = f"takes ({', '.join(came)})" if current else "is not there"
+        moved = "is not there" if current is None else f"takes ({', '.join(came)})"
         raise RuntimeError(
             f"{HOME}.{NAME}, which onepass.integrations.trl replaces, {moved} in trl {version}: "
             "nothing was changed; use trl 1.16"
