@@ -732,7 +732,7 @@ def _result_dtype(lazy: LazyLogits) -> torch.dtype:
 
 def _cross_entropy(func: Any, input: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
     fits = _is_lazy(input) and not input._normalized and input.dim() <= 2
-    if not fits or not isinstance(target, Tensor) or target.is_floating_point():
+    if not fits or not isinstance(target, Tensor):
         return NotImplemented
     return cross_entropy(input, target, *args, **kwargs).to(_result_dtype(input))
 
