@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from .cases import Case, Function, Inputs, Outputs
+    from .schema import Case, Function, Inputs, Outputs
 
 # Largest error that is still rounding, by dtype: of an output, of a gradient as a whole, of its
 # worst row. All relative; the README of this folder says to what. Torch's own cross-entropy in
@@ -289,6 +289,16 @@ class Contender:
         self.errors[what] = worst
         if not worst <= limit:  # NaN is not
             raise Refused(f"{what} off by {worst:.1e}, {limit:.0e} allowed", self.errors)
+
+    def first_call(self) -> None:
+        """The call that compiles what there is to compile, of a provider without a result."""
+        self.prepare()
+        started = time.perf_counter()
+        self.call()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.first_call_s = time.perf_counter() - started
+        self.release()
 
     def weigh(self) -> None:
         """Peak memory of one call above its inputs, results included."""

@@ -27,7 +27,9 @@ import torch
 from torch.nn import functional as F
 
 from onepass.bench import MODES, cases, command, each_kernel, measure, report, run
-from onepass.bench.cases import CASES, Case, Provider, Size
+from onepass.bench.cases import CASES
+from onepass.bench.heads import HEAD_CASES
+from onepass.bench.schema import Case, NotHere, Provider, Size
 from onepass.cli.errors import Parser
 from support.environment import DEVICE, NO_TRITON
 
@@ -242,7 +244,7 @@ def test_providers_that_cannot_run_here_keep_their_rows(
     monkeypatch.setattr(run, "version", lambda name: None)
 
     def not_here() -> Any:
-        raise cases.NotHere("needs torch 9")
+        raise NotHere("needs torch 9")
 
     case = toy(
         provider("trl", loss_of, distribution="trl"),
@@ -376,7 +378,7 @@ def test_rows_have_the_schema(device: str) -> None:
 
 TINY = {
     "hidden_losses": Size(5, D=24, layers=3),
-    "head_cross_entropy": Size(7, 33, 16),
+    **{case.name: Size(7, 33, 16) for case in HEAD_CASES},
     "shared_teacher": Size(5, 37, students=3),
     "masked_cross_entropy": Size(10, 37, masked=0.5),
     "cross_entropy": Size(9, 33, row_stride=40),
@@ -385,7 +387,7 @@ OWN = [
     pytest.param(case, provider, id=f"{case.name}-{provider.name}")
     for case in CASES
     for provider in case.providers
-    if not provider.compiled
+    if not provider.compiled and not provider.floor
 ]
 
 
@@ -401,7 +403,7 @@ def test_every_provider_of_every_case_agrees(
     size = case.at(TINY.get(case.name, Size(9, 37)), dtype)
     try:
         function = provider.load()
-    except cases.NotHere as reason:
+    except NotHere as reason:
         pytest.skip(str(reason))
     inputs = case.inputs(size, torch.Generator(device).manual_seed(3))
     truth = measure.truth(case, inputs, with_gradients=True)
@@ -423,9 +425,9 @@ def test_case_tables_are_whole() -> None:
         own = [provider.name for provider in case.providers]
         assert len(set(own)) == len(own) and {"onepass", "eager", "compile"} <= set(own)
         assert set(case.modes) <= set(MODES)
-        for size in case.sizes["cuda"]:
-            labels = [size.label for size in case.sizes["cuda"]]
-            assert labels.count(size.label) == 1, "two sizes that a row cannot tell apart"
+        for device, sizes in case.sizes.items():
+            labels = [size.label for size in (*sizes, *case.more.get(device, ()))]
+            assert len(set(labels)) == len(labels), "two sizes that a row cannot tell apart"
 
 
 @pytest.mark.skipif(bool(NO_TRITON), reason=NO_TRITON or "-")
