@@ -344,6 +344,9 @@ _LOGP_ENTROPY = (
     peer("trl", peers.trl_logp_entropy),
 )
 
+# 32000, one token more, GPT-2, Llama 3, Qwen 2.5 without its padding, Gemma 2
+VOCABULARIES = (32000, 32001, 50257, 128256, 151643, 256000)
+
 CASES: tuple[Case, ...] = (
     Case(
         name="cross_entropy",
@@ -368,6 +371,29 @@ CASES: tuple[Case, ...] = (
                 Size(128, 50257),
                 Size(256, 32001, dtype="float32", row_stride=32064),
             ),
+        },
+    ),
+    Case(
+        name="every_vocabulary",
+        what="the same for vocabularies and batches of any size: GB/s should not depend on them",
+        inputs=_label_inputs,
+        wrt=("logits",),
+        providers=(*ours(_onepass_cross_entropy), plain(_cross_entropy_eager)[0]),
+        traffic=_label_traffic,
+        sizes={
+            "cuda": tuple(Size(4096, vocab_size) for vocab_size in VOCABULARIES),
+            "cpu": (
+                Size(64, 32001, dtype="float32"),
+                Size(64, 32000, dtype="float32"),
+            ),
+        },
+        more={
+            "cuda": tuple(
+                Size(n, v, row_stride=stride)
+                for v in (32000, 50257)
+                for stride in (None, v + 1 + v % 2)
+                for n in (1, 16, 256, 16384)
+            )
         },
     ),
     Case(

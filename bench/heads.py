@@ -6,6 +6,7 @@ multiply at least is `gemms`, which is no loss and is not checked.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -24,8 +25,7 @@ def _head_inputs(size: Size, generator: torch.Generator) -> Inputs:
     """A head, hidden states, labels; with the size's share of rows that do not count."""
     import torch
 
-    make = _trained_states if size.inputs == "trained" else _random_states
-    hidden, weight, labels = make(size, generator)
+    hidden, weight, labels = STATES[size.inputs](size, generator)
     rows = torch.randperm(size.N, generator=generator, device=generator.device)
     labels[rows[: round(size.N * size.masked)]] = -100
     return {"hidden": hidden, "weight": weight, "labels": labels}
@@ -77,6 +77,52 @@ def _trained_states(
     hidden[:, 1:] += (own * (lift / own.square().sum(-1))[:, None]).to(dtype)
     return hidden, weight, labels
 
+
+DEMO_STEPS = 60
+
+
+def _demo_states(
+    size: Size, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states of the demo's language model on text that it was not trained on, and its head.
+
+    Real ones, of a model that is small and trained for seconds.
+    """
+    import torch
+
+    try:
+        from ..demo import model, settings, stages, tokens, train
+
+        short = replace(settings.FAST, lm_steps=DEMO_STEPS)
+        text = tokens.read_text(short, 0, generator.device)
+        trained = model.language_model(short, text.tokenizer.get_vocab_size(), 0)
+    except ImportError as error:
+        raise NotHere(f"{error}: pip install 'onepass[train]'") from None
+    trained.to(generator.device)
+    stage = stages.language_model_stage(trained, text.train, short, 0)
+    with train.one_thread():
+        train.fit(
+            stage,
+            train.make_optimizer(stage),
+            start=0,
+            max_gradient_norm=short.max_gradient_norm,
+            after_step=lambda *_: None,
+        )
+    states, following = [], []
+    with torch.no_grad():
+        for rows in text.held_out.values():
+            counts = rows.labels != -100
+            states.append(trained.model(input_ids=rows.ids).last_hidden_state[counts])
+            following.append(rows.labels[counts])
+    hidden, labels = torch.cat(states), torch.cat(following)
+    drawn = torch.randperm(len(labels), generator=generator, device=generator.device)[: size.N]
+    weight = trained.lm_head.weight.detach()
+    assert (len(drawn), *weight.shape) == (size.N, size.V, size.D), "not the demo's sizes"
+    dtype = getattr(torch, size.dtype)
+    return hidden[drawn].to(dtype), weight.to(dtype), labels[drawn]
+
+
+STATES = {"random": _random_states, "trained": _trained_states, "demo": _demo_states}
 
 # ---- plain torch
 
@@ -239,9 +285,10 @@ def _more(sizes: dict[str, tuple[Size, ...]]) -> dict[str, tuple[Size, ...]]:
     on_cuda += [Size(largest, *model, inputs="trained") for model in MODELS]
     masked = [Size(s.N, s.V, s.D, s.dtype, masked=m) for m, s in product(MASKED, on_cpu)]
     trained = [Size(s.N, s.V, s.D, s.dtype, inputs="trained") for s in on_cpu]
+    demo = Size(1024, 1024, 96, dtype="float32", inputs="demo")
     return {
-        "cuda": tuple(size for size in on_cuda if size not in sizes["cuda"]),
-        "cpu": (*masked, *trained),
+        "cuda": tuple(size for size in (*on_cuda, demo) if size not in sizes["cuda"]),
+        "cpu": (*masked, *trained, demo),
     }
 
 

@@ -391,6 +391,10 @@ def run_size(
         for provider in providers:
             close_all(provider, "not run", "no memory for the inputs and their reference")
         return list(rows.values())
+    except NotHere as error:
+        for provider in providers:
+            close_all(provider, "not here", str(error))
+        return list(rows.values())
     ready: dict[str, list[Contender]] = {mode: [] for mode in modes}
     for provider in providers:
         if (reason := _why_not(provider, device, args)) is not None:

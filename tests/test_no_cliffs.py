@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import onepass
+from onepass.bench.cases import VOCABULARIES
 from onepass.ops import head as head_module
 from support.aot import Compiled, Job, compile_kernels, function_arguments, why_not
 from support.environment import NO_INTERPRETER
@@ -25,8 +26,6 @@ from support.guard import count_bytes
 triton = pytest.importorskip("triton", reason="kernels cannot be compiled without Triton")
 pytestmark = pytest.mark.skipif(bool(NO_INTERPRETER), reason=NO_INTERPRETER or "-")
 
-# A power of two times many, one token more, GPT-2, Llama 3, Qwen 2.5, Gemma 2.
-VOCABULARIES = (32000, 32001, 50257, 128256, 151643, 256000)
 TARGET = "sm_90"
 KERNELS = {
     "vocab_stats": (
