@@ -373,6 +373,7 @@ CASES: tuple[Case, ...] = (
             ),
         },
     ),
+    *HEAD_CASES,  # early: a time limit takes the last of each turn
     Case(
         name="every_vocabulary",
         what="the same for vocabularies and batches of any size: GB/s should not depend on them",
@@ -553,7 +554,6 @@ CASES: tuple[Case, ...] = (
             "cpu": (Size(256, D=2048, dtype="float32", layers=8),),
         },
     ),
-    *HEAD_CASES,
 )
 
 

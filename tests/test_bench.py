@@ -327,6 +327,18 @@ def test_a_contender_that_fails_while_timed_takes_no_other_along(device: str) ->
     assert rows["tires"]["ms"] is None and rows["eager"]["status"] == "ok"
 
 
+def test_a_reference_that_does_not_fit_in_fp64_is_made_in_fp32(device: str) -> None:
+    def hungry(inputs: Inputs) -> Outputs:
+        if inputs["logits"].dtype == torch.float64:
+            raise torch.OutOfMemoryError("tried to allocate a lot")
+        return loss_of(inputs)
+
+    case = toy(provider("onepass", loss_of))
+    case = dataclasses.replace(case, providers=(provider("eager", hungry), *case.providers[1:]))
+    row = run_toy(case, device)["onepass"]
+    assert (row["status"], row["reference"]) == ("ok", "fp32")
+
+
 def test_a_floor_is_timed_without_a_check(device: str) -> None:
     """It has no result to check, and is no provider of ours that could fail."""
     rows = run_toy(toy(provider("part", lambda i: (0 * loss_of(i)[0],), floor=True)), device)
