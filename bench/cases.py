@@ -1,100 +1,22 @@
 """What is timed: for each case its inputs, its sizes, its providers and the bytes it must move.
 
-A provider is a function of the case's inputs that returns a tuple of tensors. "eager" is always
-the plain torch one, and run on fp64 copies of the inputs it is also the truth that every provider
-is held to before it is timed. Torch and the peers are imported when a provider is loaded.
+schema.py says what those words mean; heads.py has the cases that start from hidden states.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import peers
+from .heads import HEAD_CASES
+from .schema import CAP, CAP_SLOPE, Case, Provider, Size, ours, peer, plain, wide
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     import torch
 
-    Inputs = dict[str, Any]
-    Outputs = tuple[torch.Tensor, ...]
-    Function = Callable[[Inputs], Outputs]
-
-
-class NotHere(Exception):
-    """A provider's reason not to run on this machine, as its table row shall say it."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """One point of a case. `N` rows of `V` logits, of `D` hidden states, or of both."""
-
-    N: int
-    V: int | None = None
-    D: int | None = None
-    dtype: str = "bfloat16"
-    row_stride: int | None = None  # of the logits, where it is not V
-    masked: float = 0.0  # share of rows whose label is -100
-    students: int = 1  # rows of logits for each row of the target
-    layers: int = 1  # pairs of hidden states
-
-    @property
-    def label(self) -> str:
-        """The size as it is written in tables and stored in rows."""
-        name = "x".join(str(n) for n in (self.N, self.D, self.V) if n is not None)
-        notes = [f"{name} {self.dtype}"]
-        if self.row_stride is not None:
-            notes.append(f"stride {self.row_stride}")
-        if self.masked:
-            notes.append(f"{self.masked:.0%} masked")
-        if self.students > 1:
-            notes.append(f"{self.students} students")
-        if self.layers > 1:
-            notes.append(f"{self.layers} layers")
-        return ", ".join(notes)
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One way to compute a case: `load()` imports what it needs and returns the function."""
-
-    name: str
-    load: Callable[[], Function]
-    distribution: str | None = None  # a peer's name on the package index
-    gpu_only: bool = False
-    half_only: bool = False  # the same as eager in fp32, so listed for bf16 and fp16 alone
-    compiled: bool = False  # worth a compiler run: left out of --quick
-    overwrites: tuple[str, ...] = ()  # inputs that it destroys; restored before every call
-
-
-@dataclass(frozen=True)
-class Case:
-    """A row of the benchmark."""
-
-    name: str
-    what: str
-    inputs: Callable[[Size, torch.Generator], Inputs]
-    wrt: tuple[str, ...]  # the inputs that get a gradient; a list of tensors counts as one
-    providers: tuple[Provider, ...]
-    sizes: Mapping[str, tuple[Size, ...]]  # by device type; --quick takes the first
-    modes: tuple[str, ...] = ("full",)
-    # Elements that any provider must read in a pass, and gradients it must write; None where
-    # arithmetic and not memory sets the time.
-    traffic: Callable[[Size], tuple[int, int]] | None = None
-    upstream: tuple[float, ...] = (1.0,)  # for scalar outputs; per-row outputs draw theirs
-
-    def bytes_moved(self, size: Size, mode: str) -> int | None:
-        """Bytes of the big tensors that `mode` must move when its passes are separate."""
-        if self.traffic is None:
-            return None
-        read, written = self.traffic(size)
-        elements = {"forward": read, "backward": read + written, "full": 2 * read + written}[mode]
-        return elements * (4 if size.dtype == "float32" else 2)
-
-    def at(self, size: Size, dtype: str | None) -> Size:
-        """`size` in another dtype, where one was asked for."""
-        return size if dtype is None else replace(size, dtype=dtype)
+    from .schema import Function, Inputs, Outputs
 
 
 # ---- inputs
@@ -161,45 +83,23 @@ def _hidden_inputs(size: Size, generator: torch.Generator) -> Inputs:
     return {"x": [t + states().mul_(0.3) for t in target], "target": target}
 
 
-def _head_inputs(size: Size, generator: torch.Generator) -> Inputs:
-    """Hidden states that point at their own label's row of the head, half of them strongly."""
-    import torch
-
-    assert size.V is not None and size.D is not None
-    device, dtype = generator.device, getattr(torch, size.dtype)
-    weight = torch.randn(size.V, size.D, generator=generator, device=device, dtype=dtype)
-    weight.mul_(size.D**-0.5)
-    labels = torch.randint(size.V, (size.N,), generator=generator, device=device)
-    hidden = torch.randn(size.N, size.D, generator=generator, device=device, dtype=dtype).mul_(2)
-    hidden[::2] += 10 * weight[labels[::2]]
-    return {"hidden": hidden, "weight": weight, "labels": labels}
-
-
 # ---- plain torch: the baseline, and in fp64 the truth
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    """fp16 and bf16 as fp32, the upcast that training code does before its loss."""
-    return x.float() if x.element_size() < 4 else x
 
 
 def _cross_entropy_eager(inputs: Inputs) -> Outputs:
     from torch.nn import functional as F
 
-    return (F.cross_entropy(_wide(inputs["logits"]), inputs["labels"]),)
+    return (F.cross_entropy(wide(inputs["logits"]), inputs["labels"]),)
 
 
 def _logp_entropy_eager(inputs: Inputs) -> Outputs:
-    logps = _wide(inputs["logits"]).log_softmax(-1)
+    logps = wide(inputs["logits"]).log_softmax(-1)
     logp = logps.gather(-1, inputs["labels"][:, None]).squeeze(-1)
     return logp, -(logps.exp() * logps).sum(-1)
 
 
-CAP, CAP_SLOPE = 20.0, 0.2  # so that the capped loss of these inputs is neither flat nor saturated
-
-
 def _bundle_eager(inputs: Inputs) -> Outputs:
-    logits = _wide(inputs["logits"])
+    logits = wide(inputs["logits"])
     lse = logits.logsumexp(-1)
     logps = logits - lse[:, None]
     loss = -logps.gather(-1, inputs["labels"][:, None]).mean()
@@ -210,14 +110,14 @@ def _bundle_eager(inputs: Inputs) -> Outputs:
 def _soft_eager(inputs: Inputs) -> Outputs:
     from torch.nn import functional as F
 
-    return (F.cross_entropy(_wide(inputs["logits"]), _wide(inputs["target"])),)
+    return (F.cross_entropy(wide(inputs["logits"]), wide(inputs["target"])),)
 
 
 def _pair_facts_eager(inputs: Inputs) -> Outputs:
     from torch.nn import functional as F
 
-    logp = _wide(inputs["logits"]).log_softmax(-1)
-    logq = _wide(inputs["target_logits"]).log_softmax(-1)
+    logp = wide(inputs["logits"]).log_softmax(-1)
+    logq = wide(inputs["target_logits"]).log_softmax(-1)
     p, q = logp.exp(), logq.exp()
     log_mean = ((p + q) / 2).log()
 
@@ -231,16 +131,16 @@ def _pair_facts_eager(inputs: Inputs) -> Outputs:
 def _kl_eager(inputs: Inputs) -> Outputs:
     from torch.nn import functional as F
 
-    logp = _wide(inputs["logits"]).log_softmax(-1)
-    logq = _wide(inputs["target_logits"]).log_softmax(-1)
+    logp = wide(inputs["logits"]).log_softmax(-1)
+    logq = wide(inputs["target_logits"]).log_softmax(-1)
     return (F.kl_div(logp, logq, reduction="batchmean", log_target=True),)
 
 
 def _jsd_eager(inputs: Inputs) -> Outputs:
     from torch.nn import functional as F
 
-    logp = _wide(inputs["logits"]).log_softmax(-1)
-    logq = _wide(inputs["target_logits"]).log_softmax(-1)
+    logp = wide(inputs["logits"]).log_softmax(-1)
+    logq = wide(inputs["target_logits"]).log_softmax(-1)
     log_mean = ((logp.exp() + logq.exp()) / 2).log()
     to_target = F.kl_div(log_mean, logq, reduction="batchmean", log_target=True)
     to_output = F.kl_div(log_mean, logp, reduction="batchmean", log_target=True)
@@ -248,8 +148,8 @@ def _jsd_eager(inputs: Inputs) -> Outputs:
 
 
 def _shared_teacher_eager(inputs: Inputs) -> Outputs:
-    teacher = _wide(inputs["target_logits"]).softmax(-1)
-    logp = _wide(inputs["logits"]).log_softmax(-1)
+    teacher = wide(inputs["target_logits"]).softmax(-1)
+    logp = wide(inputs["logits"]).log_softmax(-1)
     losses = -(teacher * logp).sum(-1).mean(-1)  # [students]
     return tuple(losses.unbind())
 
@@ -259,17 +159,10 @@ def _hidden_eager(inputs: Inputs) -> Outputs:
 
     l2, cosine = [], []
     for output, target in zip(inputs["x"], inputs["target"], strict=True):
-        x, y = _wide(output), _wide(target)
+        x, y = wide(output), wide(target)
         l2.append(((x - y).norm(dim=-1) / y.norm(dim=-1).clamp_min(1e-6)).mean())
         cosine.append(F.cosine_similarity(x, y, dim=-1).mean())
     return sum(l2) / len(l2), sum(cosine) / len(cosine)  # type: ignore[return-value]
-
-
-def _head_eager(inputs: Inputs) -> Outputs:
-    from torch.nn import functional as F
-
-    logits = F.linear(inputs["hidden"], inputs["weight"])
-    return (F.cross_entropy(_wide(logits), inputs["labels"]),)
 
 
 # ---- torch's own single call, in the dtype it is given
@@ -285,23 +178,6 @@ def _soft_native() -> Function:
     from torch.nn import functional as F
 
     return lambda inputs: (F.cross_entropy(inputs["logits"], inputs["target"]),)
-
-
-def _head_native() -> Function:
-    from torch import nn
-    from torch.nn import functional as F
-
-    if not hasattr(F, "linear_cross_entropy"):
-        raise NotHere("F.linear_cross_entropy needs torch >= 2.13")
-    options = nn.LinearCrossEntropyOptions()  # without options it is eager's two calls
-
-    def function(inputs: Inputs) -> Outputs:
-        loss = F.linear_cross_entropy(
-            inputs["hidden"], inputs["weight"], inputs["labels"], options=options
-        )
-        return (loss,)
-
-    return function
 
 
 # ---- onepass
@@ -437,45 +313,7 @@ def _onepass_hidden_each() -> Function:
     return function
 
 
-def _onepass_head(impl: str) -> Function:
-    from .. import LazyLogits, cross_entropy
-
-    def function(inputs: Inputs) -> Outputs:
-        logits = LazyLogits(inputs["hidden"], inputs["weight"])
-        return (cross_entropy(logits, inputs["labels"], impl=impl),)
-
-    return function
-
-
 # ---- the table
-
-
-def _compiled(function: Function) -> Callable[[], Function]:
-    def load() -> Function:
-        import torch
-
-        return torch.compile(function, dynamic=False)
-
-    return load
-
-
-def _ours(load: Callable[[str], Function]) -> tuple[Provider, ...]:
-    """The package as installed, and its torch path where that is another one."""
-    return (
-        Provider("onepass", lambda: load("auto")),
-        Provider("onepass-torch", lambda: load("torch"), gpu_only=True),
-    )
-
-
-def _plain(function: Function) -> tuple[Provider, ...]:
-    return (
-        Provider("eager", lambda: function),
-        Provider("compile", _compiled(function), compiled=True),
-    )
-
-
-def _peer(name: str, load: Callable[[], Function], **options: Any) -> Provider:
-    return Provider(name, load, distribution=name, **options)
 
 
 def _label_traffic(size: Size) -> tuple[int, int]:
@@ -494,17 +332,20 @@ def _hidden_traffic(size: Size) -> tuple[int, int]:
 
 
 _CROSS_ENTROPY = (
-    *_ours(_onepass_cross_entropy),
-    *_plain(_cross_entropy_eager),
+    *ours(_onepass_cross_entropy),
+    *plain(_cross_entropy_eager),
     Provider("native", _cross_entropy_native, half_only=True),
-    _peer("liger-kernel", peers.liger_cross_entropy, gpu_only=True, overwrites=("logits",)),
-    _peer("quack-kernels", peers.quack_cross_entropy, gpu_only=True),
+    peer("liger-kernel", peers.liger_cross_entropy, gpu_only=True, overwrites=("logits",)),
+    peer("quack-kernels", peers.quack_cross_entropy, gpu_only=True),
 )
 _LOGP_ENTROPY = (
-    *_ours(_onepass_logp_entropy),
-    *_plain(_logp_entropy_eager),
-    _peer("trl", peers.trl_logp_entropy),
+    *ours(_onepass_logp_entropy),
+    *plain(_logp_entropy_eager),
+    peer("trl", peers.trl_logp_entropy),
 )
+
+# 32000, one token more, GPT-2, Llama 3, Qwen 2.5 without its padding, Gemma 2
+VOCABULARIES = (32000, 32001, 50257, 128256, 151643, 256000)
 
 CASES: tuple[Case, ...] = (
     Case(
@@ -530,6 +371,30 @@ CASES: tuple[Case, ...] = (
                 Size(128, 50257),
                 Size(256, 32001, dtype="float32", row_stride=32064),
             ),
+        },
+    ),
+    *HEAD_CASES,  # early: a time limit takes the last of each turn
+    Case(
+        name="every_vocabulary",
+        what="the same for vocabularies and batches of any size: GB/s should not depend on them",
+        inputs=_label_inputs,
+        wrt=("logits",),
+        providers=(*ours(_onepass_cross_entropy), plain(_cross_entropy_eager)[0]),
+        traffic=_label_traffic,
+        sizes={
+            "cuda": tuple(Size(4096, vocab_size) for vocab_size in VOCABULARIES),
+            "cpu": (
+                Size(64, 32001, dtype="float32"),
+                Size(64, 32000, dtype="float32"),
+            ),
+        },
+        more={
+            "cuda": tuple(
+                Size(n, v, row_stride=stride)
+                for v in (32000, 50257)
+                for stride in (None, v + 1 + v % 2)
+                for n in (1, 16, 256, 16384)
+            )
         },
     ),
     Case(
@@ -579,9 +444,9 @@ CASES: tuple[Case, ...] = (
         inputs=_label_inputs,
         wrt=("logits",),
         providers=(
-            *_ours(_onepass_bundle),
+            *ours(_onepass_bundle),
             Provider("onepass-separate", _onepass_bundle_separate),
-            *_plain(_bundle_eager),
+            *plain(_bundle_eager),
         ),
         upstream=(1.0, 1e-4, -0.01, 0.5),
         traffic=_label_traffic,
@@ -596,8 +461,8 @@ CASES: tuple[Case, ...] = (
         inputs=_soft_inputs,
         wrt=("logits",),
         providers=(
-            *_ours(_onepass_soft),
-            *_plain(_soft_eager),
+            *ours(_onepass_soft),
+            *plain(_soft_eager),
             Provider("native", _soft_native, half_only=True),
         ),
         traffic=_pair_traffic,
@@ -611,8 +476,10 @@ CASES: tuple[Case, ...] = (
         what="soft cross-entropy, KL, reverse KL and JSD to a teacher, for every row",
         inputs=_pair_inputs,
         wrt=("logits",),
-        providers=(*_ours(_onepass_pair_facts), *_plain(_pair_facts_eager)),
+        providers=(*ours(_onepass_pair_facts), *plain(_pair_facts_eager)),
         traffic=_pair_traffic,
+        launches=(3, 1),
+        passes=2,  # the mean of two softmaxes is known once both are
         sizes={
             "cuda": (Size(2048, 128256),),
             "cpu": (Size(128, 32000, dtype="float32"),),
@@ -624,9 +491,9 @@ CASES: tuple[Case, ...] = (
         inputs=_pair_inputs,
         wrt=("logits",),
         providers=(
-            *_ours(_onepass_pair_mean("kl")),
-            *_plain(_kl_eager),
-            _peer("liger-kernel", peers.liger_kl, gpu_only=True),
+            *ours(_onepass_pair_mean("kl")),
+            *plain(_kl_eager),
+            peer("liger-kernel", peers.liger_kl, gpu_only=True),
         ),
         traffic=_pair_traffic,
         sizes={
@@ -640,11 +507,13 @@ CASES: tuple[Case, ...] = (
         inputs=_pair_inputs,
         wrt=("logits",),
         providers=(
-            *_ours(_onepass_pair_mean("jsd")),
-            *_plain(_jsd_eager),
-            _peer("liger-kernel", peers.liger_jsd, gpu_only=True),
+            *ours(_onepass_pair_mean("jsd")),
+            *plain(_jsd_eager),
+            peer("liger-kernel", peers.liger_jsd, gpu_only=True),
         ),
         traffic=_pair_traffic,
+        launches=(3, 1),
+        passes=2,  # the mean of two softmaxes is known once both are
         sizes={
             "cuda": (Size(4096, 128256),),
             "cpu": (Size(128, 32000, dtype="float32"),),
@@ -656,9 +525,9 @@ CASES: tuple[Case, ...] = (
         inputs=_pair_inputs,
         wrt=("logits",),
         providers=(
-            *_ours(_onepass_shared_teacher),
+            *ours(_onepass_shared_teacher),
             Provider("onepass-separate", _onepass_teacher_each),
-            *_plain(_shared_teacher_eager),
+            *plain(_shared_teacher_eager),
         ),
         upstream=(1.0, -0.5, -0.25),  # performance, protection, guardrails
         traffic=_pair_traffic,
@@ -673,34 +542,16 @@ CASES: tuple[Case, ...] = (
         inputs=_hidden_inputs,
         wrt=("x",),
         providers=(
-            *_ours(_onepass_hidden),
+            *ours(_onepass_hidden),
             Provider("onepass-separate", _onepass_hidden_each),
-            *_plain(_hidden_eager),
+            *plain(_hidden_eager),
         ),
         upstream=(1.0, 0.5),
         traffic=_hidden_traffic,
+        launches=(1, 1),
         sizes={
             "cuda": (Size(8192, D=4096, layers=8), Size(2048, D=4096, layers=32)),
             "cpu": (Size(256, D=2048, dtype="float32", layers=8),),
-        },
-    ),
-    Case(
-        name="head_cross_entropy",
-        what="mean cross-entropy from hidden states and the head's weight",
-        inputs=_head_inputs,
-        wrt=("hidden", "weight"),
-        providers=(
-            *_ours(_onepass_head),
-            *_plain(_head_eager),
-            Provider("native", _head_native),
-            _peer("liger-kernel", peers.liger_head, gpu_only=True),
-            _peer("cut-cross-entropy", peers.cce_head),
-            _peer("quack-kernels", peers.quack_head, gpu_only=True),
-            _peer("trl", peers.trl_head),
-        ),
-        sizes={
-            "cuda": (Size(8192, 128256, 4096), Size(1024, 128256, 4096)),
-            "cpu": (Size(256, 32000, 256, dtype="float32"),),
         },
     ),
 )

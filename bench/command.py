@@ -43,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="first sizes (on a CPU a quarter), few turns, no compile",
     )
     help_output = f"folder for <device>.json, made if missing (default: ./{DEFAULT_FOLDER})"
+    add("--all-sizes", action="store_true", help="the sizes that --list calls more, too")
+    add("--roofline", action="store_true", help="predict the GPU sizes, run nothing, and stop")
     add("--output", type=Path, default=Path(DEFAULT_FOLDER), metavar="DIR", help=help_output)
     add("--plot", type=Path, metavar="PNG", help="draw this run's rows too")
     add("--json", action="store_true", help="print environment and rows as JSON, not tables")

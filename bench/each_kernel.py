@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for rows, columns in shapes:
             generator = torch.Generator(args.device).manual_seed(rows * columns)
             draw = Draw(generator, dtype, args.impl)
-            for op in (vocab_stats, vocab_pair_stats, row_moments):
+            for op in (vocab_stats, vocab_pair_stats, row_moments, head):
                 total = op(draw, rows, columns)
                 if not bool(torch.isfinite(total)):
                     print(f"{op.__name__} {rows}x{columns} {dtype}: {float(total)}")
@@ -124,6 +124,21 @@ def row_moments(draw: Draw, rows: int, columns: int) -> Any:
     mask = torch.ones(rows, dtype=torch.bool, device=x[0].device)
     mask[-1] = rows == 1
     return backward(op(x, y, mask, impl=draw.impl), [*x, *y])
+
+
+def head(draw: Draw, rows: int, columns: int) -> Any:
+    """Slabs of two rows: gradients made in the forward, then in the backward, of a capped head."""
+    from .. import LazyLogits, cross_entropy
+    from .. import vocab_stats as op
+
+    hidden, weight, bias = draw.rows(rows, 16), draw.rows(columns, 16), draw.rows(columns)
+    leaves, labels = (hidden, weight, bias), draw.labels(rows, columns)
+    slab = 2 * columns * hidden.element_size()
+    plain = LazyLogits(hidden, weight, bias, max_slab_bytes=slab)
+    total = backward((cross_entropy(plain, labels, impl=draw.impl),), leaves)
+    capped = LazyLogits(hidden, weight, bias, softcap=20.0, max_slab_bytes=slab)
+    facts = op(capped, labels, want=("logp", "entropy"), impl=draw.impl)
+    return total + backward(facts[:5], leaves)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ so that a change of clock speed or a busy neighbour falls on all of them alike.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from .cases import Case, Function, Inputs, Outputs
+    from .schema import Case, Function, Inputs, Outputs
 
 # Largest error that is still rounding, by dtype: of an output, of a gradient as a whole, of its
 # worst row. All relative; the README of this folder says to what. Torch's own cross-entropy in
@@ -126,18 +127,25 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def truth(case: Case, inputs: Inputs, with_gradients: bool) -> Truth:
-    """The reference: in fp64, or in fp32 where eight fp64 copies of the inputs do not fit."""
-    eager = next(p for p in case.providers if p.name == "eager").load()
+    """The reference: in fp64, or in fp32 where eight fp64 copies of the inputs do not fit, or what
+    eager makes of them."""
     elements = sum(t.numel() for t in tensors(inputs) if t.is_floating_point())
-    device = next(tensors(inputs)).device
-    dtype = torch.float64 if 8 * 8 * elements < _free_bytes(device) else torch.float32
+    if 8 * 8 * elements < _free_bytes(next(tensors(inputs)).device):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return _truth_in(torch.float64, case, inputs, with_gradients)
+    return _truth_in(torch.float32, case, inputs, with_gradients)
+
+
+def _truth_in(dtype: torch.dtype, case: Case, inputs: Inputs, with_gradients: bool) -> Truth:
+    eager = next(p for p in case.providers if p.name == "eager").load()
     wide = _map(inputs, lambda t: t.to(dtype) if t.is_floating_point() else t)
+    gradients = None
     if with_gradients:
         outputs, gradients = forward_backward(eager, wide, case)
-        return Truth(outputs, gradients, "fp64" if dtype == torch.float64 else "fp32")
-    with torch.no_grad():
-        outputs = eager(wide)
-    return Truth(outputs, None, "fp64" if dtype == torch.float64 else "fp32")
+    else:
+        with torch.no_grad():
+            outputs = eager(wide)
+    return Truth(outputs, gradients, "fp64" if dtype == torch.float64 else "fp32")
 
 
 def output_error(output: torch.Tensor, reference: torch.Tensor) -> float:
@@ -289,6 +297,16 @@ class Contender:
         self.errors[what] = worst
         if not worst <= limit:  # NaN is not
             raise Refused(f"{what} off by {worst:.1e}, {limit:.0e} allowed", self.errors)
+
+    def first_call(self) -> None:
+        """The call that compiles what there is to compile, of a provider without a result."""
+        self.prepare()
+        started = time.perf_counter()
+        self.call()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.first_call_s = time.perf_counter() - started
+        self.release()
 
     def weigh(self) -> None:
         """Peak memory of one call above its inputs, results included."""

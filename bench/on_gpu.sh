@@ -6,7 +6,8 @@
 # Needs Python 3.11+ with torch, triton and pytest, and nothing else: no network, and onepass need
 # not be installed. Results, at most eight files, go to OUTDIR; compiler caches go to a temporary
 # folder that is removed at the end. A stage that fails or runs out of time does not stop the next;
-# the exit status is 1 if any did, 2 for a wrong invocation. The table of the benchmark comes last.
+# the exit status is 1 if any did, 2 for a wrong invocation. Last come the tables of the benchmark:
+# medians, then the roofline with measured / predicted.
 # --sanitize also runs each kernel once under compute-sanitizer, in time taken from the others.
 # PYTHON names another interpreter; TEST_SECONDS, BENCH_SECONDS, SANITIZE_SECONDS and JOBS (test
 # processes at a time, where pytest-xdist is there) change the stages' shares.
@@ -117,6 +118,6 @@ tail -n 5 "$out/bench.log"
 echo
 cat "$out/status.txt"
 echo
-# The summary: the last table of the file.
+# The summary and the roofline: the last tables of the file.
 awk '/^milliseconds, median/ { found = 1 } found' "$out/bench.txt"
 exit "$failed"

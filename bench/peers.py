@@ -114,18 +114,35 @@ def trl_logp_entropy() -> Function:
     )
 
 
-def trl_head() -> Function:
-    """TRL's chunked log-probabilities of a head, averaged as its trainers average them."""
+def _trl_statistics(outputs: tuple[str, ...]) -> Function:
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer import utils
 
     chunk = getattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 32768)
 
     def function(inputs: Inputs) -> Outputs:
-        hidden, weight, labels = inputs["hidden"], inputs["weight"], inputs["labels"]
-        logp = ChunkedLogProbFunction.apply(
-            hidden, weight, None, labels, 1.0, chunk, None, 1.0, ()
-        )[0]
-        return (-logp.mean(),)
+        labels = inputs["labels"].clamp_min(0)  # it has no index to ignore
+        result: Outputs = ChunkedLogProbFunction.apply(
+            inputs["hidden"], inputs["weight"], None, labels, 1.0, chunk, None, 1.0, outputs
+        )
+        return result
 
     return function
+
+
+def trl_head() -> Function:
+    """TRL's chunked log-probabilities of a head, averaged over a mask as its trainers do."""
+    statistics = _trl_statistics(())
+
+    def function(inputs: Inputs) -> Outputs:
+        counts = inputs["labels"] != -100
+        logp = statistics(inputs)[0]
+        return (-(logp * counts).sum() / counts.sum(),)
+
+    return function
+
+
+def trl_head_logp_entropy() -> Function:
+    """The same with the entropy of every row."""
+    statistics = _trl_statistics(("entropy",))
+    return lambda inputs: statistics(inputs)[:2]

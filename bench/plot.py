@@ -14,14 +14,17 @@ COLOURS = {
     "onepass": "#0072B2",
     "onepass-torch": "#56B4E9",
     "onepass-separate": "#56B4E9",
+    "onepass-one-loss": "#56B4E9",
     "compile": "#E69F00",
     "native": "#999999",
+    "native-chunked": "#999999",
+    "gemms": "#000000",
     "liger-kernel": "#009E73",
     "quack-kernels": "#CC79A7",
     "cut-cross-entropy": "#D55E00",
     "trl": "#F0E442",
 }
-HATCHES = {"onepass-separate": "///"}
+HATCHES = {"onepass-separate": "///", "onepass-one-loss": "..."}
 BAR = 0.17  # inches
 GAP = 0.2  # inches between the groups
 

@@ -28,6 +28,8 @@ FIELDS = (
     *("size", "status", "why", "reps", "host_ms", "first_call_s"),
     *("output_error", "gradient_error", "reference", "in_place"),
     *("threads", "load", "python", "onepass"),
+    *("masked", "inputs", "gemm_units", "flops", "bytes", "launches"),
+    *("predicted_ms", "predicted_on"),
 )
 STATUSES = ("ok", "refused", "failed", "not installed", "not here", "not run")
 
@@ -134,6 +136,35 @@ def print_details(rows: list[Row], stream: TextIO | None = None) -> None:
             )
     columns = ("case", "size", "mode", "provider", "ms", "20-80 %", "speed", "peak MiB")
     render("", (*columns, "memory", "GB/s", "note"), lines, stream=stream)
+
+
+def print_rooflines(rows: Iterable[Row], stream: TextIO | None = None) -> None:
+    """The least that each case costs, what a card would need for it, and on that card its share."""
+    lines, cards = [], []
+    for row in rows:
+        if row.get("launches") is None and not row.get("gemm_units"):
+            continue
+        predicted, measured, card = row["predicted_ms"], row["ms"], row["predicted_on"]
+        cards.append(card)
+        is_there = card in row["device"] and measured is not None and predicted is not None
+        lines.append(
+            (
+                *(row["case"], row["size"], row["mode"], row["provider"]),
+                str(row["gemm_units"]) if row["gemm_units"] else None,
+                _number(row["flops"] / 1e9) if row["flops"] else None,
+                _number(row["bytes"] / 1e6),
+                None if row["launches"] is None else str(row["launches"]),
+                _number(predicted),
+                _number(measured) if is_there else None,
+                f"{measured / predicted:.2f}" if is_there else None,
+            )
+        )
+    if not lines:
+        return
+    names = " and ".join(dict.fromkeys(cards))
+    title = f"roofline: what has to be done, and what {names} would need for it (a prediction)"
+    heads = ("case", "size", "mode", "provider", "GEMM units", "GFLOP", "MB", "launches")
+    render(title, (*heads, "predicted ms", "measured", "/ predicted"), lines, stream=stream)
 
 
 def print_summary(rows: list[Row], stream: TextIO | None = None) -> None:

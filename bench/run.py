@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from ..cli.env import version
 from ..cli.errors import Failed, UsageError, one_line
 from ..cli.folder import check_writable
-from . import peers
-from .cases import CASES, Case, NotHere, Provider, Size
+from . import peers, roofline
+from .cases import CASES
 from .report import (
     FIELDS,
     NotRows,
@@ -32,14 +32,16 @@ from .report import (
     append_rows,
     file_name,
     print_details,
+    print_rooflines,
     print_summary,
     read_rows,
     write_csv,
 )
+from .schema import Case, NotHere, Provider, Size
 
 if TYPE_CHECKING:
-    from .cases import Function, Inputs
     from .measure import Contender
+    from .schema import Function, Inputs
 
 # Seconds of timing for the providers of one size and mode together, fewest and most turns.
 EFFORT = {"cpu": (2.0, 5, 50), "cuda": (1.0, 10, 100)}
@@ -61,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     theirs = list(dict.fromkeys(p.name for case in cases for p in case.providers))
     if args.providers is not None and not set(args.providers) & set(theirs):
         raise UsageError("--providers: none of them serves these cases", allowed=theirs)
+    if args.roofline:
+        return _predict(cases, args)
     check_writable(args.output)
     if args.plot is not None:
         _require_matplotlib()
@@ -114,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
         print_details(rows)
         print()
         print_summary(rows)
+        print()
+        print_rooflines(rows)
     if interrupted:
         kept = f"; {added} to {path}" if rows else " before the first row"
         _say(f"onepass bench: interrupted{kept}")
@@ -154,8 +160,29 @@ def _list() -> int:
         print(f"{case.name}: {case.what}")
         for device, sizes in case.sizes.items():
             print(f"    {device:<10} " + "; ".join(size.label for size in sizes))
+            if case.more.get(device):
+                print(f"    {'more':<10} " + "; ".join(size.label for size in case.more[device]))
         print(f"    {'providers':<10} " + ", ".join(p.name for p in case.providers))
         print(f"    {'modes':<10} " + ", ".join(case.modes))
+    return 0
+
+
+def _predict(cases: Sequence[Case], args: argparse.Namespace) -> int:
+    """The rooflines of the GPU sizes, which nobody has to run."""
+    blank = dict.fromkeys(FIELDS) | {"device": ""}
+    rows = [
+        blank
+        | {"case": case.name, "size": size.label, "mode": mode, "provider": provider.name}
+        | roofline.columns(case, size, mode, provider.name, "")
+        for case, size in _plan(cases, "cuda", args)
+        for mode in args.mode or case.modes
+        for provider in case.providers
+        if args.providers is None or provider.name in args.providers
+    ]
+    if args.json:
+        print(json.dumps([row for row in rows if row["predicted_on"]], indent=1))
+    else:
+        print_rooflines(rows)
     return 0
 
 
@@ -287,6 +314,8 @@ def _plan(cases: Sequence[Case], device: str, args: argparse.Namespace) -> list[
     sizes = {}
     for case in cases:
         of_device = case.sizes[device][:1] if args.quick else case.sizes[device]
+        if args.all_sizes:
+            of_device += case.more.get(device, ())
         if args.quick and device == "cpu":
             of_device = tuple(replace(size, N=-(-size.N // 4)) for size in of_device)
         sizes[case.name] = list(dict.fromkeys(case.at(size, args.dtype) for size in of_device))
@@ -362,6 +391,10 @@ def run_size(
         for provider in providers:
             close_all(provider, "not run", "no memory for the inputs and their reference")
         return list(rows.values())
+    except NotHere as error:
+        for provider in providers:
+            close_all(provider, "not here", str(error))
+        return list(rows.values())
     ready: dict[str, list[Contender]] = {mode: [] for mode in modes}
     for provider in providers:
         if (reason := _why_not(provider, device, args)) is not None:
@@ -380,7 +413,7 @@ def run_size(
                 provider, function, inputs, case, mode, size.dtype, reference
             )
             row = rows[mode, provider.name]
-            row["reference"] = reference.precision
+            row["reference"] = None if provider.floor else reference.precision
             row["output_error"] = contender.errors.get("output") if contender else None
             row["gradient_error"] = contender.errors.get("gradient") if contender else None
             if status != "ok":
@@ -420,7 +453,10 @@ def _admit(
         contender = measure.Contender(
             provider.name, function, inputs, case, mode, provider.overwrites
         )
-        contender.check(reference, dtype)
+        if provider.floor:
+            contender.first_call()
+        else:
+            contender.check(reference, dtype)
     except measure.Refused as refusal:
         return contender, "refused", str(refusal)
     except Exception as error:  # a peer may raise anything at all; its row says what
@@ -455,12 +491,15 @@ def _blank(
         D=size.D,
         dtype=size.dtype,
         size=size.label,
+        masked=size.masked,
+        inputs=size.inputs,
         status="ok",
         why="",
         in_place=bool(provider.overwrites),
         provider_version=of_provider,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    row.update(roofline.columns(case, size, mode, provider.name, environment["device"]))
     return row
 
 
