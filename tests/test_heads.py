@@ -6,7 +6,10 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import os
 import pickle
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -299,3 +302,29 @@ def test_what_stands_in_forward_is_small() -> None:
     model = onepass.lazy_head(tiny("llama"))
     changed = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), LazyForward)]
     assert changed == [model.lm_head]
+
+
+def test_any_order_of_imports() -> None:
+    # LlamaFactory#7175: patches that had to come before, or after, another package
+    with onepass.lazy_head_within(tiny("llama")) as model:
+        wanted = float(model(**batch_of("llama")).loss)
+    code = """
+import onepass
+lazy_head, strict = onepass.lazy_head, onepass.strict
+from support.tiny_models import batch_of, tiny
+with strict():
+    print(repr(float(lazy_head(tiny("llama"))(**batch_of("llama")).loss)))
+"""
+    tests = Path(__file__).resolve().parent
+    path = os.pathsep.join([str(tests), str(tests.parent / "python")])
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert float(done.stdout or "nan") == pytest.approx(wanted, rel=1e-6), done.stderr
+
+
+def test_the_name_costs_no_compiler() -> None:
+    code = "import sys, onepass; onepass.lazy_head; print('torch._dynamo' in sys.modules)"
+    path = str(Path(__file__).resolve().parents[1] / "python")
+    env = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

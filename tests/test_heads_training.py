@@ -36,19 +36,26 @@ DATA = [
 def trainer(model: Any, folder: Path, device: str, **options: Any) -> Any:
     own = {k: options.pop(k) for k in list(options) if k in OF_TRAINER}
     arguments = hf.TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=2, per_device_eval_batch_size=4,
-        max_steps=3, learning_rate=1e-2, report_to="none", save_strategy="no", use_cpu=device == "cpu",
-        logging_steps=1, disable_tqdm=True, seed=0, **options,
-    )  # fmt: skip
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=4,
+        max_steps=3,
+        learning_rate=1e-2,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=device == "cpu",
+        logging_steps=1,
+        disable_tqdm=True,
+        **options,
+    )
     return hf.Trainer(model=model, args=arguments, train_dataset=DATA, eval_dataset=DATA[:8], **own)
 
 
 OF_TRAINER = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")
 TRAINED: dict[str, dict[str, Any]] = {
-    "plain": {},
     "accumulation": {"gradient_accumulation_steps": 2},
     "bf16": {"bf16": True, "gradient_accumulation_steps": 2},
-    "label_smoothing": {"label_smoothing_factor": 0.1},
+    "label_smoothing": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
     "label_smoothing_bf16": {"label_smoothing_factor": 0.1, "bf16": True},
     "checkpointing": {
         "gradient_checkpointing": True,
@@ -60,7 +67,7 @@ TRAINED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("how", TRAINED)
 def test_trainer_takes_the_same_steps(how: str, tmp_path: Path, device: str) -> None:
     # Liger-Kernel#1082: the loss was right and grad_norm 100 times off
-    family = "qwen2_tied" if how == "plain" else "llama"
+    family = "qwen2_tied" if how == "accumulation" else "llama"
 
     def trained(lazy: bool) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
         model = tiny(family, device)
@@ -83,13 +90,14 @@ def test_trainer_takes_the_same_steps(how: str, tmp_path: Path, device: str) -> 
             assert float((apart > 1e-4).float().mean()) < 0.01, name
 
 
-def accuracy(given: Any) -> dict[str, float]:
+def accuracy(given: Any, compute_result: bool = True) -> dict[str, float]:
+    """Of arrays, or of tensors batch by batch; of logits, or of their argmax."""
     ids, labels = given.predictions, given.label_ids
     if ids.ndim == 3:
-        assert isinstance(ids, np.ndarray) and ids.shape[-1] == V
+        assert ids.shape[-1] == V
         ids = ids.argmax(-1)
-    counts = labels[:, 1:] != -100
-    return {"accuracy": float((ids[:, :-1] == labels[:, 1:])[counts].mean()), "n": len(labels)}
+    right = (ids[:, :-1] == labels[:, 1:])[labels[:, 1:] != -100]
+    return {"accuracy": float(right.sum() / right.shape[0]), "ids": float(ids.sum())}
 
 
 EVALUATED: dict[str, dict[str, Any]] = {
@@ -99,20 +107,11 @@ EVALUATED: dict[str, dict[str, Any]] = {
         "compute_metrics": accuracy,
         "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
     },
-    "batched_metrics": {
-        "compute_metrics": lambda given, compute_result: accuracy_of_tensors(given),
-        "batch_eval_metrics": True,
-    },
+    "batched_metrics": {"compute_metrics": accuracy, "batch_eval_metrics": True},
     "bf16": {"compute_metrics": accuracy, "bf16": True},
     "bf16_full": {"compute_metrics": accuracy, "bf16_full_eval": True},
     "smoothed": {"compute_metrics": accuracy, "label_smoothing_factor": 0.1},
 }
-
-
-def accuracy_of_tensors(given: Any) -> dict[str, float]:
-    labels = given.label_ids
-    right = (given.predictions.argmax(-1)[:, :-1] == labels[:, 1:])[labels[:, 1:] != -100]
-    return {"accuracy": float(right.float().mean())}
 
 
 @pytest.mark.parametrize("how", EVALUATED)
@@ -120,22 +119,23 @@ def test_trainer_evaluates_the_same(how: str, tmp_path: Path, device: str) -> No
     # unsloth#3126, #1548: compute_metrics got logits that were empty
     def evaluated(lazy: bool) -> dict[str, float]:
         model = tiny("llama", device)
-        run = trainer(
-            onepass.lazy_head(model) if lazy else model, tmp_path, device, **EVALUATED[how]
-        )
+        model = onepass.lazy_head(model) if lazy else model
+        run = trainer(model, tmp_path, device, **EVALUATED[how])
         nothing_made = lazy and how in ("loss_only", "metrics_of_argmax", "batched_metrics")
         with onepass.strict(nothing_made), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", MaterializedWarning)
             found: dict[str, float] = run.evaluate()
         of_ours = [str(w.message) for w in said if w.category is MaterializedWarning]
         assert len(of_ours) == len(set(of_ours)) <= 3, of_ours
-        return {k: v for k, v in found.items() if "runtime" not in k and "second" not in k}
+        return {k: v for k, v in found.items() if k.split("_")[-1] in ("loss", "accuracy", "ids")}
 
     got, wanted = evaluated(True), evaluated(False)
     assert got.keys() == wanted.keys() and "eval_loss" in got
     rough = how.startswith("bf16")
+    assert ("eval_ids" in got) == (how != "loss_only")
     for key, value in wanted.items():
-        assert got[key] == pytest.approx(value, rel=1e-2 if rough else 1e-5, abs=0.05 * rough), key
+        rel = 2e-2 if rough else 1e-5  # in bfloat16 two largest logits may be one
+        assert got[key] == pytest.approx(value, rel=rel, abs=0.05 * rough), key
 
 
 def test_trainer_predicts_the_logits(tmp_path: Path, device: str) -> None:
@@ -178,8 +178,9 @@ GENERATED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "t5_encoder_decoder"])
-@pytest.mark.parametrize("how", GENERATED)
+@pytest.mark.parametrize(
+    ("how", "family"), [*((how, "llama") for how in GENERATED), ("greedy", "t5_encoder_decoder")]
+)
 def test_generates_the_same_tokens(how: str, family: str, device: str) -> None:
     model, ids = tiny(family, device).eval(), batch_of("llama", device)["input_ids"][:, :5]
 
@@ -238,6 +239,13 @@ def test_the_whole_model_checkpointed(device: str) -> None:
     torch.testing.assert_close(model.lm_head.weight.grad, wanted[1]["lm_head.weight"])
 
 
+def small(device: str) -> Any:
+    """With a softcap and one layer: compiling is most of the time."""
+    model = tiny("gemma2_softcap", device)
+    model.model.layers = model.model.layers[:1]
+    return model
+
+
 @pytest.fixture
 def fresh_compiler() -> Any:
     torch._dynamo.reset()
@@ -245,19 +253,19 @@ def fresh_compiler() -> Any:
     torch._dynamo.reset()
 
 
-COMPILED = ("before", "after", "after_running")
+# The compiler's front end is what meets the head; the rest of it is run once.
+COMPILED = [("before", "aot_eager"), ("after", "eager"), ("after_running", "eager")]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # the compiler's own, of a graph break
-@pytest.mark.parametrize("when", COMPILED)
-@pytest.mark.parametrize("family", ["llama", "gemma2_softcap"])
-def test_compiled(family: str, when: str, device: str, fresh_compiler: Any) -> None:
-    model, batch = tiny(family, device), batch_of(family, device)
+@pytest.mark.parametrize(("when", "backend"), COMPILED)
+def test_compiled(when: str, backend: str, device: str, fresh_compiler: Any) -> None:
+    model, batch = small(device), batch_of("gemma2_softcap", device)
     ids, labels = batch["input_ids"], batch["labels"]
     wanted = step(model, batch)
     if when == "before":
         onepass.lazy_head(model)
-    compiled: Any = torch.compile(model, backend="aot_eager")
+    compiled: Any = torch.compile(model, backend=backend)
     if when == "after_running":
         assert type(compiled(**batch).logits) is Tensor
     if when != "before":
@@ -286,10 +294,10 @@ def test_compiled(family: str, when: str, device: str, fresh_compiler: Any) -> N
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_compiled_loss_of_lazy_logits(device: str, fresh_compiler: Any) -> None:
-    model, batch = onepass.lazy_head(tiny("llama", device)), batch_of("llama", device)
+    model, batch = onepass.lazy_head(small(device)), batch_of("llama", device)
     wanted = step(model, batch)
 
-    @torch.compile(backend="aot_eager")
+    @torch.compile(backend="eager")
     def loss_of(ids: Tensor, labels: Tensor) -> Tensor:
         logits = model(input_ids=ids).logits
         rows = logits[:, :-1].reshape(-1, V)
@@ -300,4 +308,6 @@ def test_a_compiled_loss_of_lazy_logits(device: str, fresh_compiler: Any) -> Non
         loss = loss_of(batch["input_ids"], batch["labels"])
         loss.backward()
     torch.testing.assert_close(loss, 2 * wanted[0].loss)
-    torch.testing.assert_close(model.lm_head.weight.grad, 2 * wanted[1]["lm_head.weight"])
+    torch.testing.assert_close(
+        model.lm_head.weight.grad, 2 * wanted[1]["model.embed_tokens.weight"], rtol=1e-5, atol=1e-7
+    )

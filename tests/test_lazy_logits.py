@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,8 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
     "double": lambda z: z.to(torch.float64),
     "to_device": lambda z: z.to(z.device),
     "clone": lambda z: z.clone(),
+    "to_a_copy": lambda z: z.to(copy=True, dtype=torch.float32, device=z.device),
+    "to_another": lambda z: z.to(z).type_as(z),
     "scaled": lambda z: z * 0.25,
     "scaled_from_left": lambda z: 3 * z,
     "divided": lambda z: z / 2.5,
@@ -110,6 +113,13 @@ def gathered(z: Tensor) -> Tensor:
     return rows(z).log_softmax(-1).gather(-1, ids).squeeze(-1)
 
 
+def smoothed(losses: Tensor) -> Tensor:
+    """As the label smoothing of transformers.Trainer takes it."""
+    ids = labels_of(losses).clamp_min(0)[:, None]
+    nll = losses.gather(dim=-1, index=ids)
+    return (0.9 * nll + 0.1 * losses.sum(dim=-1, keepdim=True, dtype=torch.float32)).sum()
+
+
 FUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "cross_entropy": lambda z: functional.cross_entropy(rows(z), labels_of(z)),
     "cross_entropy_sum": lambda z: functional.cross_entropy(
@@ -128,6 +138,8 @@ FUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "gather": lambda z: rows(z).gather(1, labels_of(z).clamp_min(0)[:, None]).sum(),
     "logsumexp": lambda z: z.logsumexp(-1).square().sum(),
     "logsumexp_keepdim": lambda z: torch.logsumexp(z, dim=-1, keepdim=True).sum(),
+    "sum": lambda z: z.sum(-1).square().sum() + z.sum(dim=-1, keepdim=True).sum(),
+    "smoothed_by_hand": lambda z: smoothed(-functional.log_softmax(rows(z), dim=-1)),
     "module": lambda z: torch.nn.CrossEntropyLoss()(rows(z), labels_of(z)),
 }
 
@@ -266,3 +278,110 @@ def test_bad_input(name: str, device: str) -> None:
     call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call([t.detach() for t in parts(device)])
+
+
+WRITES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "mul_": (lambda z: z.mul_(2), "mul_ cannot write into LazyLogits.* out-of-place mul,"),
+    "div_": (lambda z: z.div_(2.0), "out-of-place div,"),
+    "masked_fill_": (lambda z: z.masked_fill_(z[..., :1].argmax(-1) > 0, 0), "masked_fill,"),
+    "copy_": (lambda z: z.copy_(torch.zeros(z.shape)), "copy_ cannot write .* the other tensor,"),
+    "zero_": (lambda z: z.zero_(), "torch.zeros_like,"),
+    "clamp_": (lambda z: torch.clamp_(z, min=0), "out-of-place clamp,"),
+    "setitem": (lambda z: z.__setitem__((..., 0), 0.0), "__setitem__ cannot .* torch.where,"),
+    "imul": (lambda z: z.__imul__(2), "mul_ cannot .* out-of-place mul,"),
+    "itruediv": (lambda z: z.__itruediv__(2), "out-of-place div,"),
+    "ipow": (lambda z: z.__ipow__(2), "out-of-place pow,"),
+    "out": (lambda z: torch.add(torch.zeros(z.shape), 1, out=z), r"add\(out=...\) cannot write"),
+    "inplace": (lambda z: functional.relu(z, inplace=True), r"relu\(..., inplace=False\),"),
+    "data": (lambda z: setattr(z, "data", torch.zeros(z.shape)), "have no data to set"),
+    "requires_grad_": (lambda z: z.requires_grad_(False), "requires_grad_ cannot write"),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writing_names_the_out_of_place_operation(name: str, device: str) -> None:
+    hidden, weight, _ = parts(device)
+    lazy = LazyLogits(hidden, weight)
+    call, message = WRITES[name]
+    with pytest.raises((RuntimeError, TypeError), match=message):
+        call(lazy)
+    close(lazy.materialize(), functional.linear(hidden, weight))
+
+
+def test_written_from_into_a_tensor(device: str) -> None:
+    hidden, weight, _ = parts(device)
+    room = torch.zeros(3, 4, V, device=device)
+    with pytest.warns(MaterializedWarning, match="copy_ at"):
+        room.copy_(LazyLogits(hidden, weight).detach())
+    close(room, functional.linear(hidden, weight).detach())
+
+
+def test_a_warning_comes_once_for_an_operation_and_a_line(device: str) -> None:
+    hidden, weight, _ = parts(device)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            lazy = LazyLogits(hidden, weight)
+            lazy.exp(), lazy.sigmoid()
+        lazy.exp()
+    assert [str(w.message).split()[0] for w in said] == ["exp", "sigmoid", "exp"]
+
+
+def test_hooks(device: str) -> None:
+    hidden, weight, _ = parts(device)
+    lazy = LazyLogits(hidden, weight)
+    with pytest.raises(RuntimeError, match="register_hook wants the gradient"):
+        lazy.register_hook(lambda grad: None)
+    started: list[int] = []
+
+    def when(grad: Tensor) -> None:
+        started.append(1)
+
+    when.__module__ = "torch.distributed.fsdp"  # which asks when, not what
+    for leaf in (lazy, LazyLogits(hidden.detach(), weight), LazyLogits(hidden * 2, weight)):
+        leaf.register_hook(when)
+        leaf.logsumexp(-1).sum().backward()
+    assert len(started) == 3
+    LazyLogits(hidden, weight).logsumexp(-1).sum().backward()
+    assert len(started) == 3  # none was left on a leaf
+
+
+def test_a_gradient_that_comes_another_way_is_refused(device: str) -> None:
+    hidden, weight, _ = parts(device)
+
+    class Below(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, z: Tensor) -> Tensor:
+            return z.detach().logsumexp(-1)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            return torch.ones(3, 4, V, device=device)
+
+    out: Any = Below.apply(LazyLogits(hidden, weight))
+    with pytest.raises(RuntimeError, match="a gradient came to LazyLogits by another way"):
+        out.sum().backward()
+
+
+def test_pickled_and_copied_as_what_they_stand_for(device: str) -> None:
+    hidden, weight, _ = parts(device)
+    lazy = LazyLogits(hidden.detach(), weight.detach())
+    back = pickle.loads(pickle.dumps(lazy))
+    assert type(back) is Tensor
+    close(back, lazy.materialize())
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_terms_of_two_dtypes(half: torch.dtype, device: str) -> None:
+    hidden, weight, _ = parts(device, half)
+    low = torch.randn(3, 4, 2, device=device, requires_grad=True)
+    up = torch.randn(V, 2, device=device, requires_grad=True)
+    with strict():
+        lazy: Any = LazyLogits(hidden, weight) + LazyLogits(low, up) * 0.5
+    whole = functional.linear(hidden, weight) + functional.linear(low, up) * 0.5
+    assert lazy.dtype == whole.dtype == torch.float32
+    assert lazy.onepass_head.weight[0] is weight  # the large matrix has no second copy
+    close(lazy.materialize(), whole, dtype=half)
+    grads = torch.autograd.grad(lazy.logsumexp(-1).sum(), (low, up))
+    for a, b in zip(grads, torch.autograd.grad(whole.logsumexp(-1).sum(), (low, up)), strict=True):
+        close(a, b, dtype=half)

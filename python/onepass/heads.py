@@ -64,7 +64,8 @@ class LazyForward:
 def graph_breaking() -> Callable[..., Tensor]:
     """`run_head`, where torch.compile breaks the graph, as it then must at what LazyLogits do too.
     Here, since it loads torch._dynamo, a second that `import onepass` does not cost."""
-    disable: Callable[..., Any] = torch._dynamo.disable
+    from torch._dynamo import disable
+
     handle = LazyLogits.__torch_function__.__func__  # type: ignore[attr-defined]
     LazyLogits.__torch_function__ = classmethod(disable(handle))  # type: ignore[assignment]
     run: Callable[..., Tensor] = disable(run_head)

@@ -135,7 +135,7 @@ class LazyLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         handler = HANDLERS.get(func)
-        if handler is not None:
+        if handler is not None and "out" not in kwargs:
             result = handler(func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -276,15 +276,12 @@ def _materialized(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 OUT_OF_PLACE = {
     "__setitem__": "torch.where",
-    **{f"__i{name}__": sign for name, sign in (
-        ("add", "+"), ("sub", "-"), ("mul", "*"), ("truediv", "/"), ("floordiv", "//"),
-        ("mod", "%"), ("pow", "**"), ("and", "&"), ("or", "|"), ("xor", "^"),
-    )},
+    "__ipow__": "pow",
+    "__ifloordiv__": "floor_divide",
     "copy_": "the other tensor",
     "fill_": "torch.full_like",
     "zero_": "torch.zeros_like",
-    "detach_": "detach",
-}  # fmt: skip
+}
 
 
 def _check_out_of_place(name: str, args: Any, kwargs: dict[str, Any]) -> None:

@@ -78,7 +78,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "gpt2_tied": gpt2,
     "cohere_scale": lambda: hf.CohereForCausalLM(hf.CohereConfig(**SIZES, logit_scale=0.25)),
     "granite_scale": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**SIZES, logits_scaling=3.0)),
-    "minicpm3_scale": minicpm,
+    **({"minicpm3_scale": minicpm} if hasattr(hf, "MiniCPM3ForCausalLM") else {}),
     "falcon_h1_scale": falcon_h1,
     "mixtral_aux": lambda: hf.MixtralForCausalLM(
         hf.MixtralConfig(**SIZES, **MOE, num_local_experts=4)
