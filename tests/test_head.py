@@ -154,16 +154,22 @@ def test_gradcheck(frozen: bool, softcap: float) -> None:
     assert torch.autograd.gradgradcheck(values, case.leaves)
 
 
-def test_a_frozen_head_is_multiplied_twice(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for the logits, once for the gradient, both in the forward; the backward only scales."""
+def counted_products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that grows with every slab of logits that is made."""
     calls: list[str] = []
-    product = module.head_product
+    product = module.Slabs.product
 
     def counted(*args: Any) -> Tensor:
         calls.append("product")
         return product(*args)
 
-    monkeypatch.setattr(module, "head_product", counted)
+    monkeypatch.setattr(module.Slabs, "product", counted)
+    return calls
+
+
+def test_a_frozen_head_is_multiplied_twice(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for the logits, once for the gradient, both in the forward; the backward only scales."""
+    calls = counted_products(monkeypatch)
     case = draw(device, frozen=True)
     stats = case.lazy(("logp",), "torch")
     assert calls == ["product"]
@@ -216,7 +222,7 @@ def test_opcheck(ahead: str, frozen: bool, device: str) -> None:
     need = bool(ahead)
     args = (
         case.hidden, case.weight, case.bias, 0.0, 1.0, case.given["labels"], None, None, "logp",
-        4, ahead, shares, need, need and not frozen, need and not frozen, False,
+        4, True, ahead, shares, False, need, need and not frozen, need and not frozen, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.onepass.head_stats.default, args)
 
@@ -228,18 +234,11 @@ def test_foretold_gradients(
 ) -> None:
     """A loss that knows its rows' weights has both gradients made in the forward: one product for
     the logits in all, and the same gradients, whatever the loss is multiplied by later."""
-    calls: list[str] = []
-    product = module.head_product
-
-    def counted(*args: Any) -> Tensor:
-        calls.append("product")
-        return product(*args)
-
     case = draw(device, frozen=frozen, **SHAPES[shape])
     weights = torch.linspace(0.5, 2, 7, device=device)
     shares = {"logp": -weights, "logp_sum": 0.1 * weights}
     whole = case.whole(("logp", "logp_sum"), impl)
-    monkeypatch.setattr(module, "head_product", counted)
+    calls = counted_products(monkeypatch)
     stats = VocabStats(
         *head_stats(
             case.head, case.given["labels"], None, case.given["bag_weights"], ("logp", "logp_sum"),
