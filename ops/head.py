@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._check import IGNORED, check_choice, values_checked
+from ._check import IGNORED, values_checked
 from ._declare import declare
 from ._launch import GPU_TYPES, accumulation_dtype, capturing, choose, slabs
 from ._softmax import exponentials
@@ -214,6 +214,22 @@ class Slabs:
         for part in parts:
             yield part, u[part], capped(u[part], self.softcap, self.scale)
 
+    def gradient(
+        self,
+        logits: Tensor,
+        ids: Ids,
+        bag_weights: Tensor | None,
+        row_max: Tensor,
+        row_rest: Tensor,
+        coefficients: dict[str, Tensor | None],
+        triton: bool,
+    ) -> None:
+        """dlogits in the place of the logits."""
+        run = _backward_triton if triton else _backward_torch
+        # The torch path zeroes the gradient of rows that do not count before it reads the others.
+        source = logits.clone() if self.blind and not triton else logits
+        run(logits, source, *ids, bag_weights, row_max, row_rest, coefficients)
+
     def through_cap(self, dlogits: Tensor, u: Tensor) -> None:
         """Writes du over u; nothing is to do where the logits were u's memory."""
         if self.softcap:
@@ -359,9 +375,8 @@ def _forward(
                 _forward_torch(logits, *of_part, bag_weights, asked, out)
             if ahead and (triton or slabs_.blind):
                 c = row_coefficients(out, grads, total, bag_weights is not None)
-                run = _backward_triton if triton else _backward_torch
                 top, beside = out["row_max"], out["row_rest"]
-                run(logits, logits, *of_part, bag_weights, top, beside, c)
+                slabs_.gradient(logits, of_part, bag_weights, top, beside, c, triton)
             if ahead:
                 slabs_.through_cap(logits, u_)
         for name, values in found.items():
@@ -416,13 +431,13 @@ def _backward_op(
     ids = (labels, contrast_labels)
     slabs_ = Slabs(hidden, weight, bias, softcap, scale, ids, n_rows, compact)
     made.zero(slabs_)
-    run = _backward_triton if triton else _backward_torch
     for rows, states, u in slabs_.products():
         of_slab, top, beside = ids_of(ids, rows), row_max[rows], row_rest[rows]
         c = {name: pick(value, rows) for name, value in zip(COEFFICIENTS, values, strict=True)}
         for part, u_, logits in slabs_.parts(u, triton):
-            of_part = (*ids_of(of_slab, part), bag_weights, top[part], beside[part])
-            run(logits, logits, *of_part, {name: pick(value, part) for name, value in c.items()})
+            of_part = {name: pick(value, part) for name, value in c.items()}
+            state = (bag_weights, top[part], beside[part], of_part, triton)
+            slabs_.gradient(logits, ids_of(of_slab, part), *state)
             slabs_.through_cap(logits, u_)
         made.add(rows, states, u)
         del u, u_, logits
@@ -623,6 +638,11 @@ def head_stats(
     Products' work, of N D V each: 1 without gradients. With a frozen head 2 where one fact is
     differentiated or `shares` foretell the upstream gradients, with a trained one 3 where they do;
     4 otherwise (3 for a frozen head).
+
+    Bytes beside inputs and gradients, with b an element's, n = min(max_slab_bytes // (V b), N):
+        n V b  +  n D b  +  32 MB on a CPU (parts of a slab in fp32)  +  40 N (facts, row vectors)
+        +  4 V D  where a trained head's gradient is summed in fp32: slabs of another dtype than
+                  fp32, over 3 on a CPU, over 1 on a GPU (there with 4 V D for a slab's product)
     """
     hidden = [states.reshape(-1, states.shape[-1]) for states in head.hidden]
     smooth = [fact for fact in want if fact != "argmax"]
@@ -632,7 +652,6 @@ def head_stats(
     ]
     foretold = shares is not None and set(shares) == set(smooth)
     can = any(need) and (foretold or (not any(need[1:]) and len(smooth) == 1))
-    check_choice("mode", head.mode, MODES)
     if head.mode == "ahead" and any(need) and not can:
         kind = "trained" if any(need[1:]) else "frozen"
         raise ValueError(
