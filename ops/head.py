@@ -3,6 +3,7 @@
 A slab of rows at a time: the vendor's matrix product, then the kernels of vocab_stats in place;
 rows that do not count are left out before. A frozen head's one differentiable fact has its gradient
 made in the forward and scaled in the backward; else the backward makes the logits again.
+docs/head.md has the table of work and memory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 from ._cap import Cap
 from ._check import IGNORED, values_checked
 from ._declare import declare
-from ._launch import GPU_TYPES, accumulation_dtype, capturing, choose
+from ._launch import GPU_TYPES, accumulation_dtype, capturing, choose, slabs
+from ._softmax import exponentials
 from .vocab_stats import (
     COEFFICIENTS,
     FACTS,
@@ -27,9 +29,12 @@ from .vocab_stats import (
     _empty_facts,
     _forward_torch,
     _forward_triton,
+    is_softmax,
+    keeps_gap,
     kept_rows,
     pick,
     row_coefficients,
+    softmax_gradient,
     vocab_stats_backward_reference,
     vocab_stats_reference,
     weight_sum,
@@ -37,6 +42,10 @@ from .vocab_stats import (
 
 SLAB_BYTES_ON_GPU = 1 << 29
 SLAB_BYTES_ON_CPU = 1 << 26
+FEW_SLABS = 3  # up to which a head's gradient is summed in its own dtype, see Gradients
+MODES = ("auto", "ahead", "recompute")
+
+Ids = tuple[Tensor | None, Tensor | None]  # labels and contrast labels
 
 
 class Head(NamedTuple):
@@ -49,6 +58,8 @@ class Head(NamedTuple):
     softcap: float = 0.0  # 0: none
     scale: float = 1.0
     max_slab_bytes: int | None = None
+    compact: bool = True  # leave out rows that do not count: one wait for the device
+    mode: str = "auto"  # "ahead": gradients in the forward, or an error; "recompute": never
     versions: tuple[tuple[Tensor, int], ...] = ()  # weights, and how often they had been written to
 
     def check_weights(self) -> None:
@@ -118,6 +129,33 @@ def padded_room(like: Tensor, n_rows: int, vocab_size: int) -> Tensor:
     return room[:, :vocab_size]
 
 
+def slab_count(n_rows: int, step: int) -> int:
+    """Slabs that so many rows can need, whichever of them count."""
+    return -(-n_rows // step)
+
+
+def serves_onednn(*tensors: Tensor) -> bool:
+    """Whether oneDNN's product is to be had, and better than that of torch.mm.
+
+    On a CPU torch.mm gives float32 to MKL or OpenBLAS, which pack the whole head anew for every
+    slab: at 256 rows of 1024 x 32000 oneDNN needs 0.67 of MKL's time for the logits, 0.83 for
+    d hidden. bfloat16 and float16 go to oneDNN through torch.mm as well.
+    """
+    return torch.backends.mkldnn.is_available() and all(
+        t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors
+    )
+
+
+def onednn_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b^T + bias."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return product
+
+
+def ids_of(ids: Ids, rows: Any) -> Ids:
+    return pick(ids[0], rows), pick(ids[1], rows)
+
+
 class Slabs:
     """The rows that count, a slab at a time, with the memory that all slabs share."""
 
@@ -127,23 +165,35 @@ class Slabs:
         weight: Sequence[Tensor],
         bias: Tensor | None,
         cap: Cap,
-        ids: Sequence[Tensor | None],  # labels and contrast labels, [N] each
+        ids: Ids,  # [N] each
         n_rows: int,
+        compact: bool = True,
     ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.cap, self.ids = cap, ids
         # Leaving rows out waits for the device once; a graph's capture cannot, and zeroes them.
-        self.blind = capturing(hidden[0]) and ids[0] is not None
+        self.blind = ids[0] is not None and (not compact or capturing(hidden[0]))
         self.kept = None if self.blind else kept_rows(ids[0])
         self.total = hidden[0].shape[0] if self.kept is None else self.kept.shape[0]
-        self.step = min(n_rows, max(1, self.total))
-        self.room = padded_room(hidden[0], self.step, weight[0].shape[0])
+        n_slabs = max(1, slab_count(self.total, n_rows))
+        self.step = max(1, -(-self.total // n_slabs))  # slabs of one size
+        self.onednn = serves_onednn(weight[0])
+        # No rows where the product brings its own memory.
+        self.room = padded_room(hidden[0], 0 if self.onednn else self.step, weight[0].shape[0])
+
+    def product(self, hidden: Sequence[Tensor]) -> Tensor:
+        if not self.onednn:
+            return head_product(hidden, self.weight, self.bias, self.room[: hidden[0].shape[0]])
+        u = onednn_product(hidden[0], self.weight[0], self.bias)
+        for states, matrix in zip(hidden[1:], self.weight[1:], strict=True):
+            u.addmm_(states, matrix.T)
+        return u
 
     def __iter__(self) -> Iterator[tuple[Any, list[Tensor], Tensor]]:
-        """(rows, their hidden states, u): u is the product, before any cap."""
+        """(rows, their hidden states, u): u is the product, before any cap. To drop it before the
+        next is asked for keeps one slab in memory at a time."""
         for start in range(0, self.total, self.step):
             rows: Any = slice(start, min(start + self.step, self.total))
-            n = rows.stop - start
             if self.kept is not None:
                 rows = self.kept[rows]
             hidden = [states[rows] for states in self.hidden]
@@ -151,27 +201,37 @@ class Slabs:
             if self.blind and labels is not None:
                 counts = (labels[rows] != IGNORED)[:, None]
                 hidden = [torch.where(counts, states, 0.0) for states in hidden]
-            yield rows, hidden, head_product(hidden, self.weight, self.bias, self.room[:n])
+            yield rows, hidden, self.product(hidden)
 
     def gradient(
         self,
-        rows: Any,
         u: Tensor,
+        ids: Ids,
         bag_weights: Tensor | None,
         row_max: Tensor,
         row_rest: Tensor,
         coefficients: dict[str, Tensor | None],
         triton: bool,
-    ) -> Tensor:
+    ) -> None:
         """The gradient with respect to u, in its place."""
-        labels, contrast = (pick(t, rows) for t in self.ids)
         run = _backward_triton if triton else _backward_torch
-        run(u, u, labels, contrast, bag_weights, row_max, row_rest, coefficients, self.cap)
-        return u
+        # The torch path zeroes the gradient of rows that do not count before it reads the others.
+        source = u.clone() if self.blind and not triton else u
+        run(u, source, *ids, bag_weights, row_max, row_rest, coefficients, self.cap)
+
+
+def parts(u: Tensor, triton: bool) -> list[slice]:
+    """Rows of a slab whose temporaries fit a CPU's cache; all of them for the kernels."""
+    return [slice(0, len(u))] if triton else slabs(*u.shape)
 
 
 class Gradients:
-    """Gradients of the hidden states, row by row, and of the head, summed in fp32 over slabs."""
+    """Gradients of the hidden states, row by row, and of the head, summed over slabs.
+
+    One slab writes the head's gradient once, in its dtype. More are summed in fp32; yet on a CPU,
+    whose products come rounded to the dtype of their factors, a sum of up to FEW_SLABS in the
+    head's own dtype rounds no more than fp32 sums of rounded products that are rounded at the end.
+    """
 
     def __init__(
         self,
@@ -179,6 +239,7 @@ class Gradients:
         weight: Sequence[Tensor],
         bias: Tensor | None,
         need: Sequence[bool],
+        n_slabs: int = FEW_SLABS + 1,
         ahead: bool = False,  # of an upstream gradient: to be multiplied, and only then rounded
     ) -> None:
         self.matrices = weight
@@ -188,28 +249,49 @@ class Gradients:
             for t in hidden
             if need[0]
         ]
-        of_head = ([*weight] if need[1] else [], [bias] if need[2] and bias is not None else [])
-        self.weight, self.bias = (
-            [torch.empty_like(t, dtype=accumulation_dtype(t.dtype)) for t in part]
-            for part in of_head
-        )
+        few = n_slabs <= (FEW_SLABS if hidden[0].device.type == "cpu" else 1)
+        self.weight = [
+            torch.empty_like(t, dtype=t.dtype if few else accumulation_dtype(t.dtype))
+            for t in (weight if need[1] else ())
+        ]
+        self.bias = [
+            torch.empty_like(bias, dtype=accumulation_dtype(bias.dtype))
+            for bias in ([bias] if need[2] and bias is not None else [])
+        ]
+        self.begun = False
 
     @property
     def all(self) -> list[Tensor]:
         return [*self.hidden, *self.weight, *self.bias]
 
-    def zero(self) -> None:
-        for tensor in self.all:
+    def zero(self, slabs: Slabs | None = None) -> None:
+        """Zeroes all that the slabs will not write; without slabs, all."""
+        empty = slabs is None or slabs.total == 0
+        rows_left_out = empty or (slabs is not None and slabs.kept is not None)
+        for tensor in (
+            *(self.hidden if rows_left_out else ()),
+            *(self.weight if empty else ()),
+            *self.bias,
+        ):
             tensor.zero_()
 
     def add(self, rows: Any, states: Sequence[Tensor], du: Tensor) -> None:
         """One slab's share: its rows, their hidden states, the gradient of the product."""
+        self.add_rows(rows, du)
+        self.add_head(states, du)
+
+    def add_rows(self, rows: Any, du: Tensor) -> None:
         for grad, matrix in zip(self.hidden, self.matrices, strict=False):
-            grad[rows] = product(du, matrix, grad.dtype)
+            fits = serves_onednn(du, matrix)
+            made = onednn_product(du, matrix.T) if fits else product(du, matrix, grad.dtype)
+            grad[rows] = made
+
+    def add_head(self, states: Sequence[Tensor], du: Tensor) -> None:
         for total, part in zip(self.weight, states, strict=False):
-            add_product(total, du.T, part)
+            add_product(total, du.T, part, self.begun)
         for total in self.bias:
             total += du.sum(0, dtype=total.dtype)
+        self.begun = True
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -219,14 +301,44 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b, out_dtype=dtype)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, in the dtype of `total`: fp32 whatever a and b are."""
+def add_product(total: Tensor, a: Tensor, b: Tensor, begun: bool = True) -> None:
+    """total += a b, in the dtype of `total`; total = a b where nothing has `begun`."""
+    beta = 1 if begun else 0
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        torch.addmm(total, a, b, beta=beta, out=total)
     elif a.device.type == "cuda":
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     else:
-        total += a @ b
+        for part in slabs(a.shape[0], 4 * b.shape[1]):  # rounded products beside it: 4 MB of them
+            made = a[part] @ b
+            total[part] = total[part] + made if begun else made
+
+
+def facts_and_gradient(
+    u: Tensor,  # [n, V] of rows that count; its gradient is written in its place
+    cap: Cap,
+    ids: Ids,  # [n] each
+    bag_weights: Tensor | None,
+    want: Sequence[str],
+    grads: Mapping[str, Tensor],  # upstream, [n] each
+    total_weight: Tensor | float,
+    facts: dict[str, Tensor],  # [n] each, written
+) -> None:
+    """The torch path's forward and backward in one: the exponentials are made once where they are
+    all that a gradient needs."""
+    wide = cap.logits(u).to(facts["row_max"].dtype)
+    made = exponentials(wide, keeps_gap(want))
+    found = vocab_stats_reference(wide, *ids, bag_weights, want, made)
+    for name, values in facts.items():
+        values.copy_(found[name])
+    c = row_coefficients(found, grads, total_weight, bag_weights is not None)
+    if not is_softmax(c):
+        of_rows = (*ids, bag_weights, made.top, made.rest)
+        u.copy_(cap.gradient(vocab_stats_backward_reference(wide, *of_rows, c), u))
+    elif wide is u:
+        softmax_gradient(made.e, ids[0], made.rest, c, out=u)
+    else:
+        u.copy_(cap.gradient(softmax_gradient(made.e, ids[0], made.rest, c), u))
 
 
 def _forward(
@@ -240,8 +352,10 @@ def _forward(
     bag_weights: Tensor | None,
     want: str,  # facts, separated by spaces
     n_rows: int,
+    compact: bool,
     ahead: str,  # facts whose gradients are made here
     shares: list[Tensor],
+    private: bool,  # nobody else holds `made`: the backward may write to it
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -249,28 +363,43 @@ def _forward(
 ) -> tuple[Any, ...]:
     asked = want.split()
     facts = _empty_facts(hidden[0], asked, False)
-    made = Gradients(hidden, weight, bias, (need_hidden, need_weight, need_bias), ahead=True)
-    made.zero()
-    if facts["row_max"].numel():
-        ids = (labels, contrast_labels)
-        slabs = Slabs(hidden, weight, bias, Cap(softcap, scale), ids, n_rows)
-        total = weight_sum(slabs.room, bag_weights)
-        for rows, states, u in slabs:
-            labels_, contrast = (pick(t, rows) for t in ids)
-            found = _empty_facts(u, asked, triton)
+    need = (need_hidden, need_weight, need_bias)
+    n_slabs = slab_count(hidden[0].shape[0], n_rows)
+    made = Gradients(hidden, weight, bias, need, n_slabs, ahead=True)
+    if not facts["row_max"].numel():
+        made.zero()
+        return (*_as_outputs(hidden[0], facts), made.all)
+    ids = (labels, contrast_labels)
+    slabs_ = Slabs(hidden, weight, bias, Cap(softcap, scale), ids, n_rows, compact)
+    made.zero(slabs_)
+    total = weight_sum(slabs_.room, bag_weights)
+    for rows, states, u in slabs_:
+        found = _empty_facts(u, asked, triton)
+        ones = torch.ones_like(found["row_max"])
+        of_rows = [share[rows] for share in shares] or [ones]
+        upstream = dict(zip(ahead.split(), of_rows, strict=False))
+        of_slab = ids_of(ids, rows)
+        for part in parts(u, triton):
+            out = {name: values[part] for name, values in found.items()}
+            grads = {name: grad[part] for name, grad in upstream.items()}
+            of_part = ids_of(of_slab, part)
+            if ahead and not triton and not slabs_.blind:
+                args = (of_part, bag_weights, asked, grads, total, out)
+                facts_and_gradient(u[part], slabs_.cap, *args)
+                continue
             if triton:
-                _forward_triton(u, labels_, contrast, bag_weights, found, slabs.cap)
+                _forward_triton(u[part], *of_part, bag_weights, out, slabs_.cap)
             else:
-                _forward_torch(u, labels_, contrast, bag_weights, asked, found, slabs.cap)
-            for name, values in found.items():
-                facts[name][rows] = values
+                _forward_torch(u[part], *of_part, bag_weights, asked, out, slabs_.cap)
             if ahead:
-                ones = torch.ones_like(found["row_max"])
-                of_rows = [share[rows] for share in shares] or [ones]
-                grads = dict(zip(ahead.split(), of_rows, strict=True))
-                c = row_coefficients(found, grads, total, bag_weights is not None)
-                state = (found["row_max"], found["row_rest"], c, triton)
-                made.add(rows, states, slabs.gradient(rows, u, bag_weights, *state))
+                c = row_coefficients(out, grads, total, bag_weights is not None)
+                top, beside = out["row_max"], out["row_rest"]
+                slabs_.gradient(u[part], of_part, bag_weights, top, beside, c, triton)
+        for name, values in found.items():
+            facts[name][rows] = values
+        if ahead:
+            made.add(rows, states, u)
+        del u  # or the next slab is made beside this one
     return (*_as_outputs(hidden[0], facts), made.all)
 
 
@@ -278,7 +407,8 @@ def _forward_fake(
     hidden: list[Tensor], weight: list[Tensor], bias: Tensor | None, *rest: Any
 ) -> tuple[Any, ...]:
     facts = _as_outputs(hidden[0], _empty_facts(hidden[0], rest[5].split(), True))
-    return (*facts, Gradients(hidden, weight, bias, rest[-4:-1], ahead=True).all)
+    n_slabs = slab_count(hidden[0].shape[0], rest[6])
+    return (*facts, Gradients(hidden, weight, bias, rest[-4:-1], n_slabs, ahead=True).all)
 
 
 def _backward_op(
@@ -294,23 +424,32 @@ def _backward_op(
     row_rest: Tensor,
     *rest: Any,
 ) -> list[Tensor]:
-    *values, n_rows, need_hidden, need_weight, need_bias, triton = rest
-    made = Gradients(hidden, weight, bias, (need_hidden, need_weight, need_bias))
-    made.zero()
-    if row_max.numel():
-        ids = (labels, contrast_labels)
-        slabs = Slabs(hidden, weight, bias, Cap(softcap, scale), ids, n_rows)
-        for rows, states, u in slabs:
-            c = {name: pick(value, rows) for name, value in zip(COEFFICIENTS, values, strict=True)}
-            state = (row_max[rows], row_rest[rows], c, triton)
-            made.add(rows, states, slabs.gradient(rows, u, bag_weights, *state))
+    *values, n_rows, compact, need_hidden, need_weight, need_bias, triton = rest
+    need = (need_hidden, need_weight, need_bias)
+    made = Gradients(hidden, weight, bias, need, slab_count(hidden[0].shape[0], n_rows))
+    if not row_max.numel():
+        made.zero()
+        return made.all
+    ids = (labels, contrast_labels)
+    slabs_ = Slabs(hidden, weight, bias, Cap(softcap, scale), ids, n_rows, compact)
+    made.zero(slabs_)
+    for rows, states, u in slabs_:
+        of_slab, top, beside = ids_of(ids, rows), row_max[rows], row_rest[rows]
+        c = {name: pick(value, rows) for name, value in zip(COEFFICIENTS, values, strict=True)}
+        for part in parts(u, triton):
+            of_part = {name: pick(value, part) for name, value in c.items()}
+            state = (bag_weights, top[part], beside[part], of_part, triton)
+            slabs_.gradient(u[part], ids_of(of_slab, part), *state)
+        made.add(rows, states, u)
+        del u
     return made.all
 
 
 def _backward_fake(
     hidden: list[Tensor], weight: list[Tensor], bias: Tensor | None, *rest: Any
 ) -> list[Tensor]:
-    return Gradients(hidden, weight, bias, rest[-4:-1]).all
+    n_slabs = slab_count(hidden[0].shape[0], rest[-6])
+    return Gradients(hidden, weight, bias, rest[-4:-1], n_slabs).all
 
 
 _OF_HEAD = (
@@ -322,7 +461,7 @@ _NEEDS = "bool need_hidden, bool need_weight, bool need_bias, bool triton"
 _head_stats_backward = declare(
     f"head_stats_backward({_OF_HEAD} Tensor row_max, Tensor row_rest, "
     + ", ".join(f"Tensor? {name}" for name in COEFFICIENTS)
-    + f", int n_rows, {_NEEDS}) -> Tensor[]",
+    + f", int n_rows, bool compact, {_NEEDS}) -> Tensor[]",
     implementation=_backward_op,
     fake=_backward_fake,
 )
@@ -330,25 +469,25 @@ _head_stats_backward = declare(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     hidden, weight, bias, softcap, scale, labels, contrast, bag, want, n_rows, *rest = inputs
-    ahead, shares, *_, triton = rest
+    compact, ahead, shares, private, *_, triton = rest
     *facts, made = output
     saved = dict(zip(("row_max", "row_rest", *FACTS), facts, strict=True))
     kept = [saved[name] for name in KEPT]
     ctx.save_for_backward(*hidden, *weight, bias, labels, contrast, bag, *kept, *shares, *made)
     ctx.sizes = (len(hidden), len(weight), 4, len(kept), len(shares), len(made))
-    ctx.options = (softcap, scale, want.split(), n_rows, ahead.split(), triton)
+    ctx.options = (softcap, scale, want.split(), n_rows, compact, ahead.split(), private, triton)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
-    softcap, scale, want, n_rows, ahead, triton = ctx.options
+    softcap, scale, want, n_rows, compact, ahead, private, triton = ctx.options
     saved = iter(ctx.saved_tensors)
     hidden, weight, given, kept, shares, made = (
         [next(saved) for _ in range(size)] for size in ctx.sizes
     )
     bias, labels, contrast, bag = given
     none = [None] * len(hidden)
-    nothing = (*[None] * 8, [None] * len(shares), *[None] * 4)
+    nothing = (*[None] * 9, [None] * len(shares), *[None] * 5)
     grads = {
         fact: grad.contiguous()
         for fact, grad in zip(FACTS, upstream[2:-1], strict=True)
@@ -364,7 +503,9 @@ def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
         )
         out = [*d_hidden * need_hidden, *d_weight * need_weight, *[d_bias] * need_bias]
     elif (factor := factor_ahead(made, grads, ahead, shares, labels)) is not None:
-        out = [grad * factor for grad in made]
+        of_head = [*weight * need_weight, *[bias] * need_bias]
+        dtypes = [t.dtype for t in (*hidden * need_hidden, *of_head)]
+        out = scaled(made, factor, dtypes, private)
     else:
         facts = dict(zip(KEPT, kept, strict=True))
         total = bag.sum() if bag is not None else float(weight[0].shape[0])
@@ -372,7 +513,7 @@ def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
         out = _head_stats_backward(
             hidden, weight, bias, softcap, scale, labels, contrast, bag,
             facts["row_max"], facts["row_rest"], *c.values(),
-            n_rows, need_hidden, need_weight, need_bias, triton,
+            n_rows, compact, need_hidden, need_weight, need_bias, triton,
         )  # fmt: skip
     rest = iter(out)
     d_hidden, d_weight = (
@@ -381,6 +522,32 @@ def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
     )
     d_bias = next(rest).to(bias.dtype) if need_bias else None
     return (d_hidden, d_weight, d_bias, *nothing)
+
+
+def scaled(
+    made: Sequence[Tensor], factor: Tensor, dtypes: Sequence[torch.dtype], private: bool
+) -> list[Tensor]:
+    """made * factor in these dtypes: in its own memory where no later backward can want it, since a
+    head's gradient may be larger than all else. What allocates comes first: a backward that runs
+    out of memory has changed nothing."""
+    if torch.compiler.is_compiling() or type(factor) is not Tensor:  # a graph's own affair
+        return [(grad * factor).to(dtype) for grad, dtype in zip(made, dtypes, strict=True)]
+    last = private and not torch._C._autograd._get_current_graph_task_keep_graph()
+    own, out = [], []
+    for grad, dtype in zip(made, dtypes, strict=True):
+        if last and grad.dtype == dtype:
+            out.append(grad.detach())
+            own.append(out[-1])
+            continue
+        out.append(torch.empty_like(grad, dtype=dtype))
+        whole = [slice(None)]  # a CPU makes what it casts whole first
+        for part in slabs(len(grad), grad[0].numel()) if grad.device.type == "cpu" else whole:
+            of_part = factor[part] if factor.dim() else factor
+            torch.mul(grad[part], of_part, out=out[-1][part])
+    if not (values_checked(factor) and bool((factor == 1).all())):
+        for grad in own:
+            grad.mul_(factor)
+    return out
 
 
 def factor_ahead(
@@ -471,7 +638,8 @@ def _twice_differentiable(
 
 
 _head_stats = declare(
-    f"head_stats({_OF_HEAD} str want, int n_rows, str ahead, Tensor[] shares, {_NEEDS}) -> ("
+    f"head_stats({_OF_HEAD} str want, int n_rows, bool compact, str ahead, Tensor[] shares, "
+    f"bool private, {_NEEDS}) -> ("
     + ", ".join(f"Tensor {name}" for name in ("row_max", "row_rest", *FACTS))
     + ", Tensor[] made)",
     implementation=_forward,
@@ -496,6 +664,11 @@ def head_stats(
     Products' work, of N D V each: 1 without gradients. With a frozen head 2 where one fact is
     differentiated or `shares` foretell the upstream gradients, with a trained one 3 where they do;
     4 otherwise (3 for a frozen head), and in float16.
+
+    Bytes beside inputs and gradients, with b an element's, n = min(max_slab_bytes // (V b), N):
+        n V b  +  n D b  +  32 MB on a CPU (parts of a slab in fp32)  +  40 N (facts, row vectors)
+        +  4 V D  where a trained head's gradient is summed in fp32: slabs of another dtype than
+                  fp32, over 3 on a CPU, over 1 on a GPU
     """
     head.check_weights()
     hidden = [states.reshape(-1, states.shape[-1]) for states in head.hidden]
@@ -506,15 +679,24 @@ def head_stats(
         for part in (hidden, head.weight, [head.bias])
     ]
     foretold = shares is not None and set(shares) == set(smooth)
-    ahead = smooth if any(need) and (foretold or (not any(need[1:]) and len(smooth) == 1)) else []
-    if hidden[0].dtype == torch.float16:  # whose gradients underflow before a loss scale is known
-        ahead = []
+    can = any(need) and (foretold or (not any(need[1:]) and len(smooth) == 1))
+    # Gradients of float16 underflow before a loss scale is known.
+    can = can and hidden[0].dtype != torch.float16
+    if head.mode == "ahead" and any(need) and not can:
+        kind = "trained" if any(need[1:]) else "frozen"
+        raise ValueError(
+            "mode='ahead' needs a frozen head and one differentiable fact, or a loss that knows "
+            f"its rows' weights, and no float16: got {', '.join(smooth)} of a {kind} head in "
+            f"{hidden[0].dtype}"
+        )
+    ahead = smooth if can and head.mode != "recompute" else []
     known = [shares[fact] for fact in ahead] if shares is not None and foretold else []
     row_bytes = head.weight[0].shape[0] * hidden[0].element_size()
     rows = slab_limit(row_bytes, hidden[0], head.max_slab_bytes)
     *outputs, _ = _head_stats(
         hidden, list(head.weight), head.bias, float(head.softcap), float(head.scale), labels,
-        contrast_labels, bag_weights, " ".join(want), rows, " ".join(ahead), known,
+        contrast_labels, bag_weights, " ".join(want), rows, head.compact, " ".join(ahead), known,
+        True,
         *(needed and bool(ahead) for needed in need), choose(impl, *hidden, *head.weight),
     )  # fmt: skip
     shape, made = head.hidden[0].shape[:-1], {"row_max", "row_rest", *want}

@@ -51,7 +51,7 @@ class Side:
         self.n_groups, self.n_rows = hidden[0].shape[:2]
         self.vocab_size = weight[0].shape[0] if weight else hidden[0].shape[-1]
         self.hidden = hidden if not weight else [t.flatten(0, 1) for t in hidden]
-        self.made = Gradients(self.hidden, weight, bias, need, ahead)
+        self.made = Gradients(self.hidden, weight, bias, need, ahead=ahead)
 
     def allocate(self, step: int) -> None:
         self.made.zero()

@@ -39,7 +39,7 @@ from ._launch import (
     slabs,
     warps,
 )
-from ._softmax import exponentials, sum_beside_one
+from ._softmax import Exponentials, exponentials, sum_beside_one
 
 
 class VocabStats(NamedTuple):
@@ -98,12 +98,13 @@ def vocab_stats_reference(
     contrast_labels: Tensor | None,  # [n], within the vocabulary or -100
     bag_weights: Tensor | None,  # [V]
     want: Sequence[str],
+    made: Exponentials | None = None,  # the exponentials, where the caller has them
 ) -> dict[str, Tensor]:
     """The definition. `row_rest` sums exp(z - max) without the maximum: 1 + row_rest is the usual
     sum, but log1p(row_rest) and row_rest / (1 + row_rest) stay exact as one probability nears 1.
     """
     z = logits.to(accumulation_dtype(logits.dtype))
-    top, gap, e, rest = exponentials(z, keep_gap="entropy" in want or "logp_sum" in want)
+    top, gap, e, rest = exponentials(z, keeps_gap(want)) if made is None else made
     log_norm = rest.log1p()
     facts = {"row_max": top, "row_rest": rest}
     if "lse" in want:
@@ -129,6 +130,11 @@ def vocab_stats_reference(
     if "argmax" in want:
         facts["argmax"] = z.argmax(-1)
     return facts
+
+
+def keeps_gap(want: Sequence[str]) -> bool:
+    """Whether a fact needs z - max beside its exponential."""
+    return "entropy" in want or "logp_sum" in want
 
 
 def weighted(bag_weights: Tensor, gap: Tensor) -> Tensor:
@@ -231,21 +237,25 @@ def vocab_stats_backward_reference(
 
 
 def softmax_gradient(
-    logits: Tensor,  # [n, V]; overwritten where it has the dtype of row_max and `out` is None
+    e: Tensor,  # [n, V] exp(z - max), float32 or float64; overwritten where `out` is None
     labels: Any,  # [n] or None
-    row_max: Tensor,  # [n]
     row_rest: Tensor,  # [n]
     coefficients: dict[str, Any],
-    out: Tensor | None = None,  # [n, V] in the dtype of row_max
+    out: Tensor | None = None,  # [n, V] in the dtype of e
 ) -> Tensor:
     """The reference's gradient for on_p and at_label alone, which is all that a cross-entropy has:
     the same arithmetic in one piece of memory, half the time on a CPU."""
-    dz = logits.to(row_max.dtype)
-    dz = torch.sub(dz, row_max[:, None], out=dz if out is None else out).exp_()
-    dz.mul_((1 / (1 + row_rest) * coefficients["on_p"])[:, None])
+    share = (1 / (1 + row_rest) * coefficients["on_p"])[:, None]
+    dz = torch.mul(e, share, out=e if out is None else out)
     if coefficients["at_label"] is not None:
         dz.scatter_(-1, labels[:, None], coefficients["at_label"][:, None])
     return dz
+
+
+def is_softmax(coefficients: Mapping[str, Tensor | None]) -> bool:
+    """Whether softmax_gradient serves these coefficients."""
+    given = {name for name, value in coefficients.items() if value is not None}
+    return given in ({"on_p"}, {"on_p", "at_label"})
 
 
 def kept_rows(labels: Tensor | None) -> Tensor | None:
@@ -296,22 +306,23 @@ def _backward_torch(
     kept = kept_rows(labels)
     if kept is not None:
         dlogits.zero_()
-    given = {name for name, value in coefficients.items() if value is not None}
-    of_softmax = cap.is_none and given in ({"on_p"}, {"on_p", "at_label"})
+    of_softmax = cap.is_none and is_softmax(coefficients)
     in_place = of_softmax and kept is None and dlogits.dtype == row_max.dtype
     n_rows = logits.shape[0] if kept is None else kept.shape[0]
     for slab in slabs(n_rows, logits.shape[-1]):
         rows = slab if kept is None else kept[slab]
         z, ids, top, rest = logits[rows], pick(labels, rows), row_max[rows], row_rest[rows]
         c = {name: pick(value, rows) for name, value in coefficients.items()}
-        if in_place:
-            softmax_gradient(z, ids, top, rest, c, out=dlogits[rows])
-        elif of_softmax:
-            dlogits[rows] = softmax_gradient(z, ids, top, rest, c).to(dlogits.dtype)
+        if of_softmax:
+            wide = z.to(row_max.dtype)
+            e = torch.sub(wide, top[:, None], out=dlogits[rows] if in_place else wide).exp_()
+            dz = softmax_gradient(e, ids, rest, c)
         else:
             others = (pick(contrast_labels, rows), bag_weights)
             dz = vocab_stats_backward_reference(cap.logits(z), ids, *others, top, rest, c)
-            dlogits[rows] = cap.gradient(dz, z).to(dlogits.dtype)
+            dz = cap.gradient(dz, z)
+        if not (of_softmax and in_place):
+            dlogits[rows] = dz.to(dlogits.dtype)
 
 
 SEGMENT = 16384  # columns a program reads: fixed, so that a row's sums do not depend on the batch

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .ops._check import check_floating, check_same_device
-from .ops.head import Head
+from .ops._check import check_choice, check_floating, check_same_device
+from .ops.head import MODES, Head
 
 _strict: ContextVar[bool] = ContextVar("onepass_strict", default=False)
 _warned: set[tuple[str, str]] = set()  # the operation and the caller's line
@@ -77,6 +77,11 @@ class LazyLogits(Lazy):
         temperature: divides them, after it.
         max_slab_bytes: memory for the logits that are there at one time (default: 512 MB on a
             GPU, 64 MB on a CPU).
+        compact: leave rows that do not count out of the products, for one wait for the device;
+            without it they are multiplied as zeros, as under the capture of a CUDA graph.
+        mode: "auto", "ahead" (gradients are made in the forward, or an error says why not) or
+            "recompute" (never: less is held between forward and backward). docs/head.md has the
+            table of work and memory.
 
     Every loss and statistic of this package takes it in the place of logits, and so do
     `torch.nn.functional.cross_entropy`, `log_softmax` followed by `gather` or `nll_loss`,
@@ -100,11 +105,15 @@ class LazyLogits(Lazy):
         scale: float = 1.0,
         temperature: float = 1.0,
         max_slab_bytes: int | None = None,
+        compact: bool = True,
+        mode: str = "auto",
     ) -> LazyLogits:
         check_head(hidden, weight, bias)
         written = [t for t in (weight, bias) if t is not None and not t.is_inference()]
         versions = tuple((t, t._version) for t in written)
-        head = Head((hidden,), (weight,), bias, max_slab_bytes=max_slab_bytes, versions=versions)
+        check_choice("mode", mode, MODES)
+        options: Any = {"max_slab_bytes": max_slab_bytes, "compact": compact, "mode": mode}
+        head = Head((hidden,), (weight,), bias, versions=versions, **options)
         product = make(head, hidden.dtype)
         product = scaled(product, scale)
         if softcap is not None:
