@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._cap import Cap
-from ._check import IGNORED, values_checked
+from ._check import IGNORED, check_labels, values_checked
 from ._declare import declare
 from ._launch import GPU_TYPES, accumulation_dtype, capturing, choose
 from .vocab_stats import (
@@ -253,6 +253,10 @@ def _forward(
     made.zero()
     if facts["row_max"].numel():
         ids = (labels, contrast_labels)
+        if values_checked(hidden[0]):
+            for name, rows in zip(("labels", "contrast_labels"), ids, strict=True):
+                if rows is not None:
+                    check_labels(name, rows, weight[0].shape[0])
         slabs = Slabs(hidden, weight, bias, Cap(softcap, scale), ids, n_rows)
         total = weight_sum(slabs.room, bag_weights)
         for rows, states, u in slabs:
