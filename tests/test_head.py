@@ -374,7 +374,7 @@ def test_float16_gradients_wait_for_the_loss_scale(device: str) -> None:
 
 @pytest.mark.parametrize("upstream", [1.0, 0.25, 1024.0])
 def test_a_power_of_two_upstream_costs_no_rounding(upstream: float, device: str) -> None:
-    """What the mean divides by is in the gradients that are made ahead, but for a power of two."""
+    """What the mean divides by is in the gradients that are made ahead."""
     case = draw(device, dtype=torch.bfloat16, rows=7, ignored=(2,))
     lazy = onepass.LazyLogits(case.hidden[0], case.weight[0])
     loss = onepass.cross_entropy(lazy, case.given["labels"])

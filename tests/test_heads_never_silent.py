@@ -7,6 +7,7 @@ of modules with their names stand for them.
 
 from __future__ import annotations
 
+import functools
 import types
 import warnings
 from collections.abc import Callable
@@ -28,11 +29,18 @@ Model = Any
 Case = tuple[Callable[[pytest.MonkeyPatch], Model], str]
 
 
-def written_in(module: str, source: str = "def f(self, *args, **kwargs): return None") -> Any:
-    """The function `f` of that source, as if it stood in a module of that name."""
-    names: dict[str, Any] = {"__name__": module}
-    exec(source, names)
-    return names["f"]
+def nothing(self: Any, *args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def same(x: Any) -> Any:
+    return x
+
+
+def written_in(module: str, function: Any = nothing) -> Any:
+    """That function as if it had been written in a module of that name."""
+    names = {"__name__": module, "functools": functools}
+    return types.FunctionType(function.__code__, names, function.__name__)
 
 
 def with_head(**changed: Any) -> Model:
@@ -107,18 +115,19 @@ def class_forward_replaced(module: str) -> Callable[[pytest.MonkeyPatch], Model]
     return make
 
 
+def wrapping(kind: Any) -> Any:
+    @functools.wraps(kind.forward)
+    def fused(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        return None
+
+    return fused
+
+
 def trl_fused(_: pytest.MonkeyPatch) -> Model:
     """As add_fused_lm_head does: functools.wraps gives the new forward the old one's module."""
     model = tiny("llama")
-    source = """
-import functools
-def f(kind):
-    @functools.wraps(kind.forward)
-    def fused(self, *args, **kwargs): return None
-    return fused
-"""
-    make = written_in("trl.trainer.utils", source)
-    model.forward = types.MethodType(make(type(model)), model)
+    fused = written_in("trl.trainer.utils", wrapping)(type(model))
+    model.forward = types.MethodType(fused, model)
     assert model.forward.__module__.startswith("transformers.")
     return model
 
@@ -157,7 +166,7 @@ def dora(_: pytest.MonkeyPatch) -> Model:
 
 def head_forward_replaced(_: pytest.MonkeyPatch) -> Model:
     model = tiny("llama")
-    model.lm_head.forward = written_in("some_package.heads", "def f(x): return x")
+    model.lm_head.forward = written_in("some_package.heads", same)
     return model
 
 

@@ -254,7 +254,7 @@ def fresh_compiler() -> Any:
 
 
 # The compiler's front end is what meets the head; the rest of it is run once.
-COMPILED = [("before", "aot_eager"), ("after", "eager"), ("after_running", "eager")]
+COMPILED = [("before", "aot_eager"), ("after_running", "eager")]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # the compiler's own, of a graph break

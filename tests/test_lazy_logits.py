@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -361,14 +360,6 @@ def test_a_gradient_that_comes_another_way_is_refused(device: str) -> None:
     out: Any = Below.apply(LazyLogits(hidden, weight))
     with pytest.raises(RuntimeError, match="a gradient came to LazyLogits by another way"):
         out.sum().backward()
-
-
-def test_pickled_and_copied_as_what_they_stand_for(device: str) -> None:
-    hidden, weight, _ = parts(device)
-    lazy = LazyLogits(hidden.detach(), weight.detach())
-    back = pickle.loads(pickle.dumps(lazy))
-    assert type(back) is Tensor
-    close(back, lazy.materialize())
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)

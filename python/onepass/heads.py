@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .lazy_logits import LazyLogits
+from .lazy_probs import LazyProbs
 from .ops._check import FLOATS
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -66,8 +67,9 @@ def graph_breaking() -> Callable[..., Tensor]:
     Here, since it loads torch._dynamo, a second that `import onepass` does not cost."""
     from torch._dynamo import disable
 
-    handle = LazyLogits.__torch_function__.__func__  # type: ignore[attr-defined]
-    LazyLogits.__torch_function__ = classmethod(disable(handle))  # type: ignore[assignment]
+    for kind in (LazyLogits, LazyProbs):
+        handle = kind.__torch_function__.__func__  # type: ignore[attr-defined]
+        kind.__torch_function__ = classmethod(disable(handle))  # type: ignore[assignment]
     run: Callable[..., Tensor] = disable(run_head)
     return run
 

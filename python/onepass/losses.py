@@ -7,8 +7,6 @@ back into logits or hidden states.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -349,19 +347,14 @@ def masked_cross_entropy(
 def known_weights(
     logits: Tensor, weights: Tensor | None, reduction: str, divisor: Tensor | float | None
 ) -> Tensor | None:
-    """The rows' weights in a loss that is linear in them, up to a power of two; None where whole
-    logits have no use for them.
-
-    With the divisor's mantissa in them the gradients that a head makes ahead need only a power of
-    two in the backward, which rounds nothing; with all of it they would underflow in float16.
-    """
+    """The rows' weights in a loss that is linear in them, the mean's divisor among them, so that
+    gradients made ahead have nothing to be multiplied by but the loss's own upstream gradient; None
+    where whole logits have no use for them."""
     if reduction == "none" or not hasattr(logits, "onepass_head"):
         return None
     if weights is None:
         weights = torch.ones((), dtype=accumulation_dtype(logits.dtype), device=logits.device)
-    if isinstance(divisor, Tensor):
-        return weights / divisor.frexp().mantissa
-    return weights if divisor is None else weights / math.frexp(divisor)[0]
+    return weights if divisor is None else weights / divisor
 
 
 def known_class_weights(
