@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._cap import Cap
-from ._check import IGNORED, values_checked
+from ._check import IGNORED, check_labels, values_checked
 from ._declare import declare
 from ._launch import GPU_TYPES, accumulation_dtype, capturing, choose, slabs
 from ._softmax import exponentials
@@ -370,6 +370,10 @@ def _forward(
         made.zero()
         return (*_as_outputs(hidden[0], facts), made.all)
     ids = (labels, contrast_labels)
+    if values_checked(hidden[0]):
+        for name, given in zip(("labels", "contrast_labels"), ids, strict=True):
+            if given is not None:
+                check_labels(name, given, weight[0].shape[0])
     slabs_ = Slabs(hidden, weight, bias, Cap(softcap, scale), ids, n_rows, compact)
     made.zero(slabs_)
     total = weight_sum(slabs_.room, bag_weights)

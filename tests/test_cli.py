@@ -520,8 +520,12 @@ def test_doctor_passes_in_time_and_covers_the_public_functions(
     missed = [f for f in found["findings"] if not f["passed"]]
     assert missed == [] and code == 0 and found["passed"] and found["mend"] == []
     assert found["seconds"] <= 20
-    public = {n for n in onepass.__all__ if n.islower() and not n.startswith("_")}
+    functions = {n for n in onepass.__all__ if n.islower() and not n.startswith("_")}
+    of_models = {"lazy_head", "lazy_head_within", "report", "strict", "unlazy_head"}
+    public = functions - of_models | {"LazyLogits"}
     assert {f["op"] for f in found["findings"]} == public
+    of_heads = {f["case"] for f in found["findings"] if f["op"] == "LazyLogits"}
+    assert of_heads >= {"trained", "frozen", "pair of heads, trained", "pair of heads, frozen"}
     measured = [f for f in found["findings"] if f["forward"] is not None]
     assert {f["dtype"] for f in measured} == {"fp32", "bf16", "fp16"}
     for op in public:
@@ -532,6 +536,8 @@ def test_doctor_passes_in_time_and_covers_the_public_functions(
         ("vocab_stats", "entropy"),
         ("vocab_pair_stats", "kl"),
         ("row_moments", "1 - cos"),
+        ("LazyLogits", "logp"),
+        ("LazyLogits", "kl"),
         ("cross_entropy", "loss"),
         ("masked_cross_entropy", "loss"),
         ("masked_normalized_l2", "loss"),
@@ -686,6 +692,41 @@ MUTANTS: list[tuple[str, str, Callable[..., Any], str]] = [
         "dd",
     ),
     ("row_moments", "in place", scribbling, "inputs untouched"),
+    (
+        "LazyLogits",
+        "hidden states rounded to bf16",
+        on_input(lambda x: x.bfloat16().to(x.dtype)),
+        "label_logit",
+    ),
+    (
+        "LazyLogits",
+        "softcap left out",
+        lambda op: lambda *a, softcap=None, **k: op(*a, **k),
+        "case 'trained, softcap'",
+    ),
+    ("LazyLogits", "bias left out", lambda op: lambda h, w, b=None, **k: op(h, w, **k), "kl"),
+    (
+        "LazyLogits",
+        "gradient of the head off by 1e-2",
+        lambda op: lambda h, w, *a, **k: op(h, ScaleGradient.apply(w, 1.01), *a, **k),
+        "logp",
+    ),
+    (
+        "LazyLogits",
+        "gradient off by 1e-2 where the head is frozen",
+        lambda op: (
+            lambda h, w, *a, **k: op(
+                h if w.requires_grad else ScaleGradient.apply(h, 1.01), w, *a, **k
+            )
+        ),
+        "case 'pair of heads, frozen'",
+    ),
+    (
+        "linear_cross_entropy",
+        "bias left out",
+        lambda op: lambda linear_bias=None, **k: op(**k),
+        "loss",
+    ),
     ("cross_entropy", "1 - p lost at p near 1", on_result(naive_cross_entropy), "loss"),
     (
         "cross_entropy",

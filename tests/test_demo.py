@@ -28,6 +28,7 @@ from typing import Any
 import pytest
 import torch
 
+import onepass
 from onepass import cli, demo
 from onepass.cli import folder as cli_folder
 from onepass.demo import checkpoint, corpus, settings
@@ -143,7 +144,10 @@ def test_fast_run_prints_table_and_verdict_on_stdout(fast: SimpleNamespace) -> N
         assert before == pytest.approx(fast.report["before"][kind]["nats_per_token"], abs=6e-4)
         assert after == pytest.approx(fast.report["after"][kind]["nats_per_token"], abs=6e-4)
         assert change == pytest.approx(after - before, abs=2e-3)
-    assert lines[11:] == [fast.report["verdict"]]
+    assert lines[11:] == [
+        fast.report["verdict"],
+        "no step kept its logits, 1,024 x 1,024 of them (lazy_head)",
+    ]
     assert lines[11].startswith("code is broken (+") and "prose is kept (" in lines[11]
 
 
@@ -152,7 +156,9 @@ def test_fast_run_is_quiet_without_a_terminal(fast: SimpleNamespace) -> None:
     assert "\r" not in fast.stderr and "%|" not in fast.stderr and "it/s" not in fast.stderr
     assert "warn" not in fast.stderr.lower()
     said = [line.split(":")[0] for line in fast.stderr.splitlines()]
-    assert said[1:5] == ["code", "prose", "language model", "circuit breaker"] and len(said) == 6
+    told = ["code", "prose", "head", "language model", "circuit breaker"]
+    assert said[1:6] == told and len(said) == 7
+    assert fast.stderr.splitlines()[3] == "head: lm_head: fused, weight [1024, 96] float32"
 
 
 @needs_extras
@@ -381,7 +387,7 @@ def test_resumed_run_equals_unbroken_run(
     resumed, whole = (json.loads((p / "demo.json").read_text()) for p in (tmp_path, unbroken))
     for same in ("before", "after", "curve", "steps", "settings", "text", "seed"):
         assert resumed[same] == whole[same], same
-    assert out.splitlines()[-1] == whole["verdict"]
+    assert out.splitlines()[-2] == whole["verdict"]
 
 
 @needs_extras
@@ -849,6 +855,33 @@ def test_circuit_breaker_loss_is_its_formula(parts: SimpleNamespace) -> None:
 
 
 @needs_extras
+@pytest.mark.usefixtures("tiny")
+def test_logits_are_lazy_in_every_step_and_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onepass.demo import evaluate, stages
+
+    seen: dict[str, list[type]] = {"stages": [], "evaluate": []}
+
+    def watched(name: str, real: Any) -> Any:
+        def cross_entropy(logits: Any, *args: Any, **kwargs: Any) -> Any:
+            seen[name].append(type(logits))
+            with pytest.raises(onepass.MaterializedError):
+                logits.exp()
+            return real(logits, *args, **kwargs)
+
+        return cross_entropy
+
+    for name, module in (("stages", stages), ("evaluate", evaluate)):
+        monkeypatch.setattr(module, "cross_entropy", watched(name, module.cross_entropy))
+    code, _, lines = tiny_run(tmp_path, "--fast")
+    assert code == 0, lines
+    assert len(seen["stages"]) == TINY.lm_steps and len(seen["evaluate"]) > TINY.curve_points
+    assert {kind for kinds in seen.values() for kind in kinds} == {onepass.LazyLogits}
+    assert onepass.lazy_logits._strict.get() is False
+
+
+@needs_extras
 def test_padding_does_not_count(parts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other ids where rows are padded: every loss and every evaluation stays to the bit."""
     from onepass.demo import evaluate, stages
@@ -1019,16 +1052,37 @@ def test_runs_as_a_module() -> None:
     assert process.returncode == 2 and "did you mean --fast?" in process.stderr
 
 
-def test_example_trains_the_same_with_either_loss() -> None:
+def run_example(name: str) -> tuple[list[str], str]:
+    """Lines of stdout, and stderr."""
     process = subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "examples" / "train_tiny_lm.py")],
+        [sys.executable, "-W", "error", str(ROOT / "examples" / name)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         env=child_environment(OMP_NUM_THREADS="1"),
     )
-    assert process.returncode == 0 and process.stderr == "", process.stderr
-    *table, last = process.stdout.splitlines()
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines(), process.stderr
+
+
+@needs_extras
+def test_example_trains_the_same_with_lazy_head_in_less_memory() -> None:
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs it")
+    lines, _ = run_example("lazy_head_trainer.py")
+    *steps, peak = lines[1 + next(i for i, line in enumerate(lines) if "lazy_head" in line) :]
+    losses = [[float(value) for value in line.split()[1:]] for line in steps]
+    assert len(losses) == 3
+    for old, new in losses:
+        assert new == pytest.approx(old, abs=2e-3)
+    assert losses[0][0] > losses[-1][0]
+    without, lazy = (int(n) for n in re.findall(r"(\d+) MB", peak))
+    # Without, logits and their gradient stand side by side; with, one slab of at most 64 MB.
+    assert without > 2 * 131 and lazy < 131 + 64
+
+
+def test_example_trains_the_same_with_either_loss() -> None:
+    (*table, last), stderr = run_example("train_tiny_lm.py")
+    assert stderr == ""
     start, end = table[1].split(), table[-1].split()
     assert float(start[1]) > 5 > 3 > float(end[1])
     assert float(last.removeprefix("largest difference: ")) < 1e-4

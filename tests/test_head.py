@@ -248,6 +248,18 @@ def test_masked_rows_leak_nothing(impl: str, device: str) -> None:
     assert not grads[0][[1, 5]].any()
 
 
+@pytest.mark.parametrize("name", ["labels", "contrast_labels"])
+@pytest.mark.parametrize("label", [61, -1])
+def test_labels_outside_the_vocabulary_are_named(
+    label: int, name: str, impl: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONEPASS_STRICT", "1")
+    case = draw(device)
+    case.given[name][2] = label
+    with pytest.raises(IndexError, match=rf"^{name}\[2\] is {label}: wanted 0 <= label < 61"):
+        case.lazy(("logp", "contrast_logit"), impl)
+
+
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 def test_while_a_graph_is_captured_no_row_is_left_out(
     frozen: bool, device: str, monkeypatch: pytest.MonkeyPatch

@@ -47,6 +47,9 @@ def counted_flops(contender: Contender) -> int:
         if first is not None:
             (rows, inner), (_, columns) = event.input_shapes[first : first + 2]
             total += 2 * rows * inner * columns
+        elif event.name == "mkldnn::_linear_pointwise":  # a b^T
+            (rows, inner), (columns, _) = event.input_shapes[:2]
+            total += 2 * rows * inner * columns
         assert event.name not in ("aten::bmm", "aten::baddbmm"), "a product that is not counted"
     return total
 

@@ -16,7 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import references
-from .references import IGNORED, Tensors, capped, pick, reduced, statistics
+from .references import (
+    DIVERGENCES,
+    HEAD,
+    IGNORED,
+    TARGET_HEAD,
+    Tensors,
+    capped,
+    pick,
+    reduced,
+    statistics,
+)
 
 STATS = (
     "lse",
@@ -29,7 +39,7 @@ STATS = (
     "sum_sq_probs",
     "argmax",
 )
-PAIRS = ("cross_entropy", "kl", "reverse_kl", "jsd", "lse", "target_lse")
+PAIRS = (*DIVERGENCES, "lse", "target_lse")
 MOMENTS = ("dd", "xx", "yy", "xy", "difference_of_squares")
 
 
@@ -119,6 +129,50 @@ def call_distances(api: Any, t: Tensors, impl: str) -> Tensors:
     dd, x_norm, y_norm = moments.dd.double(), moments.xx.double().sqrt(), moments.yy.double().sqrt()
     along = moments.difference_of_squares.double() / (x_norm + y_norm)
     return {"dd": moments.dd, "1 - cos": (dd - along.square()) / (2 * x_norm * y_norm)}
+
+
+def lazy(api: Any, t: Tensors, names: tuple[str, str, str] = HEAD, **options: Any) -> Any:
+    """LazyLogits, in several slabs where a slab costs no rounding: a CPU's product is rounded
+    before it is added to those of other slabs."""
+    hidden, matrix = (t[name] for name in names[:2])
+    row_bytes = matrix.shape[0] * matrix.element_size()
+    in_slabs = matrix.device.type != "cpu" or matrix.element_size() >= 4
+    at_once = 4 * row_bytes if in_slabs else None
+    return api.LazyLogits(hidden, matrix, t.get(names[2]), max_slab_bytes=at_once, **options)
+
+
+def call_head_stats(
+    api: Any, t: Tensors, impl: str, one_by_one: bool = False, **cap: Any
+) -> Tensors:
+    """All facts from one call, or each from a call of its own: gradients of one fact of a frozen
+    head are made in the forward."""
+    want = STATS + (("bag_mass",) if "bag_weights" in t else ())
+    logits = lazy(api, t, **cap)
+    facts: Tensors = {}
+    for group in ((name,) for name in want) if one_by_one else (want,):
+        stats = api.vocab_stats(
+            logits,
+            t["labels"],
+            contrast_labels=t["contrast"],
+            bag_weights=t.get("bag_weights"),
+            want=group,
+            impl=impl,
+        )
+        facts |= {name: getattr(stats, name) for name in group}
+    with torch.no_grad():
+        found = pick(statistics(references.head_logits(t, **cap)), facts["argmax"])
+    return facts | {"argmax": torch.where(t["labels"] == IGNORED, 0.0, found)}
+
+
+def call_head_pair_stats(api: Any, t: Tensors, impl: str, one_by_one: bool = False) -> Tensors:
+    """As call_head_stats; the target is a head too where there are hidden states of it."""
+    target = lazy(api, t, TARGET_HEAD) if "target_hidden" in t else t["target_logits"]
+    logits = lazy(api, t)
+    facts: Tensors = {}
+    for want in ((name,) for name in DIVERGENCES) if one_by_one else (DIVERGENCES,):
+        stats = api.vocab_pair_stats(logits, target, mask=t.get("mask"), want=want, impl=impl)
+        facts |= {name: getattr(stats, name) for name in want}
+    return facts
 
 
 # ------------------------------------------------------------------------------------ inputs
@@ -250,11 +304,65 @@ def near_hidden(m: Maker) -> Tensors:
     return {"x": m.store(near), "y": m.store(y)}
 
 
+def head(m: Maker, *shape: int, vocab: int = 253, names: tuple[str, str, str] = HEAD) -> Tensors:
+    """Hidden states of `shape` and a head whose logits have a deviation of 3."""
+    width = shape[-1]
+    return {
+        names[0]: m.store(m.normal(*shape)),
+        names[1]: m.store(m.normal(vocab, width, scale=3 / math.sqrt(width))),
+        names[2]: m.store(m.normal(vocab)),
+    }
+
+
+def as_head(m: Maker, z: Tensor, names: tuple[str, str, str] = HEAD) -> Tensors:
+    """Logits z [N, V] as a head: hidden states that pick a column each, so that z comes out."""
+    return {names[0]: m.store(torch.eye(len(z))), names[1]: m.store(z.T.contiguous())}
+
+
+def head_and_labels(m: Maker) -> Tensors:
+    ids = {"labels": m.ids(253, 5), "contrast": m.ids(253, 5)}
+    return head(m, 5, 33) | ids | {"bag_weights": m.normal(253).to(m.device)}
+
+
+def head_of_ignored_rows(m: Maker) -> Tensors:
+    inputs = head_and_labels(m)
+    inputs["labels"][1::2] = IGNORED
+    inputs["hidden"][1::2] = math.nan
+    return inputs
+
+
+def certain_head(m: Maker) -> Tensors:
+    inputs = certain_rows(m)
+    return inputs | as_head(m, inputs.pop("logits").float().cpu())
+
+
+def label_row(t: Tensors) -> Tensor:
+    """Where the matrix [V, N] of `as_head` makes the logit of a row's label."""
+    return F.one_hot(t["labels"], t["matrix"].shape[0]).bool().T
+
+
+def head_and_target(m: Maker) -> Tensors:
+    """Students [3, 4, D] of one teacher's logits."""
+    return head(m, 3, 4, 33) | {"target_logits": m.store(m.normal(4, 253, scale=3.0))}
+
+
+def two_heads(m: Maker) -> Tensors:
+    """A student and a wider teacher, NaN where the mask leaves a row out."""
+    inputs = head(m, 5, 33) | head(m, 5, 40, names=TARGET_HEAD)
+    inputs["hidden"][1], inputs["target_hidden"][3] = math.nan, math.nan
+    return inputs | {"mask": torch.tensor([True, False, True, False, True]).to(m.device)}
+
+
+def near_heads(m: Maker) -> Tensors:
+    inputs = {n: z.float().cpu() for n, z in near_pair(m).items()}
+    return as_head(m, inputs["logits"]) | as_head(m, inputs["target_logits"], TARGET_HEAD)
+
+
 # ------------------------------------------------------------------------------------ checks
 
 
 def op_checks() -> list[Check]:
-    """The checks of the three families of row statistics."""
+    """The checks of the three families of row statistics, and of the first two on LazyLogits."""
     stats = partial(Check, "vocab_stats", call=call_vocab_stats, formula=references.vocab_stats)
     two = partial(
         Check,
@@ -313,6 +421,62 @@ def op_checks() -> list[Check]:
             exact=("dd", "1 - cos"),
             gradients=False,  # of 1 - cos: fp64 arithmetic of this check, not of the op
         ),
+        *head_checks(),
+    ]
+
+
+def head_checks() -> list[Check]:
+    """The checks of statistics on LazyLogits: trained heads, whose gradients are made by a second
+    pass over the logits, and frozen ones."""
+    stats = partial(
+        Check, "LazyLogits", call=call_head_stats, formula=references.head_stats, leaves=HEAD
+    )
+    two = partial(
+        Check, "LazyLogits", call=call_head_pair_stats, formula=references.head_pair_stats
+    )
+    cap: dict[str, Any] = {"scale": 0.5, "softcap": 4.0, "temperature": 0.75}
+    return [
+        stats(case="trained", make=head_and_labels),
+        stats(case="trained, ignored rows", make=head_of_ignored_rows),
+        stats(
+            case="trained, softcap",
+            make=head_and_labels,
+            call=partial(call_head_stats, **cap),
+            formula=partial(references.head_stats, **cap),
+            leaves=HEAD[:2],  # fp16 rounds a capped bias' gradient anywhere; torch may be lucky
+        ),
+        stats(
+            case="frozen",
+            make=head_of_ignored_rows,
+            call=partial(call_head_stats, one_by_one=True),
+            leaves=("hidden",),
+        ),
+        stats(
+            case="gap 40",
+            make=certain_head,
+            leaves=("matrix",),
+            only=("logp", "entropy"),
+            truth=references.head_stats_certain,
+            exact=("logp", "entropy"),
+            exact_gradient=("logp", label_row),
+            upstream=2.0**40,
+        ),
+        two(case="pair, trained", make=head_and_target, leaves=(*HEAD, "target_logits")),
+        two(case="pair of heads, trained", make=two_heads, leaves=(*HEAD, *TARGET_HEAD)),
+        two(
+            case="pair of heads, frozen",
+            make=two_heads,
+            call=partial(call_head_pair_stats, one_by_one=True),
+            leaves=("hidden",),
+        ),
+        two(
+            case="pair of heads, near target",
+            make=near_heads,
+            only=("kl", "reverse_kl"),
+            exact=("kl", "reverse_kl"),
+            leaves=("hidden",),
+            gradients=False,
+        ),
     ]
 
 
@@ -320,6 +484,7 @@ def loss_checks() -> list[Check]:
     """The checks of the losses over the row statistics."""
     return [
         *cross_entropy_checks(),
+        *linear_cross_entropy_checks(),
         *masked_cross_entropy_checks(),
         *hidden_checks(),
         Check(
@@ -426,6 +591,28 @@ def cross_entropy_checks() -> list[Check]:
             ),
             upstream=2.0**40,
         ),
+    ]
+
+
+def linear_cross_entropy_checks() -> list[Check]:
+    names = ("input", "linear_weight", "linear_bias")
+
+    def make(m: Maker) -> Tensors:
+        target = m.ids(253, 7)
+        target[::3] = IGNORED
+        return head(m, 7, 33, names=names) | {"target": target}
+
+    def check(case: str, leaves: tuple[str, ...], **options: Any) -> Check:
+        def formula(t: Tensors) -> Tensor:
+            z = statistics(references.head_logits(t, names=names))
+            return F.cross_entropy(z, t["target"], **options)
+
+        return loss("linear_cross_entropy", case, make, formula, leaves, options)
+
+    return [
+        check("trained", names, label_smoothing=0.1),
+        check("trained, row by row", names, reduction="none"),
+        check("frozen", names[:1]),
     ]
 
 
@@ -637,11 +824,12 @@ def same_bits(check: Check, api: Any, device: str, impl: str) -> None:
 
 def refuses_label(check: Check, api: Any, device: str, impl: str) -> None:
     """A label outside the vocabulary is an IndexError, whichever side it is out on."""
-    name = "labels" if check.op == "vocab_stats" else "target"
-    for shift in (0, -1):
+    for below in (False, True):
         t = check.make(Maker(torch.float32, device))
-        bad = t[check.leaves[0]].shape[-1] if shift == 0 else shift
-        t[name][0] = bad
+        of_head = next((t[name] for name in ("matrix", "linear_weight") if name in t), None)
+        vocab_size = t[check.leaves[0]].shape[-1] if of_head is None else of_head.shape[0]
+        bad = -1 if below else vocab_size
+        t["labels" if "labels" in t else "target"][0] = bad
         try:
             check.call(api, t, impl)
         except IndexError:

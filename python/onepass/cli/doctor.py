@@ -341,7 +341,8 @@ def bypasses() -> list[dict[str, str]]:
     if trl and _at_least(trl, (1, 16)):
         advice = (
             "its trainers compute the loss from hidden states (add_fused_lm_head) and never call"
-            " lm_head.forward: losses on logits need transformers.Trainer or a loop of your own"
+            " lm_head.forward: call onepass.integrations.trl.enable(), or use transformers.Trainer"
+            " or a loop of your own"
         )
         found.append({"package": "trl", "version": trl, "advice": advice})
     return found

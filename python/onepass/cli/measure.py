@@ -111,8 +111,8 @@ def _measure(api: Any, check: Check, target: Target, dtype: str) -> Iterator[Fin
             for leaf, m, t, r in zip(check.leaves, mine, theirs, right, strict=True):
                 size = r.abs().amax(-1, keepdim=True)
                 if (terms := truth.get(f"terms of {output} at {leaf}")) is not None:
-                    terms = terms * up.abs().unsqueeze(-1)
-                    while terms.dim() > r.dim():  # a target shared by several rows
+                    terms = terms * up.abs().reshape(*up.shape, *[1] * (terms.dim() - up.dim()))
+                    while terms.dim() > r.dim():  # what several rows share: a target, a head
                         terms = terms.sum(0)
                     size = torch.maximum(size, terms.amax(-1, keepdim=True))
                 # Triton's interpreter truncates to bf16 where every GPU rounds.

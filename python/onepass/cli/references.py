@@ -8,6 +8,8 @@ Inputs and outputs go by name. An output "scale of X" is the size of the terms t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,6 +36,29 @@ def finite(values: Tensor) -> Tensor:
 def masked(values: Tensor, counts: Tensor) -> Tensor:
     """Rows [..., D] with 0, and no gradient, where `counts` [...] is False."""
     return torch.where(counts.unsqueeze(-1), values, 0.0)
+
+
+DIVERGENCES = ("cross_entropy", "kl", "reverse_kl", "jsd")
+HEAD = ("hidden", "matrix", "bias")
+TARGET_HEAD = ("target_hidden", "target_matrix", "target_bias")
+
+
+def head_logits(
+    t: Tensors,
+    counts: Tensor | None = None,
+    names: tuple[str, str, str] = HEAD,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The logits [..., V] of hidden states [..., D] and a head, whole, in the inputs' dtype; of a
+    row that does not count no hidden state is used."""
+    hidden = t[names[0]] if counts is None else masked(t[names[0]], counts)
+    z = F.linear(hidden, t[names[1]], t.get(names[2])) * scale
+    if softcap is not None:
+        z = torch.tanh(z / softcap) * softcap
+    return z / temperature
 
 
 def vocab_stats(t: Tensors) -> Tensors:
@@ -108,6 +133,55 @@ def vocab_pair_stats(t: Tensors) -> Tensors:
         terms = (1 + s.abs() + log_q.abs() + fact.abs().unsqueeze(-1)) * counts.unsqueeze(-1)
         facts[f"terms of {name} at logits"] = (p * terms).detach()
         facts[f"terms of {name} at target_logits"] = (q * terms).detach()
+    return facts
+
+
+def at_head(
+    terms: Tensor, t: Tensors, counts: Tensor | None, names: tuple[str, str, str] = HEAD
+) -> Tensors:
+    """What terms [..., V] of the logits' gradient make the terms of a head's gradients: those of
+    the matrix and the bias row by row, to be summed once the upstream is known."""
+    hidden, matrix = (statistics(t[name].detach()).abs() for name in names[:2])
+    hidden = hidden if counts is None else masked(hidden, counts)
+    at_matrix = terms[..., None] * hidden[..., None, :]
+    return dict(zip(names, (terms @ matrix, at_matrix, terms), strict=True))
+
+
+def head_stats(t: Tensors, **cap: Any) -> Tensors:
+    """The facts of vocab_stats, of hidden states [N, D] and a head.
+
+    A logit is a sum too, and carries the rounding of its terms into every probability.
+    """
+    counts = t["labels"] != IGNORED
+    z = head_logits(t, counts, **cap)
+    facts = vocab_stats(t | {"logits": z})
+    with torch.no_grad():
+        sizes = {name: t[name].abs() for name in HEAD if name in t}
+        terms = F.softmax(statistics(z), -1) * (1 + statistics(head_logits(sizes, counts)))
+        terms = masked(terms, counts)
+    for leaf, value in at_head(terms, t, counts).items():
+        facts |= {f"terms of {name} at {leaf}": value for name in list(facts) if " " not in name}
+    return facts
+
+
+def head_stats_certain(t: Tensors) -> Tensors:
+    """vocab_stats_certain of hidden states [N, D] and a head."""
+    return vocab_stats_certain(t | {"logits": head_logits(t)})
+
+
+def head_pair_stats(t: Tensors) -> Tensors:
+    """The facts of vocab_pair_stats, of hidden states and a head against target_logits or against
+    other hidden states and another head."""
+    counts = t.get("mask")
+    made = {"logits": head_logits(t, counts)}
+    if "target_hidden" in t:
+        made["target_logits"] = head_logits(t, counts, TARGET_HEAD)
+    facts = vocab_pair_stats(t | made)
+    for side, names in (("logits", HEAD), ("target_logits", TARGET_HEAD)):
+        if names[0] in t:
+            for name in DIVERGENCES:
+                of_head = at_head(facts[f"terms of {name} at {side}"], t, counts, names)
+                facts |= {f"terms of {name} at {leaf}": v for leaf, v in of_head.items()}
     return facts
 
 

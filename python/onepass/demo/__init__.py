@@ -1,9 +1,9 @@
 """`onepass demo`: train a small language model on this machine, then break half of what it knows.
 
 The text comes with the interpreter: the Python documentation as English prose, the standard
-library as source code. A byte-level BPE tokenizer and a small Llama learn both with
-`onepass.cross_entropy`; a LoRA adapter then turns the hidden states of code away from where they
-were (`masked_inner_product`) and holds those of prose in place (`masked_normalized_l2`).
+library as source code. A small Llama behind `lazy_head` learns both with `cross_entropy`; a LoRA
+adapter then turns the hidden states of code away from where they were (`masked_inner_product`) and
+holds those of prose in place (`masked_normalized_l2`).
 
 This file is the command: it imports nothing heavy before all that can be refused has been.
 """
@@ -90,12 +90,13 @@ def _run(args: argparse.Namespace) -> int:
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(replaced))
         print(f"replacing the run of {date} in {output}", file=sys.stderr)
     print("loading the libraries and the text", file=sys.stderr, flush=True)
+    from .. import strict
     from . import report
     from .pipeline import Run, Stopped
     from .terminal import quiet_libraries, say
     from .train import one_thread
 
-    with quiet_libraries(), one_thread():
+    with quiet_libraries(), one_thread(), strict():  # an error, should anything need whole logits
         started = Run(size, seed, device, output, resume_from)
         checkpoint.remove_partial(output)
         if replaced is not None:
@@ -111,6 +112,7 @@ def _run(args: argparse.Namespace) -> int:
         report.write_png(picture, started.state)
     say(f"wrote {results}, {picture}")
     report.show(before, after)
+    print(report.memory(size, started.base.config.vocab_size))
     return 0
 
 

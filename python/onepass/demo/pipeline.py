@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .. import lazy_head
+from .. import report as report_heads
 from . import checkpoint, evaluate, stages, tokens, train
 from .model import language_model, original, with_adapter
 from .settings import Settings
@@ -59,12 +61,15 @@ class Run:
         self.base.to(device)
         # Taken here because peft renames the layers it wraps; the tensors stay the model's own.
         self.weights = self.base.state_dict()
+        lazy_head(self.base)
         self._add_seconds("text", time.perf_counter() - started)
         for kind, size in self.text.sizes.items():
             say(
                 f"{kind}: {size['train_tokens']:,} tokens to train on,"
                 f" {size['held_out_tokens']:,} held out"
             )
+        for head in report_heads(self.base).heads:
+            say(f"head: {head}")
 
     def train(self) -> PeftModel:
         """Language model, then adapter; Stopped where Ctrl-C came in between."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..cli.table import render
 from .checkpoint import PROGRAM, SCHEMA, State
 from .evaluate import Numbers
+from .settings import Settings
 from .stages import KINDS
 from .tokens import Text
 
@@ -56,6 +57,12 @@ def verdict(before: Numbers, after: Numbers) -> str:
         f"code is {code} ({change['code']:+.2f} nats per token),"
         f" prose is {prose} ({change['prose']:+.2f} nats per token)"
     )
+
+
+def memory(settings: Settings, vocab_size: int) -> str:
+    """What became of the logits, in one line."""
+    n_rows = len(KINDS) * settings.rows_of_each_kind * settings.window
+    return f"no step kept its logits, {n_rows:,} x {vocab_size:,} of them (lazy_head)"
 
 
 def write_json(

@@ -63,8 +63,8 @@ def language_model_stage(
     def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         b = batch(rows, settings, seed, step)
         with autocast(b.ids.device):
-            logits = model(input_ids=b.ids).logits
-        # The line that `torch.nn.functional.cross_entropy` would stand in.
+            logits = model(input_ids=b.ids).logits  # lazy: see pipeline.py
+        # The line that `torch.nn.functional.cross_entropy` would stand in, with or without ours.
         loss = cross_entropy(logits.flatten(0, 1), b.labels.flatten())
         return loss, {}
 
