@@ -19,7 +19,6 @@ import torch
 import onepass
 from onepass.bench.cases import VOCABULARIES
 from onepass.ops import head as head_module
-from onepass.ops._cap import NO_CAP
 from support.aot import Compiled, Job, compile_kernels, function_arguments, why_not
 from support.environment import NO_INTERPRETER
 from support.guard import count_bytes
@@ -279,9 +278,8 @@ def test_every_batch_moves_as_little(call: str, rows: int) -> None:
 @pytest.mark.parametrize("vocab_size", (*VOCABULARIES, 1, 7))
 def test_slabs_are_padded_with_zeros(vocab_size: int, dtype: torch.dtype) -> None:
     """Every row of a slab starts at 16 bytes, and what a product may multiply beyond V is 0."""
-    hidden, weight = torch.zeros(3, 4, dtype=dtype), torch.zeros(vocab_size, 4, dtype=dtype)
-    slabs = head_module.Slabs([hidden], [weight], None, NO_CAP, (None, None), 3)
-    room, width = slabs.room, 128 // torch.finfo(dtype).bits
+    room = head_module.padded_room(torch.zeros(3, 4, dtype=dtype), 3, vocab_size)
+    width = 128 // torch.finfo(dtype).bits
     assert room.shape == (3, vocab_size) and room.stride(1) == 1
     assert room.stride(0) % width == 0 and room.stride(0) - vocab_size < width
     assert room.data_ptr() % 16 == 0
