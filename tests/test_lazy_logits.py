@@ -272,6 +272,15 @@ BAD: dict[str, tuple[Callable[[list[Tensor]], Any], type[Exception], str]] = {
 }
 
 
+def test_a_sharded_head_is_refused(device: str) -> None:
+    """DTensor is in test_heads_distributed.py, where there are processes."""
+    hidden, weight, _ = (t.detach() for t in parts(device))
+    sharded = torch.nn.Parameter(weight[:0])
+    sharded.ds_id = 3  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"sharded by ZeRO-3; gather it first \(.*Gathered"):
+        LazyLogits(hidden, sharded)
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name: str, device: str) -> None:
     call, error, message = BAD[name]

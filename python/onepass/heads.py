@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .lazy_logits import LazyLogits
+from .lazy_logits import GATHER, LazyLogits
 from .lazy_probs import LazyProbs
 from .ops._check import FLOATS
 
@@ -32,7 +32,6 @@ RIVALS = {
     "trl": "call onepass.lazy_head on a model without add_fused_lm_head",
     "unsloth": "load the model with transformers",
 }
-GATHER = "gather it first (weight.full_tensor(), deepspeed.zero.GatheredParameters)"
 
 
 class LazyForward:

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from .ops._check import check_choice, check_floating, check_same_device
 from .ops.head import MODES, Head
 
+GATHER = "gather it first (weight.full_tensor(), deepspeed.zero.GatheredParameters)"
 _strict: ContextVar[bool] = ContextVar("onepass_strict", default=False)
 _warned: set[tuple[str, str]] = set()  # the operation and the caller's line
 
@@ -202,6 +203,10 @@ def check_head(
     check_floating(of_hidden, hidden)
     check_floating(of_weight, weight)
     assert isinstance(hidden, Tensor) and isinstance(weight, Tensor)
+    for name, tensor in ((of_hidden, hidden), (of_weight, weight), (of_bias, bias)):
+        kind = "a weight sharded by ZeRO-3" if hasattr(tensor, "ds_id") else type(tensor).__name__
+        if kind == "DTensor" or hasattr(tensor, "ds_id"):
+            raise ValueError(f"{name} must be a whole tensor: got {kind}; {GATHER}")
     if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"{of_hidden} must be [..., D] and {of_weight} [V, D]: "

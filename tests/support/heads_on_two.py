@@ -181,6 +181,9 @@ def dtensor(rank: int) -> None:
     model.lm_head.weight = nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(0)]))
     error = raised(lambda: model(**share_of(rank)))
     assert "weight came as DTensor" in error and "gather" in error, error
+    states, sharded = torch.randn(2, whole.shape[1]), model.lm_head.weight
+    error = raised(lambda: onepass.LazyLogits(states, sharded))
+    assert "weight must be a whole tensor: got DTensor; gather it first" in error, error
 
 
 def gather(rank: int) -> None:
