@@ -243,7 +243,7 @@ class Gradients:
         ahead: bool = False,  # of an upstream gradient: to be multiplied, and only then rounded
     ) -> None:
         self.matrices = weight
-        wide = ahead and hidden[0].device.type == "cuda"
+        wide = ahead and widens(hidden[0])
         self.hidden = [
             torch.empty_like(t, dtype=accumulation_dtype(t.dtype) if wide else t.dtype)
             for t in hidden
@@ -294,11 +294,16 @@ class Gradients:
         self.begun = True
 
 
+def widens(tensor: Tensor) -> bool:
+    """Whether the device's library gives a product in fp32 before it rounds: NVIDIA's."""
+    return tensor.device.type == "cuda" and torch.version.hip is None
+
+
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b in `dtype`, which only CUDA's library has at hand before it rounds."""
-    if a.dtype == dtype or a.device.type != "cuda":
-        return torch.mm(a, b).to(dtype)
-    return torch.mm(a, b, out_dtype=dtype)
+    """a b in `dtype`."""
+    if a.dtype != dtype and widens(a):
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, begun: bool = True) -> None:
@@ -306,10 +311,12 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, begun: bool = True) -> None
     beta = 1 if begun else 0
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)
-    elif a.device.type == "cuda":
+    elif widens(a):
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     else:
-        for part in slabs(a.shape[0], 4 * b.shape[1]):  # rounded products beside it: 4 MB of them
+        whole = [slice(None)]
+        # rounded products beside it: 4 MB of them
+        for part in slabs(a.shape[0], 4 * b.shape[1]) if a.device.type == "cpu" else whole:
             made = a[part] @ b
             total[part] = total[part] + made if begun else made
 
