@@ -17,11 +17,11 @@ class Exponentials(NamedTuple):
     rest: Tensor  # [n] sum of e without the maximum; NaN where the maximum is not finite
 
 
-def exponentials(z: Tensor, keep_gap: bool = True) -> Exponentials:
-    """Of logits [n, V], float32 or float64. Without `keep_gap` a temporary less: on a CPU fresh
-    memory costs as much as the exponential."""
+def exponentials(z: Tensor, keep_gap: bool = True, room: Tensor | None = None) -> Exponentials:
+    """Of logits [n, V], float32 or float64. Without `keep_gap` a temporary less, with `room` [n, V]
+    another: on a CPU fresh memory costs as much as the exponential."""
     top = z.amax(dim=-1, keepdim=True)
-    gap = z - top
+    gap = torch.sub(z, top, out=room)
     e = gap.exp() if keep_gap else gap.exp_()
     top = top.squeeze(-1)
     rest = sum_beside_one(e).masked_fill(top.isinf(), float("nan"))

@@ -314,15 +314,16 @@ def _backward_torch(
         z, ids, top, rest = logits[rows], pick(labels, rows), row_max[rows], row_rest[rows]
         c = {name: pick(value, rows) for name, value in coefficients.items()}
         if of_softmax:
-            wide = z.to(row_max.dtype)
-            e = torch.sub(wide, top[:, None], out=dlogits[rows] if in_place else wide).exp_()
-            dz = softmax_gradient(e, ids, rest, c)
+            dz = z.to(row_max.dtype)
+            dz = torch.sub(dz, top[:, None], out=dlogits[rows] if in_place else dz).exp_()
+            softmax_gradient(dz, ids, rest, c)
         else:
             others = (pick(contrast_labels, rows), bag_weights)
             dz = vocab_stats_backward_reference(cap.logits(z), ids, *others, top, rest, c)
             dz = cap.gradient(dz, z)
         if not (of_softmax and in_place):
             dlogits[rows] = dz.to(dlogits.dtype)
+        del dz  # or the next slab's is made beside it
 
 
 SEGMENT = 16384  # columns a program reads: fixed, so that a row's sums do not depend on the batch
