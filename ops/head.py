@@ -225,6 +225,34 @@ def parts(u: Tensor, triton: bool) -> list[slice]:
     return [slice(0, len(u))] if triton else slabs(*u.shape)
 
 
+class Need(NamedTuple):
+    """Of which terms' hidden states and matrices, and whether of the bias, a gradient is wanted."""
+
+    hidden: Sequence[bool]
+    weight: Sequence[bool]
+    bias: bool
+
+    @classmethod
+    def of(cls, hidden: Sequence[Tensor], weight: Sequence[Tensor], bias: Tensor | None) -> Need:
+        on = torch.is_grad_enabled()
+        return cls(
+            [on and t.requires_grad for t in hidden],
+            [on and t.requires_grad for t in weight],
+            on and bias is not None and bias.requires_grad,
+        )
+
+    def none(self) -> Need:
+        return Need([False] * len(self.hidden), [False] * len(self.weight), False)
+
+    @property
+    def of_head(self) -> bool:
+        return any(self.weight) or self.bias
+
+    @property
+    def any(self) -> bool:
+        return any(self.hidden) or self.of_head
+
+
 class Gradients:
     """Gradients of the hidden states, row by row, and of the head, summed over slabs.
 
@@ -238,57 +266,45 @@ class Gradients:
         hidden: Sequence[Tensor],
         weight: Sequence[Tensor],
         bias: Tensor | None,
-        need: Sequence[bool],
+        need: Need,
         n_slabs: int = FEW_SLABS + 1,
         ahead: bool = False,  # of an upstream gradient: to be multiplied, and only then rounded
     ) -> None:
         self.matrices = weight
         wide = ahead and widens(hidden[0])
-        self.hidden = [
-            torch.empty_like(t, dtype=accumulation_dtype(t.dtype) if wide else t.dtype)
-            for t in hidden
-            if need[0]
-        ]
         few = n_slabs <= (FEW_SLABS if hidden[0].device.type == "cpu" else 1)
-        self.weight = [
-            torch.empty_like(t, dtype=t.dtype if few else accumulation_dtype(t.dtype))
-            for t in (weight if need[1] else ())
-        ]
-        self.bias = [
-            torch.empty_like(bias, dtype=accumulation_dtype(bias.dtype))
-            for bias in ([bias] if need[2] and bias is not None else [])
-        ]
+
+        def room(t: Tensor, in_sums: bool) -> Tensor:
+            return torch.empty_like(t, dtype=accumulation_dtype(t.dtype) if in_sums else t.dtype)
+
+        self.hidden = {k: room(t, wide) for k, t in enumerate(hidden) if need.hidden[k]}
+        self.weight = {k: room(t, not few) for k, t in enumerate(weight) if need.weight[k]}
+        self.bias = [room(bias, True)] if need.bias and bias is not None else []
         self.begun = False
 
     @property
     def all(self) -> list[Tensor]:
-        return [*self.hidden, *self.weight, *self.bias]
+        return [*self.hidden.values(), *self.weight.values(), *self.bias]
 
-    def zero(self, slabs: Slabs | None = None) -> None:
-        """Zeroes all that the slabs will not write; without slabs, all."""
-        empty = slabs is None or slabs.total == 0
-        rows_left_out = empty or (slabs is not None and slabs.kept is not None)
-        for tensor in (
-            *(self.hidden if rows_left_out else ()),
-            *(self.weight if empty else ()),
+    def zero(self, rows: int = 0, all_rows: bool = False) -> None:
+        """Zeroes what slabs of so many rows, and whether they are all there are, do not write."""
+        left = [
+            *(() if all_rows and rows else self.hidden.values()),
+            *(() if rows else self.weight.values()),
             *self.bias,
-        ):
+        ]
+        for tensor in left:
             tensor.zero_()
 
     def add(self, rows: Any, states: Sequence[Tensor], du: Tensor) -> None:
         """One slab's share: its rows, their hidden states, the gradient of the product."""
-        self.add_rows(rows, du)
-        self.add_head(states, du)
-
-    def add_rows(self, rows: Any, du: Tensor) -> None:
-        for grad, matrix in zip(self.hidden, self.matrices, strict=False):
+        for k, grad in self.hidden.items():
+            matrix = self.matrices[k]
             fits = serves_onednn(du, matrix)
             made = onednn_product(du, matrix.T) if fits else product(du, matrix, grad.dtype)
             grad[rows] = made
-
-    def add_head(self, states: Sequence[Tensor], du: Tensor) -> None:
-        for total, part in zip(self.weight, states, strict=False):
-            add_product(total, du.T, part, self.begun)
+        for k, total in self.weight.items():
+            add_product(total, du.T, states[k], self.begun)
         for total in self.bias:
             total += du.sum(0, dtype=total.dtype)
         self.begun = True
@@ -376,15 +392,16 @@ def _forward(
     compact: bool,
     ahead: str,  # facts whose gradients are made here
     shares: list[Tensor],
-    private: bool,  # nobody else holds `made`: the backward may write to it
-    need_hidden: bool,
-    need_weight: bool,
+    private: bool,  # whoever calls sees nothing of `made`, so that the backward may write to it
+    exact: bool,  # rather makes the logits again than round a gradient once more
+    need_hidden: list[bool],
+    need_weight: list[bool],
     need_bias: bool,
     triton: bool,
 ) -> tuple[Any, ...]:
     asked = want.split()
     facts = _empty_facts(hidden[0], asked, False)
-    need = (need_hidden, need_weight, need_bias)
+    need = Need(need_hidden, need_weight, need_bias)
     n_slabs = slab_count(hidden[0].shape[0], n_rows)
     made = Gradients(hidden, weight, bias, need, n_slabs, ahead=True)
     if not facts["row_max"].numel():
@@ -396,7 +413,7 @@ def _forward(
             if given is not None:
                 check_labels(name, given, weight[0].shape[0])
     slabs_ = Slabs(hidden, weight, bias, Cap(softcap, scale), ids, n_rows, compact)
-    made.zero(slabs_)
+    made.zero(slabs_.total, slabs_.kept is None)
     total = weight_sum(slabs_.room, bag_weights)
     fused = bool(ahead) and not triton and not slabs_.blind
     room = scratch(slabs_.step if fused else 0, weight[0].shape[0], facts["row_max"])
@@ -435,7 +452,7 @@ def _forward_fake(
 ) -> tuple[Any, ...]:
     facts = _as_outputs(hidden[0], _empty_facts(hidden[0], rest[5].split(), True))
     n_slabs = slab_count(hidden[0].shape[0], rest[6])
-    return (*facts, Gradients(hidden, weight, bias, rest[-4:-1], n_slabs, ahead=True).all)
+    return (*facts, Gradients(hidden, weight, bias, Need(*rest[-4:-1]), n_slabs, ahead=True).all)
 
 
 def _backward_op(
@@ -452,14 +469,14 @@ def _backward_op(
     *rest: Any,
 ) -> list[Tensor]:
     *values, n_rows, compact, need_hidden, need_weight, need_bias, triton = rest
-    need = (need_hidden, need_weight, need_bias)
+    need = Need(need_hidden, need_weight, need_bias)
     made = Gradients(hidden, weight, bias, need, slab_count(hidden[0].shape[0], n_rows))
     if not row_max.numel():
         made.zero()
         return made.all
     ids = (labels, contrast_labels)
     slabs_ = Slabs(hidden, weight, bias, Cap(softcap, scale), ids, n_rows, compact)
-    made.zero(slabs_)
+    made.zero(slabs_.total, slabs_.kept is None)
     for rows, states, u in slabs_:
         of_slab, top, beside = ids_of(ids, rows), row_max[rows], row_rest[rows]
         c = {name: pick(value, rows) for name, value in zip(COEFFICIENTS, values, strict=True)}
@@ -476,14 +493,14 @@ def _backward_fake(
     hidden: list[Tensor], weight: list[Tensor], bias: Tensor | None, *rest: Any
 ) -> list[Tensor]:
     n_slabs = slab_count(hidden[0].shape[0], rest[-6])
-    return Gradients(hidden, weight, bias, rest[-4:-1], n_slabs).all
+    return Gradients(hidden, weight, bias, Need(*rest[-4:-1]), n_slabs).all
 
 
 _OF_HEAD = (
     "Tensor[] hidden, Tensor[] weight, Tensor? bias, float softcap, float scale, "
     "Tensor? labels, Tensor? contrast_labels, Tensor? bag_weights, "
 )
-_NEEDS = "bool need_hidden, bool need_weight, bool need_bias, bool triton"
+_NEEDS = "bool[] need_hidden, bool[] need_weight, bool need_bias, bool triton"
 
 _head_stats_backward = declare(
     f"head_stats_backward({_OF_HEAD} Tensor row_max, Tensor row_rest, "
@@ -496,25 +513,35 @@ _head_stats_backward = declare(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     hidden, weight, bias, softcap, scale, labels, contrast, bag, want, n_rows, *rest = inputs
-    compact, ahead, shares, private, *_, triton = rest
+    compact, ahead, shares, private, exact, *_, triton = rest
     *facts, made = output
     saved = dict(zip(("row_max", "row_rest", *FACTS), facts, strict=True))
     kept = [saved[name] for name in KEPT]
     ctx.save_for_backward(*hidden, *weight, bias, labels, contrast, bag, *kept, *shares, *made)
     ctx.sizes = (len(hidden), len(weight), 4, len(kept), len(shares), len(made))
-    ctx.options = (softcap, scale, want.split(), n_rows, compact, ahead.split(), private, triton)
+    ctx.options = (
+        softcap,
+        scale,
+        want.split(),
+        n_rows,
+        compact,
+        ahead.split(),
+        private,
+        exact,
+        triton,
+    )
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
-    softcap, scale, want, n_rows, compact, ahead, private, triton = ctx.options
+    softcap, scale, want, n_rows, compact, ahead, private, exact, triton = ctx.options
     saved = iter(ctx.saved_tensors)
     hidden, weight, given, kept, shares, made = (
         [next(saved) for _ in range(size)] for size in ctx.sizes
     )
     bias, labels, contrast, bag = given
     none = [None] * len(hidden)
-    nothing = (*[None] * 9, [None] * len(shares), *[None] * 5)
+    nothing = (*[None] * 9, [None] * len(shares), *[None] * 6)
     grads = {
         fact: grad.contiguous()
         for fact, grad in zip(FACTS, upstream[2:-1], strict=True)
@@ -522,17 +549,24 @@ def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
     }
     if not grads:
         return (none, none, None, *nothing)
-    need_hidden, need_weight = (any(need) for need in ctx.needs_input_grad[:2])
-    need_bias = bias is not None and ctx.needs_input_grad[2]
+    of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+    need = Need(of_hidden, of_weight, bias is not None and of_bias)
+    wanted = [
+        t
+        for part, needed in ((hidden, need.hidden), (weight, need.weight), ([bias], [need.bias]))
+        for t, n in zip(part, needed, strict=True)
+        if n
+    ]
+    counts = None if labels is None else labels != IGNORED
     if torch.is_grad_enabled():
         d_hidden, d_weight, d_bias = _twice_differentiable(
             hidden, weight, bias, softcap, scale, labels, contrast, bag, grads
         )
-        out = [*d_hidden * need_hidden, *d_weight * need_weight, *[d_bias] * need_bias]
-    elif (factor := factor_ahead(made, grads, ahead, shares, labels)) is not None:
-        of_head = [*weight * need_weight, *[bias] * need_bias]
-        dtypes = [t.dtype for t in (*hidden * need_hidden, *of_head)]
-        out = scaled(made, factor, dtypes, private)
+        needed = (*need.hidden, *need.weight, need.bias)
+        both = zip((*d_hidden, *d_weight, d_bias), needed, strict=True)
+        out = [d for d, n in both if n]
+    elif (factor := factor_ahead(made, grads, ahead, shares, counts, exact)) is not None:
+        out = scaled(made, factor, [t.dtype for t in wanted], private)
     else:
         facts = dict(zip(KEPT, kept, strict=True))
         total = bag.sum() if bag is not None else float(weight[0].shape[0])
@@ -540,15 +574,11 @@ def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
         out = _head_stats_backward(
             hidden, weight, bias, softcap, scale, labels, contrast, bag,
             facts["row_max"], facts["row_rest"], *c.values(),
-            n_rows, compact, need_hidden, need_weight, need_bias, triton,
+            n_rows, compact, *need, triton,
         )  # fmt: skip
-    rest = iter(out)
-    d_hidden, d_weight = (
-        [next(rest).to(t.dtype) for t in part] if need else none
-        for part, need in ((hidden, need_hidden), (weight, need_weight))
-    )
-    d_bias = next(rest).to(bias.dtype) if need_bias else None
-    return (d_hidden, d_weight, d_bias, *nothing)
+    rest = (d.to(t.dtype) for d, t in zip(out, wanted, strict=True))
+    results = [[next(rest) if n else None for n in part] for part in need[:2]]
+    return (*results, next(rest) if need.bias else None, *nothing)
 
 
 def scaled(
@@ -568,7 +598,9 @@ def scaled(
             continue
         out.append(torch.empty_like(grad, dtype=dtype))
         whole = [slice(None)]  # a CPU makes what it casts whole first
-        for part in slabs(len(grad), grad[0].numel()) if grad.device.type == "cpu" else whole:
+        for part in (
+            slabs(len(grad), grad.shape[1:].numel()) if grad.device.type == "cpu" else whole
+        ):
             of_part = factor[part] if factor.dim() else factor
             torch.mul(grad[part], of_part, out=out[-1][part])
     if not (values_checked(factor) and bool((factor == 1).all())):
@@ -582,17 +614,19 @@ def factor_ahead(
     grads: Mapping[str, Tensor],
     ahead: Sequence[str],
     shares: Sequence[Tensor],
-    labels: Tensor | None,
+    counts: Tensor | None,  # rows that count; None for all
+    exact: bool,
 ) -> Tensor | None:
     """What the gradients made in the forward are to be multiplied by, [] or [..., 1]; None where
     they do not serve and the logits are to be made again."""
     if not made or set(grads) != set(ahead):
         return None
+    upstream = [grads[fact] if counts is None else grads[fact].where(counts, 0) for fact in ahead]
     if shares:
-        factor = common_factor([grads[fact] for fact in ahead], shares, labels)
+        factor = common_factor(upstream, shares, counts)
     else:
-        factor = grads[ahead[0]][..., None]
-    if made[0].device.type == "cpu" and made[0].dtype == torch.bfloat16:
+        factor = upstream[0][..., None]
+    if exact and made[0].device.type == "cpu" and made[0].dtype == torch.bfloat16:
         # A CPU's product has been rounded already: only a power of two rounds nothing more.
         mantissa = factor.frexp().mantissa.abs()
         if not ((mantissa == 0.5) | (mantissa == 0)).all():
@@ -601,29 +635,28 @@ def factor_ahead(
 
 
 def common_factor(
-    grads: Sequence[Tensor], shares: Sequence[Tensor], labels: Tensor | None
+    grads: Sequence[Tensor], shares: Sequence[Tensor], counts: Tensor | None
 ) -> Tensor:
     """What every upstream gradient is of the share that was foretold, over the rows that count: a
     power of two where only rounding keeps it from being one."""
-    counts = 1.0 if labels is None else (labels != IGNORED).to(shares[0].dtype)
-    both = list(zip(grads, shares, strict=True))
-    along = torch.stack([(g * s * counts).sum() for g, s in both]).sum()
-    length = torch.stack([(s * s * counts).sum() for s in shares]).sum()
-    factor: Tensor = along / torch.where(length == 0, 1.0, length)
-    if grads[0].numel() and values_checked(factor):
-        for grad, share in both:
-            apart = (grad - factor * share) * counts
-            if (
-                apart.numel()
-                and apart.abs().max() > 1e-3 * factor.abs() * share.abs().max() + 1e-30
-            ):
-                raise RuntimeError(
-                    "the loss foretold its upstream gradients as shares=...: they came otherwise; "
-                    "leave shares out"
-                )
+    if counts is not None:
+        shares = [share.where(counts, 0) for share in shares]
+    told, came = torch.cat([s.flatten() for s in shares]), torch.cat([g.flatten() for g in grads])
+    if told.numel() == 0:
+        return told.sum()
+    size = told.abs().max()  # lest squares leave the range
+    told = told / torch.where(size == 0, 1.0, size)
+    factor: Tensor = (came * told).sum() / torch.where(size == 0, 1.0, told.square().sum())
+    if values_checked(factor) and (came - factor * told).abs().max() > 1e-5 * factor.abs():
+        raise RuntimeError(
+            "the loss foretold its upstream gradients as shares=...: they came otherwise; leave "
+            "shares out"
+        )
+    factor = factor / torch.where(size == 0, 1.0, size)
     mantissa, exponent = factor.frexp()
     power = torch.ldexp((2 * mantissa).round() / 2, exponent)  # of the nearest half
-    return torch.where((power - factor).abs() <= 1e-6 * factor.abs(), power, factor)
+    near = 8 * torch.finfo(factor.dtype).eps
+    return torch.where((power - factor).abs() <= near * factor.abs(), power, factor)
 
 
 def _twice_differentiable(
@@ -666,7 +699,7 @@ def _twice_differentiable(
 
 _head_stats = declare(
     f"head_stats({_OF_HEAD} str want, int n_rows, bool compact, str ahead, Tensor[] shares, "
-    f"bool private, {_NEEDS}) -> ("
+    f"bool private, bool exact, {_NEEDS}) -> ("
     + ", ".join(f"Tensor {name}" for name in ("row_max", "row_rest", *FACTS))
     + ", Tensor[] made)",
     implementation=_forward,
@@ -701,16 +734,13 @@ def head_stats(
     hidden = [states.reshape(-1, states.shape[-1]) for states in head.hidden]
     told = want if gradient_of is None else gradient_of
     smooth = [fact for fact in want if fact != "argmax" and fact in told]
-    need = [
-        torch.is_grad_enabled() and any(t.requires_grad for t in part if t is not None)
-        for part in (hidden, head.weight, [head.bias])
-    ]
+    need = Need.of(hidden, head.weight, head.bias)
     foretold = shares is not None and set(shares) == set(smooth)
-    can = any(need) and (foretold or (not any(need[1:]) and len(smooth) == 1))
+    can = need.any and (foretold or (not need.of_head and len(smooth) == 1))
     # Gradients of float16 underflow before a loss scale is known.
     can = can and hidden[0].dtype != torch.float16
-    if head.mode == "ahead" and any(need) and not can:
-        kind = "trained" if any(need[1:]) else "frozen"
+    if head.mode == "ahead" and need.any and not can:
+        kind = "trained" if need.of_head else "frozen"
         raise ValueError(
             "mode='ahead' needs a frozen head and one differentiable fact, or a loss that knows "
             f"its rows' weights, and no float16: got {', '.join(smooth)} of a {kind} head in "
@@ -723,8 +753,8 @@ def head_stats(
     *outputs, _ = _head_stats(
         hidden, list(head.weight), head.bias, float(head.softcap), float(head.scale), labels,
         contrast_labels, bag_weights, " ".join(want), rows, head.compact, " ".join(ahead), known,
-        True,
-        *(needed and bool(ahead) for needed in need), choose(impl, *hidden, *head.weight),
+        True, head.mode != "ahead", *(need if ahead else need.none()),
+        choose(impl, *hidden, *head.weight),
     )  # fmt: skip
     shape, made = head.hidden[0].shape[:-1], {"row_max", "row_rest", *want}
     names = ("row_max", "row_rest", *FACTS)

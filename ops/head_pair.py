@@ -16,7 +16,17 @@ from torch import Tensor
 from ._cap import NO_CAP, Cap
 from ._declare import declare
 from ._launch import capturing, choose
-from .head import Gradients, Head, factor_ahead, head_product, padded_room, slab_limit
+from .head import (
+    Gradients,
+    Head,
+    Need,
+    factor_ahead,
+    head_product,
+    padded_room,
+    scaled,
+    slab_count,
+    slab_limit,
+)
 from .vocab_pair_stats import (
     COEFFICIENTS,
     FACTS,
@@ -44,17 +54,17 @@ class Side:
         weight: Sequence[Tensor],  # [V, D_k] each
         bias: Tensor | None,
         cap: Cap,
-        need: Sequence[bool],
+        need: Need,
+        n_slabs: int,
         ahead: bool,
     ) -> None:
         self.weight, self.bias, self.cap = weight, bias, cap
         self.n_groups, self.n_rows = hidden[0].shape[:2]
         self.vocab_size = weight[0].shape[0] if weight else hidden[0].shape[-1]
         self.hidden = hidden if not weight else [t.flatten(0, 1) for t in hidden]
-        self.made = Gradients(self.hidden, weight, bias, need, ahead=ahead)
+        self.made = Gradients(self.hidden, weight, bias, need, n_slabs, ahead)
 
     def allocate(self, step: int) -> None:
-        self.made.zero()
         if self.weight:
             self.room = padded_room(self.hidden[0], self.n_groups * step, self.vocab_size)
 
@@ -86,24 +96,25 @@ class Side:
         if not self.weight:
             return self.made.all
         shape = (self.n_groups, self.n_rows, -1)
-        return [*(t.view(shape) for t in self.made.hidden), *self.made.weight, *self.made.bias]
+        rows = [t.view(shape) for t in self.made.hidden.values()]
+        return [*rows, *self.made.weight.values(), *self.made.bias]
 
 
 class Pairs:
     """The slabs of both sides, and the rows of them that count."""
 
-    def __init__(self, z: Side, t: Side, mask: Tensor | None, n_rows: int) -> None:
+    def __init__(self, z: Side, t: Side, mask: Tensor | None, n_rows: int, compact: bool) -> None:
         self.sides = (z, t)
         self.mask = None if mask is None else mask.view(z.n_groups, z.n_rows)
         self.kept = None
-        if self.mask is not None and not capturing(z.hidden[0]):
-            counts = self.mask.any(0)
-            if not counts.all():
-                self.kept = counts.nonzero().squeeze(-1)
+        if self.mask is not None and compact and not capturing(z.hidden[0]):
+            kept = self.mask.any(0).nonzero().squeeze(-1)  # one wait for a GPU
+            self.kept = kept if len(kept) < z.n_rows else None
         self.total = z.n_rows if self.kept is None else self.kept.shape[0]
         self.step = min(n_rows, max(1, self.total))
         for side in self.sides:
             side.allocate(self.step)
+            side.made.zero(self.total, self.kept is None)
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor | None, list[Any]]]:
         """(rows, their mask [K, n], of both sides what Side.slab returns)."""
@@ -152,22 +163,27 @@ class Pairs:
                 side.add(at, states, u, d.view(u.shape))
 
 
-def _sides(args: Sequence[Any], needs: Sequence[bool], ahead: bool) -> tuple[Side, Side]:
+def _sides(
+    args: Sequence[Any], needs: Sequence[Any], n_rows: int, ahead: bool
+) -> tuple[Side, Side]:
     """Of the operators' first ten arguments."""
     hidden, weight, bias, softcap, scale = args[:5]
-    z = Side(hidden, weight, bias, Cap(softcap, scale), needs[:3], ahead)
+    n_slabs = slab_count(hidden[0].shape[1], n_rows)
+    z = Side(hidden, weight, bias, Cap(softcap, scale), Need(*needs[:3]), n_slabs, ahead)
     hidden, weight, bias, softcap, scale = args[5:10]
-    t = Side([h[None] for h in hidden], weight, bias, Cap(softcap, scale), needs[3:], False)
+    states, cap = [h[None] for h in hidden], Cap(softcap, scale)
+    none = ([False] * len(hidden), [False] * len(weight), False)
+    t = Side(states, weight, bias, cap, Need(*(needs[3:] or none)), n_slabs, False)
     return z, t
 
 
 def _forward(*args: Any) -> tuple[Any, ...]:
-    mask, probs, want, beta, n_rows, ahead, shares, *needs, triton = args[10:]
+    mask, probs, want, beta, n_rows, compact, ahead, shares, _, _, *needs, triton = args[10:]
     asked = want.split()
-    z, t = _sides(args, (*needs, False, False, False), bool(ahead))
+    z, t = _sides(args, needs, n_rows, bool(ahead))
     facts = _empty_facts(_rows_of(z), asked, False)
     if facts["row_max"].numel():
-        pairs = Pairs(z, t, mask, n_rows)
+        pairs = Pairs(z, t, mask, n_rows, compact)
         for rows, counts, slabs in pairs:
             whole = [s.cap.logits(u) for s, (_, _, u) in zip((z, t), slabs, strict=True)]
             found = _empty_facts(whole[0], asked, triton)
@@ -183,6 +199,8 @@ def _forward(*args: Any) -> tuple[Any, ...]:
                 of_rows = [share[:, rows] for share in shares] or [ones]
                 c = pair_coefficients(found, dict(zip(ahead.split(), of_rows, strict=True)), probs)
                 pairs.gradient(rows, counts, slabs, whole, probs, beta, found, c, triton)
+    else:
+        z.made.zero()
     clamp_jsd(facts, beta)
     return (*_as_outputs(_rows_of(z), facts), z.results() if ahead else [])
 
@@ -194,8 +212,8 @@ def _rows_of(z: Side) -> Tensor:
 
 
 def _forward_fake(*args: Any) -> tuple[Any, ...]:
-    want, ahead, needs = args[12], args[15], args[17:20]
-    z, _ = _sides(args, (*needs, False, False, False), bool(ahead))
+    want, n_rows, ahead, needs = args[12], args[14], args[16], args[20:23]
+    z, _ = _sides(args, needs, n_rows, bool(ahead))
     outputs = _as_outputs(_rows_of(z), _empty_facts(_rows_of(z), want.split(), True))
     return (*outputs, z.results() if ahead else [])
 
@@ -203,10 +221,10 @@ def _forward_fake(*args: Any) -> tuple[Any, ...]:
 def _backward_op(*args: Any) -> list[Tensor]:
     mask, probs, beta, *rest = args[10:]
     states, values = rest[:4], rest[4 : 4 + len(COEFFICIENTS)]
-    n_rows, *needs, triton = rest[4 + len(COEFFICIENTS) :]
-    z, t = _sides(args, needs, False)
+    n_rows, compact, *needs, triton = rest[4 + len(COEFFICIENTS) :]
+    z, t = _sides(args, needs, n_rows, False)
     if states[0].numel():
-        pairs = Pairs(z, t, mask, n_rows)
+        pairs = Pairs(z, t, mask, n_rows, compact)
         for rows, counts, slabs in pairs:
             whole = [s.cap.logits(u) for s, (_, _, u) in zip((z, t), slabs, strict=True)]
             facts = {
@@ -226,7 +244,7 @@ def _backward_op(*args: Any) -> list[Tensor]:
 
 
 def _backward_fake(*args: Any) -> list[Tensor]:
-    z, t = _sides(args, args[-7:-1], False)
+    z, t = _sides(args, args[-7:-1], args[-9], False)
     return [*z.results(), *t.results()]
 
 
@@ -235,14 +253,14 @@ _OF_SIDES = (
     "Tensor[] target_hidden, Tensor[] target_weight, Tensor? target_bias, float target_softcap, "
     "float target_scale, Tensor? mask, bool probs, "
 )
-_OF_STUDENT = "bool need_hidden, bool need_weight, bool need_bias, "
-_OF_TARGET = "bool need_target_hidden, bool need_target_weight, bool need_target_bias, "
+_OF_STUDENT = "bool[] need_hidden, bool[] need_weight, bool need_bias, "
+_OF_TARGET = "bool[] need_target_hidden, bool[] need_target_weight, bool need_target_bias, "
 
 _head_pair_stats_backward = declare(
     f"head_pair_stats_backward({_OF_SIDES} float beta, "
     + "".join(f"Tensor {name}, " for name in STATES[:4])
     + "".join(f"Tensor? {name}, " for name in COEFFICIENTS)
-    + f"int n_rows, {_OF_STUDENT}{_OF_TARGET} bool triton) -> Tensor[]",
+    + f"int n_rows, bool compact, {_OF_STUDENT}{_OF_TARGET} bool triton) -> Tensor[]",
     implementation=_backward_op,
     fake=_backward_fake,
 )
@@ -252,18 +270,30 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     hidden, weight, bias, softcap, scale, t_hidden, t_weight, t_bias, t_softcap, t_scale = inputs[
         :10
     ]
-    mask, probs, want, beta, n_rows, ahead, shares, *_, triton = inputs[10:]
+    mask, probs, want, beta, n_rows, compact, ahead, shares, private, exact, *_, triton = inputs[
+        10:
+    ]
     *facts, made = output
     parts = (hidden, weight, [bias], t_hidden, t_weight, [t_bias], [mask], facts, shares, made)
     ctx.save_for_backward(*(t for part in parts for t in part))
     ctx.sizes = [len(part) for part in parts]
     ctx.caps = (Cap(softcap, scale), Cap(t_softcap, t_scale))
-    ctx.options = (probs, want.split(), beta, n_rows, ahead.split(), triton)
+    ctx.options = (
+        probs,
+        want.split(),
+        beta,
+        n_rows,
+        compact,
+        ahead.split(),
+        private,
+        exact,
+        triton,
+    )
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
-    probs, want, beta, n_rows, ahead, triton = ctx.options
+    probs, want, beta, n_rows, compact, ahead, private, exact, triton = ctx.options
     saved = iter(ctx.saved_tensors)
     hidden, weight, [bias], t_hidden, t_weight, [t_bias], [mask], facts, shares, made = (
         [next(saved) for _ in range(size)] for size in ctx.sizes
@@ -275,35 +305,39 @@ def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
         if grad is not None and fact in want and not (fact == "jsd" and is_one_side(beta))
     }
     places = ctx.needs_input_grad
-    needs = [
-        bool(part) if isinstance(part, bool) else any(part)
-        for part in (places[0], places[1], places[2], places[5], places[6], places[7])
+    needs = [places[at] for at in (0, 1, 2, 5, 6, 7)]
+    flat = [
+        (t, n)
+        for at, (states, matrices, offset) in enumerate(sides)
+        for part, of in zip((states, matrices, [offset]), needs[3 * at :], strict=False)
+        for t, n in zip(part, of if isinstance(of, (list, tuple)) else [of], strict=True)
     ]
-    tail = (None,) * 6 + ([None] * len(shares),) + (None,) * 4
+    wanted = [t for t, n in flat if n]
+    of_shares = [None] * len(shares)
+    of_needs: tuple[Any, Any] = (None, None if weight else [])  # empty lists come back empty
+    tail = (*[None] * 7, of_shares, None, None, *of_needs, None, None)
     if not grads:
         return (*_nothing(hidden, weight), *_nothing(t_hidden, t_weight), *tail)
+    counts = None if mask is None else mask.view(hidden[0].shape[:2])
     if torch.is_grad_enabled():
         both = _twice(sides, ctx.caps, mask, probs, grads, beta)
-        out = [
-            d for part, need in zip(both, needs, strict=True) if need for d in part if d is not None
-        ]
-    elif (factor := factor_ahead(made, grads, ahead, shares, None)) is not None:
-        out = [grad * factor for grad in made]
+        out = [d for d, (_, n) in zip(both, flat, strict=True) if n]
+    elif (factor := factor_ahead(made, grads, ahead, shares, counts, exact)) is not None:
+        out = scaled(made, factor, [t.dtype for t in wanted], private)
     else:
         held = dict(zip((*STATES, *FACTS), facts, strict=True))
         c = pair_coefficients(held, grads, probs)
         out = _head_pair_stats_backward(
             hidden, weight, bias, *ctx.caps[0], t_hidden, t_weight, t_bias, *ctx.caps[1], mask,
-            probs, beta, *(held[name] for name in STATES[:4]), *c.values(), n_rows, *needs, triton,
+            probs, beta, *(held[name] for name in STATES[:4]), *c.values(), n_rows, compact,
+            *needs, triton,
         )  # fmt: skip
-    rest = iter(out)
+    rest = (d.to(t.dtype).view_as(t) for d, t in zip(out, wanted, strict=True))
+    given = iter([next(rest) if n else None for _, n in flat])
     results: list[Any] = []
-    for at, (states, matrices, offset) in enumerate(sides):
-        need_hidden, need_weight, need_bias = needs[3 * at : 3 * at + 3]
-        for part, need in ((states, need_hidden), (matrices, need_weight)):
-            results.append([next(rest).to(t.dtype).view_as(t) if need else None for t in part])
-        wanted = need_bias and offset is not None
-        results += [next(rest).to(offset.dtype) if wanted else None, None, None]
+    for states, matrices, _ in sides:
+        results += [[next(given) for _ in states], [next(given) for _ in matrices], next(given)]
+        results += [None, None]
     return (*results, *tail)
 
 
@@ -318,7 +352,7 @@ def _twice(
     probs: bool,
     grads: dict[str, Tensor],
     beta: float,
-) -> list[list[Any]]:
+) -> list[Any]:
     """The gradients in torch operations that autograd can follow, for create_graph=True; with whole
     logits. Hidden states, weights and bias of either side in turn."""
     us, logits = [], []
@@ -329,26 +363,24 @@ def _twice(
             u = flat.view(*u.shape[:-1], -1)
         us.append(u)
         logits.append(cap.logits(u))
-    results: list[list[Any]] = []
+    results: list[Any] = []
     both = _twice_differentiable(logits[0], logits[1], mask, probs, grads, beta)
     for (hidden, weight, bias), cap, u, d in zip(sides, caps, us, both, strict=True):
         du = cap.gradient(d, u).to(u.dtype)
         if not weight:
-            results += [[du], [], []]
+            results += [du, None]
             continue
         flat = du.reshape(-1, du.shape[-1])
         rows = [t.reshape(-1, t.shape[-1]) for t in hidden]
-        results.append(
-            [(flat @ matrix).view_as(t) for matrix, t in zip(weight, hidden, strict=True)]
-        )
-        results.append([flat.T @ states for states in rows])
-        results.append([] if bias is None else [flat.sum(0)])
+        results += [(flat @ matrix).view_as(t) for matrix, t in zip(weight, hidden, strict=True)]
+        results += [flat.T @ states for states in rows]
+        results.append(None if bias is None else flat.sum(0))
     return results
 
 
 _head_pair_stats = declare(
-    f"head_pair_stats({_OF_SIDES} str want, float beta, int n_rows, str ahead, Tensor[] shares, "
-    f"{_OF_STUDENT} bool triton) -> ("
+    f"head_pair_stats({_OF_SIDES} str want, float beta, int n_rows, bool compact, str ahead, "
+    f"Tensor[] shares, bool private, bool exact, {_OF_STUDENT} bool triton) -> ("
     + ", ".join(f"Tensor {name}" for name in (*STATES, *FACTS))
     + ", Tensor[] made)",
     implementation=_forward,
@@ -376,16 +408,19 @@ def head_pair_stats(
     n_rows = target.shape[:-1].numel()
     student = _as_side(logits, (n_pairs, n_rows))
     teacher = _as_side(target, (n_rows,))
-    needs = [
-        torch.is_grad_enabled() and any(t.requires_grad for t in part if t is not None)
-        for side in (student, teacher)
-        for part in (side[0], side[1], [side[2]])
-    ]
+    needs = [Need.of(*side[:3]) for side in (student, teacher)]
+    mode, compact, budget = _options(logits, target)
     foretold = shares is not None and set(shares) == set(want)
-    is_one = not any(needs[1:3]) and len(want) == 1
-    ahead = any(needs[:3]) and not any(needs[3:]) and bool(student[1]) and (foretold or is_one)
+    is_one = not needs[0].of_head and len(want) == 1
+    can = needs[0].any and not needs[1].any and bool(student[1]) and (foretold or is_one)
     if student[0][0].dtype == torch.float16 or (is_one_side(beta) and "jsd" in want):
-        ahead = False
+        can = False
+    if mode == "ahead" and needs[0].any and not can:
+        raise ValueError(
+            "mode='ahead' needs a frozen head and one differentiable fact, or a loss that knows "
+            f"its rows' weights, a fixed target and no float16: got {', '.join(want)}"
+        )
+    ahead = can and mode != "recompute"
     known = []
     if ahead and shares is not None and foretold:
         counts = 1.0 if mask is None else mask.view(n_pairs, n_rows)
@@ -396,13 +431,12 @@ def head_pair_stats(
         if side[1]
     ]
     least = sum(first.element_size() * numel for first, numel in each)
-    budgets = [_budget(whole) for whole in (logits, target)]
-    step = slab_limit(least, each[0][0], next((b for b in budgets if b is not None), None))
+    step = slab_limit(least, each[0][0], budget)
     tensors = [t for side in (student, teacher) for part in side[:2] for t in part]
     *outputs, _ = _head_pair_stats(
-        *student, *teacher, mask, probs, " ".join(want), beta, step,
-        " ".join(want) if ahead else "", known, *(needed and ahead for needed in needs[:3]),
-        choose(impl, *tensors),
+        *student, *teacher, mask, probs, " ".join(want), beta, step, compact,
+        " ".join(want) if ahead else "", known, True, mode != "ahead",
+        *(needs[0] if ahead else needs[0].none()), choose(impl, *tensors),
     )  # fmt: skip
     return tuple(
         fact.view(rows) if name in want else fact
@@ -410,9 +444,12 @@ def head_pair_stats(
     )
 
 
-def _budget(logits: Tensor) -> int | None:
-    head: Head | None = getattr(logits, "onepass_head", None)
-    return None if head is None else head.max_slab_bytes
+def _options(logits: Tensor, target: Tensor) -> tuple[str, bool, int | None]:
+    """mode, compact and max_slab_bytes: the student's, the teacher's where it alone is a head."""
+    heads = [getattr(side, "onepass_head", None) for side in (logits, target)]
+    given = [head for head in heads if head is not None]
+    budget = next((h.max_slab_bytes for h in given if h.max_slab_bytes is not None), None)
+    return given[0].mode, all(h.compact for h in given), budget
 
 
 def _as_side(logits: Tensor, rows: Sequence[int]) -> tuple[Any, ...]:
@@ -420,5 +457,6 @@ def _as_side(logits: Tensor, rows: Sequence[int]) -> tuple[Any, ...]:
     head: Head | None = getattr(logits, "onepass_head", None)
     if head is None:
         return [logits.reshape(*rows, logits.shape[-1])], [], None, *NO_CAP
+    head.check_weights()
     hidden = [t.reshape(*rows, t.shape[-1]) for t in head.hidden]
     return hidden, list(head.weight), head.bias, float(head.softcap), float(head.scale)

@@ -262,8 +262,8 @@ def kept_rows(labels: Tensor | None) -> Tensor | None:
     """Indices of the rows that count; None where all do."""
     if labels is None:
         return None
-    kept = labels != IGNORED
-    return None if kept.all() else kept.nonzero().squeeze(-1)
+    kept = (labels != IGNORED).nonzero().squeeze(-1)  # one wait for a GPU
+    return None if kept.shape == labels.shape else kept
 
 
 def pick(tensor: Tensor | None, rows: Any) -> Tensor | None:

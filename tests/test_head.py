@@ -290,10 +290,10 @@ def test_a_slab_must_hold_a_row(device: str) -> None:
 def test_opcheck(ahead: str, frozen: bool, device: str) -> None:
     case = draw(device, frozen=frozen, bias=True, ignored=(2,))
     shares = [torch.ones(7, device=device)] if ahead and not frozen else []
-    need = bool(ahead)
-    args = (
+    need, of_head = [bool(ahead)], [bool(ahead) and not frozen]
+    args: Any = (
         case.hidden, case.weight, case.bias, 0.0, 1.0, case.given["labels"], None, None, "logp",
-        4, True, ahead, shares, False, need, need and not frozen, need and not frozen, False,
+        4, True, ahead, shares, False, True, need, of_head, of_head[0], False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.onepass.head_stats.default, args)
 
@@ -431,3 +431,72 @@ def test_no_rows_at_all(impl: str, device: str) -> None:
     assert loss == 0
     grads = torch.autograd.grad(loss, case.leaves)
     assert not any(grad.any() for grad in grads)
+
+
+def test_a_term_that_is_frozen_costs_no_product(device: str) -> None:
+    """LoRA on a frozen head: gradients of its two small matrices, none of the size of the head."""
+    case = draw(device, sizes=(16, 3), rows=9)
+    case.weight[0].requires_grad_(False)
+    first, second = (onepass.LazyLogits(case.hidden[k], case.weight[k]) for k in (0, 1))
+    lazy = first + second
+    made = module.Gradients(
+        case.hidden, case.weight, None, module.Need.of(case.hidden, case.weight, None)
+    )
+    assert [tuple(t.shape) for t in made.all] == [(9, 16), (9, 3), (61, 3)]
+    labels = case.given["labels"]
+    for loss, whole in (
+        (onepass.cross_entropy(lazy, labels), functional.cross_entropy(case.head.logits(), labels)),
+        (
+            onepass.vocab_stats(lazy, labels, want=("logp", "entropy")).logp.square().sum(),
+            case.head.logits().log_softmax(-1).gather(-1, labels[:, None]).square().sum(),
+        ),
+    ):
+        got = torch.autograd.grad(loss, case.leaves)
+        for a, b in zip(got, torch.autograd.grad(whole, case.leaves), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_what_comes_to_a_row_that_does_not_count_is_nothing(trained: bool, device: str) -> None:
+    """sqrt at 0 sends an infinite gradient, times 0, to the rows that a mask leaves out."""
+    case = draw(device, frozen=not trained, ignored=(0, 4))
+    labels = case.given["labels"]
+    lazy = onepass.LazyLogits(case.hidden[0], case.weight[0])
+    shares = {"logp": torch.ones(7, device=device)} if trained else None
+    logp = onepass.vocab_stats(lazy, labels, want=("logp",), shares=shares).logp
+    upstream = torch.full_like(logp, 2.0).where(labels != -100, math.nan)
+    for grad in torch.autograd.grad(logp, case.leaves, upstream):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e25])
+def test_shares_of_any_size(size: float, device: str) -> None:
+    case = draw(device)
+    lazy = onepass.LazyLogits(case.hidden[0], case.weight[0])
+    mask = torch.linspace(0.5, 2, 7, device=device) * size
+    loss = onepass.masked_cross_entropy(lazy, case.given["labels"], mask, reduction="sum")
+    whole = onepass.masked_cross_entropy(
+        case.head.logits(), case.given["labels"], mask, reduction="sum"
+    )
+    got = torch.autograd.grad(loss, case.leaves)
+    for a, b in zip(got, torch.autograd.grad(whole, case.leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6 * float(b.abs().max()))
+
+
+def test_an_upstream_near_a_power_of_two_is_not_one(device: str) -> None:
+    case = draw(device, dtype=torch.float64)
+    lazy = onepass.LazyLogits(case.hidden[0], case.weight[0])
+    loss = onepass.cross_entropy(lazy, case.given["labels"])
+    plain = torch.autograd.grad(loss, case.leaves, retain_graph=True)
+    near = torch.autograd.grad(loss * (1 + 9e-7), case.leaves)
+    for a, b in zip(near, plain, strict=True):
+        torch.testing.assert_close(a, b * (1 + 9e-7), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_no_rows_twice(frozen: bool, device: str) -> None:
+    case = draw(device, rows=0, frozen=frozen)
+    lazy = onepass.LazyLogits(case.hidden[0], case.weight[0])
+    loss = onepass.cross_entropy(lazy, case.given["labels"], reduction="sum")
+    for _ in range(2):
+        loss.backward(retain_graph=True)

@@ -265,7 +265,35 @@ def test_opcheck(device: str) -> None:
     h_t, w_t = pair.teacher
     mask = torch.tensor([True] * 5 + [False], device=device)
     args: Any = (
-        [h], [w], None, 0.0, 1.0, [h_t], [w_t], None, 0.0, 1.0, mask, False, "kl", 0.5, 2, "", [],
-        False, False, False, False,
+        [h], [w], None, 0.0, 1.0, [h_t], [w_t], None, 0.0, 1.0, mask, False, "kl", 0.5, 2, True,
+        "", [], False, True, [False], [False], False, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.onepass.head_pair_stats.default, args)
+
+
+def test_weights_written_to_since_are_seen(device: str) -> None:
+    pair = Pair(device)
+    z, t = pair.lazy(pair.student), pair.lazy(pair.teacher)
+    with torch.no_grad():
+        pair.teacher[1].mul_(2)
+    with pytest.raises(RuntimeError, match="written to after its forward"):
+        onepass.vocab_pair_stats(z, t)
+
+
+def test_mode_and_compact(products: list[int], device: str) -> None:
+    pair = Pair(device, frozen=True, teacher_trains=False)
+    probs = torch.randn(6, V, device=device).softmax(-1)
+    mask = torch.tensor([True, False, True, True, True, True], device=device)
+    results = []
+    options: list[dict[str, Any]] = [{}, {"mode": "recompute"}, {"compact": False}]
+    for given in options:
+        z = LazyLogits(*pair.student, **given)
+        stats = onepass.vocab_pair_stats(z, target_probs=probs, mask=mask)
+        results.append(gradients(stats, ("cross_entropy",), pair.leaves))
+    assert products == [D] * 4  # twice where it is made again
+    for other in results[1:]:
+        compare(other, results[0])
+    with pytest.raises(ValueError, match="mode='ahead' needs a frozen head and one"):
+        onepass.vocab_pair_stats(
+            LazyLogits(*pair.student, mode="ahead"), target_probs=probs, want=PROBS
+        )
