@@ -119,7 +119,8 @@ def _of_head(case: Case, size: Size, mode: str, bare: bool) -> Roofline:
     rows = size.N - round(size.N * size.masked)
     slabs = 1 if bare else max(1, -(-rows // (SLAB_BYTES_ON_GPU // (size.V * width))))
     states, head, logits = (width * n for n in (rows * size.D, size.V * size.D, rows * size.V))
-    sums = 4 * size.V * size.D  # of the head's gradient, in fp32
+    # The head's gradient: one slab writes it in its dtype, more are summed in fp32.
+    sums = head if slabs == 1 else 4 * size.V * size.D
 
     flops = 2 * rows * size.D * size.V
     product = Phase("product", flops, states + slabs * head + logits)
