@@ -747,7 +747,9 @@ def head_stats(
             f"{hidden[0].dtype}"
         )
     ahead = smooth if can and head.mode != "recompute" else []
-    known = [shares[fact] for fact in ahead] if shares is not None and foretold else []
+    known = []
+    if shares is not None and foretold:  # in the facts' dtype, which a cast of the logits is not
+        known = [shares[fact].to(accumulation_dtype(hidden[0].dtype)) for fact in ahead]
     row_bytes = head.weight[0].shape[0] * hidden[0].element_size()
     rows = slab_limit(row_bytes, hidden[0], head.max_slab_bytes)
     *outputs, _ = _head_stats(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._cap import NO_CAP, Cap
 from ._declare import declare
-from ._launch import capturing, choose
+from ._launch import accumulation_dtype, capturing, choose
 from .head import (
     Gradients,
     Head,
@@ -424,7 +424,8 @@ def head_pair_stats(
     known = []
     if ahead and shares is not None and foretold:
         counts = 1.0 if mask is None else mask.view(n_pairs, n_rows)
-        known = [shares[fact].reshape(n_pairs, n_rows) * counts for fact in want]
+        dtype = accumulation_dtype(student[0][0].dtype)
+        known = [shares[fact].to(dtype).reshape(n_pairs, n_rows) * counts for fact in want]
     each = [
         (side[0][0], times * whole.shape[-1])
         for side, whole, times in ((student, logits, n_pairs), (teacher, target, 1))

@@ -500,3 +500,25 @@ def test_no_rows_twice(frozen: bool, device: str) -> None:
     loss = onepass.cross_entropy(lazy, case.given["labels"], reduction="sum")
     for _ in range(2):
         loss.backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_cast_to_float64(dtype: torch.dtype, device: str) -> None:
+    """Facts and gradients are made in the hidden states' width, whatever the logits are cast to."""
+    case = draw(device, dtype=dtype)
+    labels, (hidden, weight) = case.given["labels"], (case.hidden[0], case.weight[0])
+    lazy: Any = onepass.LazyLogits(hidden, weight)
+    loss = functional.cross_entropy(lazy.double(), labels)
+    masked = onepass.masked_cross_entropy(lazy.double(), labels, label_smoothing=0.1)
+    probs = torch.rand(7, 61, dtype=torch.float64, device=device)
+    soft = onepass.masked_cross_entropy(lazy.double(), probs)
+    assert loss.dtype == torch.float64
+    whole = (hidden @ weight.T).double()
+    expected = functional.cross_entropy(whole, labels)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    got = torch.autograd.grad(loss, [hidden, weight])
+    for a, b in zip(got, torch.autograd.grad(expected, [hidden, weight]), strict=True):
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+    for other in (masked, soft):
+        assert all(g.isfinite().all() for g in torch.autograd.grad(other, [hidden, weight]))

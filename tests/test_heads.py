@@ -310,3 +310,34 @@ def test_the_name_costs_no_compiler() -> None:
     env = os.environ | {"PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
+
+
+def test_options_of_the_head() -> None:
+    """Those of LazyLogits, for all that the head gives; a copy keeps them."""
+    model = onepass.lazy_head(
+        tiny("llama"), max_slab_bytes=1 << 20, compact=False, mode="recompute"
+    )
+    for each in (model, copy.deepcopy(model)):
+        head = each(input_ids=torch.zeros(1, 3, dtype=torch.int64)).logits.onepass_head
+        assert (head.max_slab_bytes, head.compact, head.mode) == (1 << 20, False, "recompute")
+    with pytest.raises(ValueError, match="mode must be one of auto"):
+        onepass.lazy_head(tiny("llama"), mode="fast")
+
+
+def test_report_finds_a_head_that_was_named() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(50, 16), torch.nn.Linear(16, 50))
+    onepass.lazy_head(model, head="1")
+    report = onepass.report(model)
+    assert report.fused and "1: fused, weight [50, 16] float32" in repr(report)
+
+
+def test_a_model_without_numbers_yet() -> None:
+    model = onepass.lazy_head(tiny("llama").to("meta"))
+    with pytest.raises(ValueError, match="is on meta, without numbers: load it first"):
+        model(input_ids=torch.zeros(1, 3, dtype=torch.int64, device="meta"))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    logits = model(input_ids=torch.zeros(1, 3, dtype=torch.int64)).logits
+    assert isinstance(logits, onepass.LazyLogits)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .lazy_logits import LazyLogits, check_head
+from .lazy_logits import LazyLogits, autocasts, check_head
 from .losses import check_class_weights, cross_entropy, reduce_classes
 from .ops._check import IGNORED, check_choice, check_floating, check_number
 from .ops._launch import accumulation_dtype
@@ -27,7 +27,7 @@ NAMES = ("input", "linear_weight", "linear_bias")
 def as_under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors as autocast would hand them to a matrix product; unchanged where it is off."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or not autocasts(first.device):
         return tensors
     dtype = torch.get_autocast_dtype(first.device.type)
 

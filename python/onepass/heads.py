@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .lazy_logits import GATHER, LazyLogits
+from .lazy_logits import GATHER, LazyLogits, autocasts
 from .lazy_probs import LazyProbs
 from .ops._check import FLOATS
 
@@ -41,20 +41,20 @@ class LazyForward:
     (deepcopy, pickle) belongs to the copy.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
+    def __init__(self, module: nn.Module, options: Mapping[str, Any]) -> None:
+        self._module, self._options = weakref.ref(module), options
         self._run = graph_breaking()
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self._run(self._module, hidden)
+        return self._run(self._module, self._options, hidden)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LazyForward:
         module = self._module()
         assert module is not None
-        return LazyForward(memo.get(id(module), module))
+        return LazyForward(memo.get(id(module), module), self._options)
 
     def __reduce__(self) -> Any:
-        return LazyForward, (self._module(),)
+        return LazyForward, (self._module(), self._options)
 
     def belongs_to(self, module: nn.Module) -> bool:
         return self._module() is module
@@ -73,7 +73,9 @@ def graph_breaking() -> Callable[..., Tensor]:
     return run
 
 
-def run_head(of: Callable[[], nn.Module | None], hidden: Tensor) -> Tensor:
+def run_head(
+    of: Callable[[], nn.Module | None], options: Mapping[str, Any], hidden: Tensor
+) -> Tensor:
     """A linear module's LazyLogits, cast as torch.nn.functional.linear casts under autocast."""
     module = of()
     if module is None:
@@ -91,11 +93,11 @@ def run_head(of: Callable[[], nn.Module | None], hidden: Tensor) -> Tensor:
             f"the head's weight is on {weight.device}, its hidden states on {device}: torch.nn."
             "DataParallel copies modules without their lazy head; use DistributedDataParallel"
         )
-    if torch.is_autocast_enabled(device.type) and all(t.dtype != torch.float64 for t in parts):
+    if autocasts(device) and all(t.dtype != torch.float64 for t in parts):
         dtype = torch.get_autocast_dtype(device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    return LazyLogits(hidden, weight, bias)
+    return LazyLogits(hidden, weight, bias, **options)
 
 
 # ---------------------------------------------------------------- where the head is
@@ -327,7 +329,14 @@ def managed_by_fsdp2(model: nn.Module, name: str) -> bool:
 # ---------------------------------------------------------------- on, off, how it stands
 
 
-def lazy_head(model: Model, head: nn.Module | str | None = None) -> Model:
+def lazy_head(
+    model: Model,
+    head: nn.Module | str | None = None,
+    *,
+    max_slab_bytes: int | None = None,
+    compact: bool = True,
+    mode: str = "auto",
+) -> Model:
     """The model itself, whose output head gives `LazyLogits` in the place of logits from now on.
 
     The model's own forward and loss, `transformers.Trainer`, PEFT, accelerate and a loop of one's
@@ -340,6 +349,7 @@ def lazy_head(model: Model, head: nn.Module | str | None = None) -> Model:
         model: a transformers model, a PEFT model, or any module; also inside torch.compile,
             DistributedDataParallel or FSDP2.
         head: the head, or its name, where `model.get_output_embeddings()` does not give it.
+        max_slab_bytes, compact, mode: those of `LazyLogits` (docs/head.md).
 
     Raises:
         ValueError: no head; a head that is lazy already, quantised, sharded, or no linear map; a
@@ -358,9 +368,10 @@ def lazy_head(model: Model, head: nn.Module | str | None = None) -> Model:
     why_not = bypass(model, name)
     if why_not:
         raise ValueError(f"{why_not}; nothing was changed")
+    options = {"max_slab_bytes": max_slab_bytes, "compact": compact, "mode": mode}
     changed = [part.module for part in parts if not is_lazy(part.module)]
     for module in changed:
-        switch_on(module)
+        switch_on(module, options)
     try:
         probe(parts[0].name, top, parts[0].module)
     except BaseException:
@@ -370,10 +381,10 @@ def lazy_head(model: Model, head: nn.Module | str | None = None) -> Model:
     return model
 
 
-def switch_on(module: nn.Module) -> None:
+def switch_on(module: nn.Module, options: Mapping[str, Any]) -> None:
     # accelerate's hooks stand in `forward` and call `_old_forward`.
     slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-    setattr(module, slot, LazyForward(module))
+    setattr(module, slot, LazyForward(module, options))
 
 
 def switch_off(module: nn.Module) -> None:
@@ -387,9 +398,11 @@ def switch_off(module: nn.Module) -> None:
 def probe(name: str, head: nn.Module, first: nn.Module) -> None:
     """One row through the head must come back lazy. Raises where it does not."""
     weight = first.weight
-    if type(weight).__name__ == "DTensor":  # whole only inside the model's forward
-        return
     assert isinstance(weight, Tensor)
+    if (
+        type(weight).__name__ == "DTensor" or weight.is_meta
+    ):  # whole in the model's forward, or later
+        return
     row = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
     with torch.no_grad(), torch.random.fork_rng(_gpus(weight)):
         got = head(row)
@@ -421,12 +434,14 @@ def unlazy_head(model: Model) -> Model:
 
 
 @contextlib.contextmanager
-def lazy_head_within(model: Model, head: nn.Module | str | None = None) -> Iterator[Model]:
+def lazy_head_within(
+    model: Model, head: nn.Module | str | None = None, **options: Any
+) -> Iterator[Model]:
     """`lazy_head` for the length of a with block: `with onepass.lazy_head_within(model): ...`.
 
-    Raises as `lazy_head` does, for a model that is lazy already too.
+    Arguments as of `lazy_head`. Raises as it does, for a model that is lazy already too.
     """
-    lazy_head(model, head)
+    lazy_head(model, head, **options)
     try:
         yield model
     finally:
@@ -476,7 +491,11 @@ def report(model: nn.Module, head: nn.Module | str | None = None) -> Report:
         name, top = find_head(model, head)
         parts = parts_of(name, top)
     except ValueError as error:
-        return Report(kind, (HeadState("head", False, str(error)),))
+        modules = unwrapped(model).named_modules()
+        parts = [Part(name, module) for name, module in modules if is_lazy(module)]
+        if not parts or head is not None:
+            return Report(kind, (HeadState("head", False, str(error)),))
+        name = parts[0].name
     past = bypass(model, name)
     managed = managed_by_fsdp2(model, name)
     return Report(kind, tuple(state_of(part, past, managed, model) for part in parts))

@@ -191,6 +191,12 @@ class _Place(torch.autograd.Function):
         )
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on there; of devices without, as meta, torch does not let itself be
+    asked."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def check_head(
     hidden: object,
     weight: object,
@@ -207,6 +213,9 @@ def check_head(
         kind = "a weight sharded by ZeRO-3" if hasattr(tensor, "ds_id") else type(tensor).__name__
         if kind == "DTensor" or hasattr(tensor, "ds_id"):
             raise ValueError(f"{name} must be a whole tensor: got {kind}; {GATHER}")
+        if isinstance(tensor, Tensor) and tensor.is_meta and hidden.device == weight.device:
+            shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+            raise ValueError(f"{name} is on meta, without numbers: load it first; got {shapes}")
     if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"{of_hidden} must be [..., D] and {of_weight} [V, D]: "
