@@ -61,9 +61,11 @@ class Head(NamedTuple):
     compact: bool = True  # leave out rows that do not count: one wait for the device
     mode: str = "auto"  # "ahead": gradients in the forward, or an error; "recompute": never
     versions: tuple[tuple[Tensor, int], ...] = ()  # weights, and how often they had been written to
+    states: tuple[int | None, ...] = ()  # how often the hidden states had been
 
     def check_weights(self) -> None:
-        """RuntimeError where the weights are not those any more that the logits stand for."""
+        """RuntimeError where hidden states or weights are not those any more that the logits stand
+        for."""
         if torch.compiler.is_compiling():
             return
         for weight in self.weight:
@@ -73,11 +75,12 @@ class Head(NamedTuple):
                     "the head with reshard_after_forward=False, or as part of the root, and take "
                     "the loss inside the model's forward"
                 )
-        for weight, version in self.versions:
-            if weight._version != version:
+        states = zip(self.hidden, self.states, strict=False)
+        for tensor, version in (*self.versions, *states):
+            if version is not None and tensor._version != version:
                 raise RuntimeError(
-                    "the head's weights were written to after its forward (an optimizer's step?): "
-                    "use the logits before, or materialize() them then"
+                    "the head's hidden states or weights were written to after its forward (an "
+                    "optimizer's step?): use the logits before, or materialize() them then"
                 )
 
     def logits(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,17 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
     "softcap_and_scale": lambda z: (torch.tanh(z * 2 / 3) * 3) / 0.7,
     "negative_softcap": lambda z: torch.tanh(z / -5) * 5,
     "minus": lambda z: -z,
+    "by_name": lambda z: torch.reshape(input=z, shape=(12, V)),
+    "transpose_by_name": lambda z: torch.transpose(input=z, dim0=1, dim1=0),
+    "select_by_name": lambda z: torch.index_select(
+        input=z, dim=0, index=torch.tensor([2, 0], device=z.device)
+    ),
+    "clamp_by_name": lambda z: torch.clamp(input=z, min=torch.finfo(z.dtype).min),
+    "detach_by_name": lambda z: torch.detach(input=z) * 2 + z,
+    "mul_by_name": lambda z: torch.mul(z, other=2.0),
+    "add_by_name": lambda z: torch.add(input=z, other=torch.ones(V, device=z.device), alpha=2),
+    "sections_by_name": lambda z: torch.tensor_split(z, sections=2)[1],
+    "chunks_by_axis": lambda z: z.split(split_size=2, dim=-2)[0],
     "plus_bias": lambda z: z + torch.linspace(-1, 1, V, device=z.device),
     "sum": lambda z: z[0] * 0.5 + z[1] - 2 * z[2],
 }
@@ -119,7 +131,7 @@ def smoothed(losses: Tensor) -> Tensor:
     return (0.9 * nll + 0.1 * losses.sum(dim=-1, keepdim=True, dtype=torch.float32)).sum()
 
 
-FUSED: dict[str, Callable[[Tensor], Tensor]] = {
+FUSED: dict[str, Callable[[Any], Tensor]] = {
     "cross_entropy": lambda z: functional.cross_entropy(rows(z), labels_of(z)),
     "cross_entropy_sum": lambda z: functional.cross_entropy(
         rows(z.float()), labels_of(z), ignore_index=-100, reduction="sum"
@@ -139,6 +151,17 @@ FUSED: dict[str, Callable[[Tensor], Tensor]] = {
     "logsumexp_keepdim": lambda z: torch.logsumexp(z, dim=-1, keepdim=True).sum(),
     "sum": lambda z: z.sum(-1).square().sum() + z.sum(dim=-1, keepdim=True).sum(),
     "smoothed_by_hand": lambda z: smoothed(-functional.log_softmax(rows(z), dim=-1)),
+    "gather_by_name": lambda z: torch.gather(
+        input=rows(z), dim=-1, index=labels_of(z).clamp_min(0)[:, None]
+    ).sum(),
+    "sum_by_axis": lambda z: z.sum(axis=-1).square().sum(),
+    "logsumexp_by_name": lambda z: torch.logsumexp(input=z, dim=-1).sum(),
+    "sum_by_old_names": lambda z: z.sum(axis=-1, keepdims=True).square().sum(),
+    "own_logsumexp": lambda z: (
+        (z.float() - z.float().logsumexp(-1, keepdim=True))
+        .gather(-1, LABELS.to(z.device).clamp_min(0)[..., None])
+        .sum()
+    ),
     "module": lambda z: torch.nn.CrossEntropyLoss()(rows(z), labels_of(z)),
 }
 
@@ -173,9 +196,125 @@ def test_argmax(device: str) -> None:
     hidden, weight, bias = parts(device)
     logits = functional.linear(hidden, weight, bias)
     with strict():
-        lazy = LazyLogits(hidden, weight, bias)
+        lazy: Any = LazyLogits(hidden, weight, bias)
         assert torch.equal(lazy.argmax(-1), logits.argmax(-1))
+        assert torch.equal(lazy.argmax(axis=-1), logits.argmax(-1))
         assert torch.equal(lazy.argmax(dim=2, keepdim=True), logits.argmax(-1, keepdim=True))
+
+
+def shifted(z: Tensor) -> Tensor:
+    z = z.detach()
+    lse = z.logsumexp(-1, keepdim=True)
+    lse += 3
+    return z - lse
+
+
+def held(z: Tensor) -> Tensor:
+    with torch.no_grad():
+        lse = z.logsumexp(-1, keepdim=True)
+    return (z - lse).gather(-1, LABELS.to(z.device).clamp_min(0)[..., None])
+
+
+def with_nan(z: Tensor) -> Tensor:
+    z = z + torch.where(torch.arange(V, device=z.device) == 2, torch.nan, 0.0)
+    return z == z  # noqa: PLR0124
+
+
+NOT_SERVED: dict[str, Callable[[Any], Tensor]] = {
+    "written_logsumexp": shifted,
+    "held_logsumexp": held,
+    "alpha_0": lambda z: torch.add(torch.ones(V, device=z.device), z, alpha=0),
+    "nan": with_nan,
+    "max_by_name": lambda z: torch.max(z, other=torch.zeros(V, device=z.device)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::onepass.MaterializedWarning")
+@pytest.mark.parametrize("inference", [False, True], ids=["grad", "inference"])
+@pytest.mark.parametrize("name", NOT_SERVED)
+def test_not_served_and_right(name: str, inference: bool, device: str) -> None:
+    hidden, weight, _ = parts(device)
+    with torch.inference_mode(inference):
+        got: Any = NOT_SERVED[name](LazyLogits(hidden, weight))
+        expected = NOT_SERVED[name](functional.linear(hidden, weight))
+    if isinstance(got, onepass.lazy_logits.Lazy):
+        got = got.materialize()
+    if expected.dtype == torch.bool:
+        assert torch.equal(got, expected)
+        return
+    close(got, expected)
+    if expected.requires_grad:
+        grads = (torch.autograd.grad(t.sum(), (hidden, weight)) for t in (got, expected))
+        for a, b in zip(*grads, strict=True):
+            close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::onepass.MaterializedWarning")
+def test_a_scale_of_zero(device: str) -> None:
+    hidden, weight, bias = parts(device)
+    lazy = LazyLogits(hidden, weight, scale=0.0)
+    assert torch.equal(lazy + bias, bias.expand(3, 4, V))
+    assert not lazy.tanh().any()
+    assert not LazyLogits(hidden, weight, scale=0.0, softcap=3.0).sum(-1).any()
+
+
+def test_a_logsumexp_keeps_nothing_alive(device: str) -> None:
+    lazy = LazyLogits(*parts(device)[:2])
+    gone = weakref.ref(lazy)
+    lse = lazy.detach().logsumexp(-1)
+    del lazy
+    assert gone() is None and lse.shape == (3, 4)
+
+
+@pytest.mark.parametrize("rows", [lambda z: z, lambda z: z[:, :-1].detach(), lambda z: z * 2])
+def test_hidden_states_written_to(rows: Callable[[Tensor], Any], device: str) -> None:
+    hidden, weight, _ = parts(device)
+    hidden = hidden.detach()
+    lazy = rows(LazyLogits(hidden, weight))
+    copy: Any = LazyLogits(hidden, weight)[MASK.to(device)]
+    wanted = hidden[MASK.to(device)] @ weight.T
+    hidden.mul_(3)
+    with pytest.raises(RuntimeError, match="hidden states or weights were written to"):
+        lazy.logsumexp(-1)
+    with pytest.raises(RuntimeError, match="hidden states or weights were written to"):
+        lazy[..., :1, :]
+    close(copy.materialize(), wanted)
+
+
+def test_one_number_a_row_widens_as_in_torch(device: str) -> None:
+    hidden, weight, _ = parts(device, torch.bfloat16)
+    temperatures = torch.linspace(0.5, 2, 12, device=device).view(3, 4, 1)
+    for by in (temperatures, temperatures.bfloat16(), temperatures[0, 0, 0]):
+        got: Any = LazyLogits(hidden, weight) / by
+        wanted = functional.linear(hidden, weight) / by
+        assert got.dtype == wanted.dtype
+        close(got.materialize(), wanted, dtype=torch.bfloat16)
+
+
+OUT_OF_RANGE: dict[str, Callable[[Tensor], Any]] = {
+    "transpose": lambda z: z.transpose(-4, 0),
+    "unbind": lambda z: z.unbind(-4),
+    "split": lambda z: z.split(1, dim=3),
+    "index_select": lambda z: z.index_select(-4, torch.tensor([0], device=z.device)),
+    "cat": lambda z: torch.cat([z, z], dim=-4),
+    "stack": lambda z: torch.stack([z, z], dim=-5),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_dimensions_out_of_range(name: str, device: str) -> None:
+    hidden, weight, _ = parts(device)
+    for z in (functional.linear(hidden, weight), LazyLogits(hidden, weight)):
+        with pytest.raises(IndexError, match="Dimension out of range"):
+            OUT_OF_RANGE[name](z)
+
+
+def test_gather_ignores_no_row(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, _ = parts(device)
+    monkeypatch.setenv("ONEPASS_STRICT", "1")
+    for z in (LazyLogits(hidden, weight), LazyLogits(hidden, weight).softmax(-1)):
+        with pytest.raises(IndexError, match=r"index must be in \[0, 37\)"):
+            z.gather(-1, LABELS.to(device)[..., None])
 
 
 @pytest.mark.parametrize(
@@ -268,6 +407,33 @@ BAD: dict[str, tuple[Callable[[list[Tensor]], Any], type[Exception], str]] = {
     "device": (lambda p: LazyLogits(p[0], p[1].to("meta")), ValueError, "weight is on meta"),
     "bias": (lambda p: LazyLogits(p[0], p[1], p[2][1:]), ValueError, r"\(37,\).*got \(36,\)"),
     "integers": (lambda p: LazyLogits(p[0].int(), p[1]), ValueError, "hidden must be float32"),
+    "softcap_0": (
+        lambda p: LazyLogits(p[0], p[1], softcap=0.0),
+        ValueError,
+        "softcap must be above",
+    ),
+    "softcap": (lambda p: LazyLogits(p[0], p[1], softcap=-3.0), ValueError, "softcap must be"),
+    "temperature": (
+        lambda p: LazyLogits(p[0], p[1], temperature=0.0),
+        ValueError,
+        "temperature must be above 0: got 0",
+    ),
+    "scale": (lambda p: LazyLogits(p[0], p[1], scale=float("nan")), ValueError, "must be finite"),
+    "slab": (
+        lambda p: LazyLogits(p[0], p[1], max_slab_bytes="512MB"),
+        TypeError,
+        "max_slab_bytes must be an int, or None: got str",
+    ),
+    "compact": (
+        lambda p: LazyLogits(p[0], p[1], compact="yes"),
+        TypeError,
+        "compact must be True or False: got str",
+    ),
+    "meta": (
+        lambda p: LazyLogits(p[0].to("meta"), p[1].to("meta")),
+        ValueError,
+        r"hidden is on meta, without numbers: load it first; got \(3, 4, 8\) and \(37, 8\)",
+    ),
     "list": (lambda p: LazyLogits([1.0], p[1]), TypeError, "hidden must be a torch.Tensor"),
 }
 

@@ -38,7 +38,7 @@ def weighed(z: Tensor, t: Tensor) -> Tensor:
     return (p * (log_p - z.log_softmax(-1))).sum(-1)
 
 
-SPELLED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+SPELLED: dict[str, Callable[[Any, Any], Any]] = {
     "entropy": lambda z, t: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1),
     "entropy_of_log": lambda z, t: -(z.softmax(-1) * z.softmax(-1).log()).sum(dim=-1),
     "entropy_from_exp": lambda z, t: (
@@ -72,7 +72,13 @@ SPELLED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "categorical_unchecked": lambda z, t: Categorical(logits=z, validate_args=False).entropy(),
     "max": lambda z, t: z.max(-1).values,
     "max_log_prob": lambda z, t: torch.max(z.log_softmax(-1), dim=-1, keepdim=True)[0],
-    "amax": lambda z, t: z.amax(dim=-1),
+    "softmax_max": lambda z, t: z.softmax(-1).max(-1).values,
+    "by_axis": lambda z, t: (z.softmax(-1) * z.log_softmax(-1)).sum(axis=-1),
+    "of_pieces": lambda z, t: sum(
+        (p * q).sum(-1)
+        for p, q in zip(z.softmax(-1).unbind(1), z.log_softmax(-1).unbind(1), strict=True)
+    ),
+    "of_a_half": lambda z, t: (z.softmax(-1) * t.log_softmax(-1)).chunk(2)[1].sum(-1),
 }
 
 
@@ -118,6 +124,42 @@ def test_columns_of_max(parts: list[Tensor]) -> None:
         assert torch.equal(lazy.max(-1).indices, logits.max(-1).indices)
         assert torch.equal(Categorical(logits=lazy).logits.argmax(-1), logits.argmax(-1))
 
+        assert torch.equal(lazy.softmax(-1).argmax(-1), logits.argmax(-1))
+        with torch.no_grad():
+            close(lazy.amax(dim=-1), logits.amax(-1))
+
+
+def test_products_without_gradients(parts: list[Tensor]) -> None:
+    lazy, logits = LazyLogits(*parts[:2]), functional.linear(*parts[:2])
+    p, log_p = lazy.softmax(-1), lazy.log_softmax(-1)
+    with strict(), torch.no_grad():
+        product = p * log_p
+        entropy = -(lazy.softmax(-1) * lazy.log_softmax(-1))
+        with pytest.MonkeyPatch.context() as patch:  # no statistics of a head against itself
+            patch.setattr("onepass.lazy_probs.vocab_pair_stats", None)
+            close(entropy.sum(-1), Categorical(logits=logits).entropy())
+        assert torch.cat([lazy[:1], lazy[1:]]).shape == logits.shape
+    assert not product.sum(-1).requires_grad
+
+
+def test_autocast_dtypes(parts: list[Tensor]) -> None:
+    """Those of torch on a CPU; on a GPU softmax and its kin are float32."""
+    hidden, weight = (t.detach().bfloat16() for t in parts[:2])
+    device = hidden.device.type
+    if device not in ("cpu", "cuda"):
+        pytest.skip("of other devices nothing is promised")
+    with torch.autocast(device, torch.bfloat16):
+        lazy, whole = LazyLogits(hidden, weight), functional.linear(hidden, weight)
+        for of in (
+            lambda z: z.sum(-1),
+            lambda z: z.logsumexp(-1),
+            lambda z: z.softmax(-1),
+            lambda z: z.log_softmax(-1),
+            lambda z: functional.kl_div(z.log_softmax(-1), z.softmax(-1), reduction="sum"),
+            lambda z: functional.cross_entropy(z[0], LABELS[0].to(z.device)),
+        ):
+            assert of(lazy).dtype == of(whole).dtype
+
 
 def test_a_small_divergence_keeps_its_digits(device: str) -> None:
     """KL of nearly equal distributions, spelled as torch code spells it, where torch's is noise."""
@@ -146,6 +188,18 @@ WHOLE: dict[str, Callable[[Tensor, Tensor], Any]] = {
         z.log_softmax(-1), torch.full_like(z, 1 / V), reduction="sum"
     ),
     "top": lambda z, t: z.softmax(-1).topk(3).values,
+    "amax": lambda z, t: z.amax(-1),
+    "columns": lambda z, t: z.softmax(-1)[..., :5].sum(-1),
+    "columns_gathered": lambda z, t: z.softmax(-1)[..., :5].gather(
+        -1, LABELS[..., None].to(z.device) % 5
+    ),
+    "columns_of_a_product": lambda z, t: (z.softmax(-1) * z)[..., :-4].sum(-1),
+    "columns_of_a_distribution": lambda z, t: Categorical(logits=z).probs[:, :, 2:],
+    "column": lambda z, t: z.softmax(-1)[..., 3],
+    "split_columns": lambda z, t: z.softmax(-1).split(20, -1)[0],
+    "selected_columns": lambda z, t: z.softmax(-1).index_select(-1, LABELS[0].to(z.device)),
+    "transposed_columns": lambda z, t: z.softmax(-1).transpose(-1, 0),
+    "flattened_columns": lambda z, t: z.softmax(-1).flatten(),
 }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .lazy_logits import LazyLogits, autocasts, check_head
 from .losses import check_class_weights, cross_entropy, reduce_classes
-from .ops._check import IGNORED, check_choice, check_floating, check_number
+from .ops._check import IGNORED, check_choice, check_floating
 from .ops._launch import accumulation_dtype
 from .reduce import REDUCTIONS
 
@@ -38,14 +38,6 @@ def as_under_autocast(*tensors: Any) -> tuple[Any, ...]:
     return tuple(cast(value) for value in tensors)
 
 
-def check_softcap(softcap: object) -> None:
-    """Raises unless `softcap` is None or a number above 0."""
-    if softcap is not None:
-        check_number("softcap", softcap, 0.0, hint=", or None for no cap")
-        if softcap == 0:
-            raise ValueError("softcap must be above 0, or None for no cap: got 0")
-
-
 def lazy_product(
     hidden: Any,
     weight: Any,
@@ -56,7 +48,6 @@ def lazy_product(
     """LazyLogits(hidden, weight, bias, **options), in autocast's dtype where that is on."""
     hidden, weight, bias = as_under_autocast(hidden, weight, bias)
     check_head(hidden, weight, bias, names)
-    check_softcap(options.get("softcap"))
     return LazyLogits(hidden, weight, bias, **options)
 
 
@@ -122,8 +113,7 @@ def linear_cross_entropy(
         input: [D] or [N, D]; float32, bfloat16, float16, float64.
         linear_weight: [C, D], or [C, d1, ..., D] for a loss at every position d1, ...
         target: class indices [], [N] or [N, d1, ...]; or probabilities, [C] and so on with the
-            classes second: as large as the logits, which are then made whole, with a
-            MaterializedWarning.
+            classes second: as large as the logits, which are still not made whole.
         linear_bias: [C] or [C, d1, ...].
         weight: [C] class weights.
         reduction: "mean" (over the weights of the counted labels), "sum" or "none".

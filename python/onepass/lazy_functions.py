@@ -7,6 +7,7 @@ logits are made.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,26 +16,29 @@ from torch import Tensor
 from torch.nn import functional
 
 from .lazy_logits import (
+    Handler,
     LazyLogits,
-    detached_head,
+    detached,
     frames,
+    identity,
     kept_dimension,
     make,
     number,
     over_vocabulary,
     plain,
+    result_dtype,
     scaled,
     softcapped,
+    versions_of,
     with_head,
 )
-from .lazy_probs import difference, exp, kl_div, same, softmax
+from .lazy_probs import difference, exp, kl_div, softmax
 from .losses import cross_entropy
+from .ops._check import IGNORED, values_checked
 from .ops.head import Head
 from .ops.vocab_stats import vocab_stats
 
 # ---------------------------------------------------------------- what happens to rows
-
-Handler = Callable[..., Any]
 
 
 def is_lazy(value: Any) -> bool:
@@ -60,21 +64,33 @@ def _reshaped(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _row_dimensions(lazy: LazyLogits, dims: Sequence[Any]) -> list[int] | None:
     """The dimensions from the front, or None where one of them is the vocabulary's."""
-    front = [d + lazy.dim() if d < 0 else d for d in dims]
-    return None if any(d >= lazy.dim() - 1 for d in front) else front
+    front = [_from_front(d, lazy.dim()) for d in dims]
+    return None if any(d == lazy.dim() - 1 for d in front) else front
+
+
+def _from_front(dim: int, n_dims: int) -> int:
+    if not -n_dims <= dim < n_dims:
+        raise IndexError(
+            f"Dimension out of range (expected to be in range of [{-n_dims}, {n_dims - 1}], "
+            f"but got {dim})"
+        )
+    return dim % n_dims
 
 
 def _transposed(func: Any, lazy: Any, *dims: Any, **kwargs: Any) -> Any:
-    if kwargs or not is_lazy(lazy) or not all(isinstance(d, int) for d in dims):
+    known = {"dim0", "dim1", "axis0", "axis1"}
+    dims = (*dims, *kwargs.values())
+    if not is_lazy(lazy) or not kwargs.keys() <= known or not all(isinstance(d, int) for d in dims):
         return NotImplemented
     front = _row_dimensions(lazy, dims)
     return NotImplemented if front is None else _on_rows(lazy, lambda h: func(h, *front))
 
 
 def _split(func: Any, lazy: Any, parts: Any = None, dim: int = 0, **kwargs: Any) -> Any:
-    parts = kwargs.get("chunks", kwargs.get("split_size_or_sections", parts))
-    parts = kwargs.get("split_size", parts)
-    front = _row_dimensions(lazy, [dim]) if is_lazy(lazy) else None
+    if len(kwargs) > 1 or not is_lazy(lazy):
+        return NotImplemented
+    (parts,) = kwargs.values() or (parts,)  # whatever the function calls them
+    front = _row_dimensions(lazy, [dim])
     if front is None:
         return NotImplemented
     pieces = zip(*(func(h, parts, front[0]) for h in lazy.onepass_head.hidden), strict=True)
@@ -92,8 +108,10 @@ def _unbound(func: Any, lazy: Any, dim: int = 0) -> Any:
 def _same_head(lazies: Sequence[Any]) -> bool:
     def of(lazy: LazyLogits) -> tuple[Any, ...]:
         head = lazy.onepass_head
-        parts = (*(id(t) for t in head.weight), id(head.bias))
-        return (*parts, *head[3:], lazy._normalized, lazy.dtype)
+        parts = tuple(identity(t) for t in (*head.weight, head.bias))
+        versions = tuple((id(t), version) for t, version in head.versions)
+        options = head._replace(hidden=(), weight=(), bias=None, versions=(), states=())
+        return parts, versions, options, lazy._normalized, lazy.dtype
 
     return all(is_lazy(lazy) for lazy in lazies) and len({of(lazy) for lazy in lazies}) == 1
 
@@ -103,9 +121,12 @@ def _joined(func: Any, tensors: Any, dim: int = 0, **kwargs: Any) -> Any:
     if kwargs or not _same_head(tensors):
         return NotImplemented
     extra = 1 if func is torch.stack else 0
-    dim = dim + tensors[0].dim() + extra if dim < 0 else dim
-    if dim >= tensors[0].dim() - 1 + extra:
+    n_dims = tensors[0].dim() + extra
+    dim = _from_front(dim, n_dims)
+    if dim == n_dims - 1:
         return NotImplemented
+    for lazy in tensors[1:]:
+        lazy.onepass_head.check_weights()
     states = zip(*(lazy.onepass_head.hidden for lazy in tensors), strict=True)
     return with_head(tensors[0], hidden=tuple(func(parts, dim) for parts in states))
 
@@ -147,7 +168,7 @@ def _selected(func: Any, lazy: Any, dim: int, index: Tensor) -> Any:
 
 
 def _detached(func: Any, lazy: Any, *_: Any) -> LazyLogits:
-    return make(detached_head(lazy.onepass_head), lazy.dtype, lazy._normalized)
+    return detached(lazy)
 
 
 def _unchanged(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
@@ -215,7 +236,7 @@ def _stand_in(lazy: LazyLogits, size: int = 0) -> Tensor:
 # ---------------------------------------------------------------- what happens to logits
 
 
-def _cast(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
+def cast(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
     """float(), to(dtype) ...: the logits are made in the hidden states' dtype and then cast."""
     args = tuple(_stand_in(arg) if is_lazy(arg) else arg for arg in args)
     if not is_lazy(lazy):
@@ -230,11 +251,12 @@ def _cast(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _tanh_handler(func: Any, lazy: Any) -> Any:
     capped_already = lazy.onepass_head.softcap or lazy._normalized
-    return NotImplemented if capped_already else softcapped(lazy)
+    fits = not capped_already and lazy.onepass_head.scale
+    return softcapped(lazy) if fits else NotImplemented
 
 
-def _times(func: Any, a: Any, b: Any) -> Any:
-    lazy, other = (a, b) if is_lazy(a) else (b, a)
+def _times(func: Any, a: Any, other: Any) -> Any:
+    lazy, other = (a, other) if is_lazy(a) else (other, a)
     factor = number(other)
     if lazy._normalized:
         return _renormalized(lazy, factor)
@@ -267,8 +289,9 @@ def _by_rows(lazy: LazyLogits, other: Any, change: Callable[..., Tensor]) -> Any
         return NotImplemented
     if other.dim() > lazy.dim() or other.device != lazy.device:
         return NotImplemented
-    lazy = _with_bias_as_term(lazy)
-    return _on_rows(lazy, lambda h: change(h, other).to(h.dtype))
+    dtype = torch.result_type(_stand_in(lazy), other)
+    lazy = _on_rows(_with_bias_as_term(lazy), lambda h: change(h, other).to(h.dtype))
+    return lazy if lazy.dtype == dtype else make(lazy.onepass_head, dtype)
 
 
 def _with_bias_as_term(lazy: LazyLogits) -> LazyLogits:
@@ -281,16 +304,18 @@ def _with_bias_as_term(lazy: LazyLogits) -> LazyLogits:
     return with_head(lazy, hidden=(*head.hidden, one), weight=weight, bias=None)
 
 
-def _plus(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Any:
-    if func in REVERSED:
-        a, b = b, a
-    sign = alpha * (-1 if func in MINUS else 1)
+def _plus(func: Any, a: Any, other: Any, *, alpha: float = 1) -> Any:
+    a, b = (other, a) if func in REVERSED else (a, other)
+    factor = number(alpha)
+    if not factor:
+        return NotImplemented
+    sign = -factor if func in MINUS else factor
     if is_lazy(a) and is_lazy(b):
-        if a._normalized and b._normalized and sign:
+        if a._normalized and b._normalized:
             return difference(a, _renormalized(b, sign))
         return _summed(a, b, sign)
     if is_lazy(a) and sign == -1 and _is_own_lse(a, b):
-        return make(a.onepass_head, a.dtype, normalized=1)
+        return make(a.onepass_head, torch.promote_types(a.dtype, b.dtype), normalized=1)
     if is_lazy(b):
         return _plus_bias(scaled(b, sign), a)
     return _plus_bias(a, b if sign == 1 else b * sign)
@@ -299,9 +324,11 @@ def _plus(func: Any, a: Any, b: Any, *, alpha: float = 1) -> Any:
 def _summed(a: LazyLogits, b: LazyLogits, sign: float) -> Any:
     """The terms of both, where neither is capped yet."""
     left, right = a.onepass_head, b.onepass_head
-    plain = not (left.softcap or right.softcap or a._normalized or b._normalized)
-    if not plain or a.shape != b.shape or a.device != b.device:
+    uncapped = not (left.softcap or right.softcap or a._normalized or b._normalized)
+    if not uncapped or a.shape != b.shape or a.device != b.device:
         return NotImplemented
+    left.check_weights()
+    right.check_weights()
     wider = left if _width(left) >= _width(right) else right
     dtype = wider.hidden[0].dtype
 
@@ -315,8 +342,10 @@ def _summed(a: LazyLogits, b: LazyLogits, sign: float) -> Any:
 
     left, right = terms(left, 1), terms(right, sign)
     biases = [t for t in (left.bias, right.bias) if t is not None]
+    hidden = (*left.hidden, *right.hidden)
     head = left._replace(
-        hidden=(*left.hidden, *right.hidden),
+        hidden=hidden,
+        states=versions_of(hidden),
         weight=(*left.weight, *right.weight),
         bias=sum(biases[1:], biases[0]) if biases else None,
         versions=(*left.versions, *right.versions),
@@ -346,7 +375,7 @@ def _plus_bias(lazy: LazyLogits, other: Any) -> Any:
     if not isinstance(other, Tensor) or other.shape != lazy.shape[-1:]:
         return NotImplemented
     fits = other.dtype == head.hidden[0].dtype and other.device == lazy.device
-    if head.softcap or lazy._normalized or not fits:
+    if head.softcap or lazy._normalized or not fits or not head.scale:
         return NotImplemented
     other = other / head.scale
     return with_head(lazy, bias=other if head.bias is None else head.bias + other)
@@ -367,15 +396,33 @@ def _fact(lazy: LazyLogits, fact: str, **given: Any) -> Tensor:
 def _logsumexp(func: Any, lazy: Any, dim: Any, keepdim: bool = False) -> Any:
     if not is_lazy(lazy) or not over_vocabulary(lazy, dim) or lazy._normalized:
         return NotImplemented
-    lse: Any = kept_dimension(_fact(lazy, "lse").to(lazy.dtype), keepdim)
-    lse.onepass_of = lazy
+    lse: Any = kept_dimension(_fact(lazy, "lse").to(_wide_dtype(lazy)), keepdim)
+    if lse.is_inference():
+        with torch.inference_mode(False):  # which counts how often it is written to
+            lse = lse.clone()
+    lse.onepass_of = (lse._version, *_made_of(lazy))
     return lse
+
+
+def _made_of(lazy: LazyLogits) -> tuple[list[Any], tuple[Any, ...]]:
+    """The parts of its head, held weakly, and its numbers."""
+    head = lazy.onepass_head
+    parts = [t for t in (*head.hidden, *head.weight, head.bias) if t is not None]
+    versions = tuple(version for _, version in head.versions)
+    numbers = (head.softcap, head.scale, head.states, versions)
+    return [weakref.ref(t) for t in parts], numbers
 
 
 def _is_own_lse(lazy: LazyLogits, other: Any) -> bool:
     """Whether `other` is this very lazy tensor's logsumexp, to be subtracted from each column."""
     of = getattr(other, "onepass_of", None)
-    return of is not None and other.shape == (*lazy.shape[:-1], 1) and same(lazy, of)
+    if of is None or other.shape != (*lazy.shape[:-1], 1) or other._version != of[0]:
+        return False
+    if torch.is_grad_enabled() and other.requires_grad != lazy.requires_grad:
+        return False
+    parts, numbers = _made_of(lazy)
+    alike = len(parts) == len(of[1]) and numbers == of[2]
+    return alike and all(a() is b() for a, b in zip(parts, of[1], strict=True))
 
 
 def _argmax(func: Any, lazy: Any, dim: Any = None, keepdim: bool = False) -> Any:
@@ -396,13 +443,16 @@ def _max(func: Any, lazy: Any, dim: Any = None, keepdim: bool = False) -> Any:
 
 
 def _amax(func: Any, lazy: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    if lazy.requires_grad and torch.is_grad_enabled():  # ties share torch's gradient
+        return NotImplemented
     dims = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
     found = _max(func, lazy, dims[0], keepdim) if len(dims) == 1 else NotImplemented
     return found if found is NotImplemented else found[0]
 
 
 def _clamped(func: Any, lazy: Any, min: Any = None, max: Any = None) -> Any:
-    """From below at the dtype's lowest number, as distributions do before they weigh log p by p."""
+    """From below at the dtype's lowest number, as distributions do before they weigh log p by p: a
+    -inf stays one, and p log p is 0 there."""
     lowest = torch.finfo(lazy.dtype).min
     return lazy if max is None and isinstance(min, float) and min <= lowest else NotImplemented
 
@@ -411,8 +461,8 @@ def _equal(func: Any, lazy: Any, other: Any) -> Any:
     """With itself, as distributions look for NaN: a row that holds one has no logsumexp."""
     if lazy is not other:
         return NotImplemented
-    lse = _fact(_detached(torch.detach, plain(lazy)), "lse")
-    return (lse == lse).unsqueeze(-1).expand(lazy.shape)
+    finite = _fact(detached(plain(lazy)), "lse").isfinite().all()
+    return finite.expand(lazy.shape) if finite else NotImplemented
 
 
 def _broadcast(func: Any, *tensors: Any) -> Any:
@@ -423,10 +473,10 @@ def _broadcast(func: Any, *tensors: Any) -> Any:
     return [t if is_lazy(t) else t.expand(shape) for t in tensors]
 
 
-def _log_softmax(func: Any, lazy: Any, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+def log_softmax(func: Any, lazy: Any, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
     dtype = kwargs.get("dtype")
     if dtype is None:
-        dtype = next((a for a in args if isinstance(a, torch.dtype)), _result_dtype(lazy))
+        dtype = next((a for a in args if isinstance(a, torch.dtype)), _wide_dtype(lazy))
     if dim is None or not over_vocabulary(lazy, dim) or lazy._normalized not in (0, 1):
         return NotImplemented
     return make(lazy.onepass_head, dtype, normalized=1)
@@ -438,8 +488,11 @@ def _gathered(func: Any, lazy: Any, dim: Any, index: Tensor, **kwargs: Any) -> A
     if not fits or index.shape != (*lazy.shape[:-1], 1):
         return NotImplemented
     fact = "logp" if lazy._normalized else "label_logit"
-    whole = make(lazy.onepass_head, lazy.dtype)
-    values = _fact(whole, fact, labels=index.squeeze(-1)).to(lazy.dtype)
+    if values_checked(index) and ((index < 0) | (index >= lazy.shape[-1])).any():
+        raise IndexError(f"gather's index must be in [0, {lazy.shape[-1]}), the vocabulary's size")
+    labels = index.squeeze(-1)
+    labels = torch.where(labels == IGNORED, -1, labels)  # no row to leave out here: NaN
+    values = _fact(plain(lazy), fact, labels=labels).to(lazy.dtype)
     if lazy._normalized not in (0, 1):
         values = values * lazy._normalized
     return values.unsqueeze(-1)
@@ -450,32 +503,28 @@ def _summed_over(
 ) -> Any:
     if not is_lazy(lazy) or dim is None or not over_vocabulary(lazy, dim):
         return NotImplemented
-    whole = make(lazy.onepass_head, lazy.dtype)
-    values = _fact(whole, "logp_sum" if lazy._normalized else "logit_sum")
+    values = _fact(plain(lazy), "logp_sum" if lazy._normalized else "logit_sum")
     if lazy._normalized not in (0, 1):
         values = values * lazy._normalized
-    return kept_dimension(values.to(dtype or _result_dtype(lazy)), keepdim)
+    return kept_dimension(values.to(dtype or _wide_dtype(lazy)), keepdim)
 
 
-def _result_dtype(lazy: LazyLogits) -> torch.dtype:
-    """That of a loss of these logits; float32 under autocast, as torch's."""
-    if lazy.dtype.itemsize < 4 and torch.is_autocast_enabled(lazy.device.type):
-        return torch.float32
-    return lazy.dtype
+def _wide_dtype(lazy: LazyLogits) -> torch.dtype:
+    """That of sum, softmax, log_softmax, logsumexp: autocast widens them, but not on a CPU."""
+    return lazy.dtype if lazy.device.type == "cpu" else result_dtype(lazy)
 
 
 def _cross_entropy(func: Any, input: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
     fits = is_lazy(input) and not input._normalized and input.dim() <= 2
     if not fits or not isinstance(target, Tensor):
         return NotImplemented
-    return cross_entropy(input, target, *args, **kwargs).to(_result_dtype(input))
+    return cross_entropy(input, target, *args, **kwargs).to(result_dtype(input))
 
 
 def _nll_loss(func: Any, input: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
     if not is_lazy(input) or input._normalized != 1 or input.dim() > 2:
         return NotImplemented
-    whole = make(input.onepass_head, input.dtype)
-    return cross_entropy(whole, target, *args, **kwargs).to(_result_dtype(input))
+    return cross_entropy(plain(input), target, *args, **kwargs).to(result_dtype(input))
 
 
 def _reshape_like(func: Any, lazy: Any, other: Any) -> Any:
@@ -486,7 +535,8 @@ MINUS = {torch.sub, torch.subtract, Tensor.sub, Tensor.subtract, Tensor.__sub__,
 REVERSED = {Tensor.__rsub__, torch.rsub}
 MINUS |= REVERSED
 
-_TABLE: dict[Handler, tuple[Any, ...]] = {
+# Of rows alone: probabilities and their products do as logits do.
+_OF_ROWS: dict[Handler, tuple[Any, ...]] = {
     _reshaped: (
         Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, Tensor.squeeze,
         torch.squeeze, Tensor.unsqueeze, torch.unsqueeze, Tensor.unflatten, torch.unflatten,
@@ -498,22 +548,26 @@ _TABLE: dict[Handler, tuple[Any, ...]] = {
         torch.tensor_split,
     ),
     _unbound: (Tensor.unbind, torch.unbind),
-    _joined: (torch.cat, torch.concat, torch.concatenate, torch.stack),
     _indexed: (Tensor.__getitem__,),
     _selected: (Tensor.index_select, torch.index_select),
     _detached: (Tensor.detach, torch.detach, Tensor.data.__get__),  # type: ignore[attr-defined]
+    _unchanged: (Tensor.contiguous, Tensor.clone, torch.clone),
+    cast: (
+        Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type,
+        Tensor.type_as, Tensor.cpu, Tensor.cuda,
+    ),
+}  # fmt: skip
+
+_TABLE: dict[Handler, tuple[Any, ...]] = {
+    **_OF_ROWS,
+    _joined: (torch.cat, torch.concat, torch.concatenate, torch.stack),
     _hooked: (Tensor.register_hook,),
     _alike: (
         torch.empty_like, torch.full_like, torch.ones_like, torch.rand_like, torch.randn_like,
         torch.zeros_like,
     ),
-    _unchanged: (Tensor.contiguous, Tensor.clone, torch.clone),
     _new: (
         Tensor.new_empty, Tensor.new_full, Tensor.new_ones, Tensor.new_tensor, Tensor.new_zeros,
-    ),
-    _cast: (
-        Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type,
-        Tensor.type_as, Tensor.cpu, Tensor.cuda,
     ),
     _tanh_handler: (Tensor.tanh, torch.tanh, functional.tanh),
     _times: (
@@ -537,7 +591,7 @@ _TABLE: dict[Handler, tuple[Any, ...]] = {
     softmax: (Tensor.softmax, torch.softmax, functional.softmax, torch.special.softmax),
     exp: (Tensor.exp, torch.exp),
     kl_div: (functional.kl_div,),
-    _log_softmax: (
+    log_softmax: (
         Tensor.log_softmax, torch.log_softmax, functional.log_softmax, torch.special.log_softmax,
     ),
     _gathered: (Tensor.gather, torch.gather),
@@ -546,3 +600,4 @@ _TABLE: dict[Handler, tuple[Any, ...]] = {
     _nll_loss: (functional.nll_loss,),
 }  # fmt: skip
 HANDLERS: dict[Any, Handler] = {f: handler for handler, fs in _TABLE.items() for f in fs}
+OF_ROWS = {f for fs in _OF_ROWS.values() for f in fs}

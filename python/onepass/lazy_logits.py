@@ -9,10 +9,12 @@ makes the logits, once and audibly.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any
@@ -21,12 +23,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .ops._check import check_choice, check_floating, check_same_device
+from .ops._check import check_choice, check_floating, check_number, check_same_device
 from .ops.head import MODES, Head
 
 GATHER = "gather it first (weight.full_tensor(), deepspeed.zero.GatheredParameters)"
 _strict: ContextVar[bool] = ContextVar("onepass_strict", default=False)
 _warned: set[tuple[str, str]] = set()  # the operation and the caller's line
+Handler = Callable[..., Any]
+
+# The other names that torch takes its arguments by.
+SYNONYMS = {"axis": "dim", "keepdims": "keepdim", "x2": "other"}
+FIRST = ("input", "self", "tensor", "tensors", "x", "a", "x1")
 
 
 class MaterializedWarning(UserWarning):
@@ -89,7 +96,7 @@ class LazyLogits(Lazy):
     `logsumexp`, `argmax` and `gather`. `materialize()` makes the logits.
 
     Raises:
-        TypeError: not a tensor. ValueError: shapes, dtypes or devices that do not fit.
+        TypeError: not a tensor. ValueError: shapes, dtypes, devices or numbers that do not fit.
     """
 
     onepass_head: Head
@@ -113,11 +120,22 @@ class LazyLogits(Lazy):
         written = [t for t in (weight, bias) if t is not None and not t.is_inference()]
         versions = tuple((t, t._version) for t in written)
         check_choice("mode", mode, MODES)
+        check_softcap(softcap)
+        check_number("scale", scale)
+        check_number("temperature", temperature)
+        if temperature <= 0 or math.isinf(1 / temperature):
+            raise ValueError(f"temperature must be above 0: got {temperature}")
+        if max_slab_bytes is not None and type(max_slab_bytes) is not int:
+            kind = type(max_slab_bytes).__name__
+            raise TypeError(f"max_slab_bytes must be an int, or None: got {kind}")
+        if type(compact) is not bool:
+            raise TypeError(f"compact must be True or False: got {type(compact).__name__}")
         options: Any = {"max_slab_bytes": max_slab_bytes, "compact": compact, "mode": mode}
-        head = Head((hidden,), (weight,), bias, versions=versions, **options)
+        states = versions_of((hidden,))
+        head = Head((hidden,), (weight,), bias, versions=versions, states=states, **options)
         product = make(head, hidden.dtype)
         product = scaled(product, scale)
-        if softcap is not None:
+        if softcap is not None and scale:
             product = scaled(softcapped(scaled(product, 1 / softcap)), softcap)
         return scaled(product, 1 / temperature)
 
@@ -159,16 +177,7 @@ class LazyLogits(Lazy):
 
         if not all(issubclass(kind, LazyLogits) or not issubclass(kind, Lazy) for kind in types):
             return NotImplemented  # LazyProbs know what they do with LazyLogits
-        kwargs = kwargs or {}
-        if func in ATTRIBUTES:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        handler = HANDLERS.get(func)
-        if handler is not None and "out" not in kwargs:
-            result = handler(func, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        return materialized(func, args, kwargs)
+        return served(HANDLERS.get(func), func, args, kwargs or {})
 
 
 class _Place(torch.autograd.Function):
@@ -189,6 +198,44 @@ class _Place(torch.autograd.Function):
             "a gradient came to LazyLogits by another way than their statistics: call "
             "materialize() before the operation it came from"
         )
+
+
+def served(handler: Handler | None, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What a lazy tensor answers: an attribute, the handler's result, or that of whole logits."""
+    if func in ATTRIBUTES:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    if handler is not None and kwargs.get("out") is None:
+        first, named = args, kwargs
+        if kwargs:
+            named = {SYNONYMS.get(k, k): v for k, v in kwargs.items() if k != "out"}
+            given = [] if args else [name for name in FIRST if name in named]
+            first = tuple(named.pop(name) for name in given) or args
+        if takes(handler, func, first, named):
+            result = handler(func, *first, **named)
+            if result is not NotImplemented:
+                return result
+    return materialized(func, args, kwargs)
+
+
+signature = functools.cache(inspect.signature)
+
+
+def takes(handler: Handler, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the handler knows these arguments."""
+    try:
+        signature(handler).bind(func, *args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def check_softcap(softcap: object) -> None:
+    """Raises unless `softcap` is None or a number above 0."""
+    if softcap is not None:
+        check_number("softcap", softcap, 0.0, hint=", or None for no cap")
+        if softcap == 0:
+            raise ValueError("softcap must be above 0, or None for no cap: got 0")
 
 
 def autocasts(device: torch.device) -> bool:
@@ -276,9 +323,30 @@ def detached_head(head: Head) -> Head:
     )
 
 
+def detached(lazy: LazyLogits) -> LazyLogits:
+    return make(detached_head(lazy.onepass_head), lazy.dtype, lazy._normalized)
+
+
 def with_head(lazy: LazyLogits, **changed: Any) -> LazyLogits:
     """The same logits but for what changes in their head."""
-    return make(lazy.onepass_head._replace(**changed), lazy.dtype, lazy._normalized)
+    head = lazy.onepass_head
+    if "hidden" in changed:
+        head.check_weights()
+        changed["states"] = versions_of(changed["hidden"])
+    return make(head._replace(**changed), lazy.dtype, lazy._normalized)
+
+
+def versions_of(tensors: Iterable[Tensor]) -> tuple[int | None, ...]:
+    """How often they have been written to; inference tensors do not say."""
+    return tuple(None if t.is_inference() else t._version for t in tensors)
+
+
+def identity(tensor: Tensor | None) -> Any:
+    """The same for two tensors of one place: in a graph where there is one, else in memory."""
+    if tensor is None or tensor.requires_grad:
+        return id(tensor)
+    where = tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return (*where, tensor.shape, tensor.stride(), tensor.dtype)
 
 
 def materialized(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -298,7 +366,8 @@ def materialized(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if (name, at) not in _warned:
         _warned.add((name, at))
         said = f"{name} at {at} needs whole logits: they were made{advice}. "
-        warnings.warn(said + "Statistics of onepass do without", MaterializedWarning, stacklevel=3)
+        said += "Where more such calls follow, call materialize() once"
+        warnings.warn(said, MaterializedWarning, stacklevel=3)
 
     def whole(value: Any) -> Any:
         return value.materialize() if isinstance(value, Lazy) else value
@@ -372,6 +441,13 @@ def kept_dimension(values: Tensor, keepdim: bool) -> Tensor:
 def plain(lazy: LazyLogits) -> LazyLogits:
     """The logits, of which `lazy` may be the log-probabilities."""
     return make(lazy.onepass_head, lazy.dtype)
+
+
+def result_dtype(lazy: LazyLogits) -> torch.dtype:
+    """That of a loss of these logits; float32 under autocast, as torch's."""
+    if lazy.dtype.itemsize < 4 and autocasts(lazy.device):
+        return torch.float32
+    return lazy.dtype
 
 
 def scaled(lazy: LazyLogits, factor: float) -> LazyLogits:

@@ -14,26 +14,20 @@ import torch
 from torch import Tensor
 
 from .lazy_logits import (
-    ATTRIBUTES,
     Lazy,
     LazyLogits,
+    detached,
+    identity,
     kept_dimension,
     make,
-    materialized,
     number,
     over_vocabulary,
     plain,
+    result_dtype,
+    served,
 )
 from .ops.vocab_pair_stats import vocab_pair_stats
 from .ops.vocab_stats import vocab_stats
-
-# Functions of rows: what they do to probabilities and log-probabilities they do to their product.
-OF_ROWS = (
-    Tensor.__getitem__, Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten,
-    Tensor.unsqueeze, torch.unsqueeze, Tensor.transpose, torch.transpose, Tensor.contiguous,
-    Tensor.clone, torch.clone, Tensor.detach, torch.detach, Tensor.to, Tensor.float,
-    Tensor.index_select, torch.index_select,
-)  # fmt: skip
 
 
 class LazyProbs(Lazy):
@@ -65,16 +59,10 @@ class LazyProbs(Lazy):
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func in ATTRIBUTES:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        handler = HANDLERS.get(func)
-        if handler is not None and "out" not in kwargs:
-            result = handler(func, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        return materialized(func, args, kwargs)
+        from .lazy_functions import OF_ROWS
+
+        handler = HANDLERS.get(func, _on_rows if func in OF_ROWS else None)
+        return served(handler, func, args, kwargs or {})
 
 
 def probs(
@@ -83,6 +71,9 @@ def probs(
     factor: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> LazyProbs:
+    if not torch.is_grad_enabled():
+        of = None if of is None else detached(of)
+        terms = [detached(term) for term in terms]
     first = of if of is not None else terms[0]
     parts = [t for t in (of, *terms) if t is not None]
     lazy: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
@@ -111,10 +102,10 @@ def is_p(value: Any) -> bool:
 
 
 def softmax(func: Any, lazy: Any, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
-    if dim is None or not over_vocabulary(lazy, dim) or lazy._normalized not in (0, 1):
-        return NotImplemented
-    dtype = kwargs.get("dtype", next((a for a in args if isinstance(a, torch.dtype)), None))
-    return probs(plain(lazy), dtype=dtype)
+    from .lazy_functions import log_softmax
+
+    log_p = log_softmax(func, lazy, dim, *args, **kwargs)  # which knows its dtype
+    return log_p if log_p is NotImplemented else probs(plain(lazy), dtype=log_p.dtype)
 
 
 def exp(func: Any, lazy: Any) -> Any:
@@ -147,8 +138,9 @@ def kl_div(
         of = target.of
     else:
         return NotImplemented
-    log_p, log_q = make(of.onepass_head, input.dtype, 1), input
-    elements = probs(of, (log_p, make(log_q.onepass_head, input.dtype, -1)), dtype=input.dtype)
+    log_p = make(of.onepass_head, input.dtype, 1)
+    log_q = make(input.onepass_head, input.dtype, -1)
+    elements = probs(of, (log_p, log_q), dtype=result_dtype(input))
     if reduction == "none":
         return elements
     total = expected(elements).sum()
@@ -202,7 +194,8 @@ def same(a: LazyLogits, b: LazyLogits) -> bool:
     def key(lazy: LazyLogits) -> tuple[Any, ...]:
         head = lazy.onepass_head
         parts = (*head.hidden, *head.weight, head.bias)
-        return (*(id(t) for t in parts), head.softcap, head.scale)
+        versions = (head.states, *(version for _, version in head.versions))
+        return (*(identity(t) for t in parts), head.softcap, head.scale, versions)
 
     return key(a) == key(b)
 
@@ -216,8 +209,8 @@ def _summed(
     return kept_dimension(expected(lazy).to(dtype or lazy.dtype), keepdim)
 
 
-def _times(func: Any, a: Any, b: Any) -> Any:
-    lazy, other = (a, b) if isinstance(a, LazyProbs) else (b, a)
+def _times(func: Any, a: Any, other: Any) -> Any:
+    lazy, other = (a, other) if isinstance(a, LazyProbs) else (other, a)
     factor = number(other)
     if factor is not None:
         return _with(lazy, factor=lazy.factor * factor)
@@ -264,20 +257,54 @@ def _gathered(func: Any, lazy: Any, dim: Any, index: Tensor, **kwargs: Any) -> A
     return log_p.gather(-1, index).exp() if fits else NotImplemented
 
 
+def _argmax(func: Any, lazy: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    fits = dim is not None and lazy.of is not None and not lazy.terms and lazy.factor > 0
+    if not fits or not over_vocabulary(lazy, dim):
+        return NotImplemented
+    return lazy.of.argmax(-1, keepdim)
+
+
+def _max(func: Any, lazy: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    columns = _argmax(func, lazy, dim, keepdim=True) if is_p(lazy) else NotImplemented
+    if columns is NotImplemented:
+        return NotImplemented
+    values = lazy.gather(-1, columns)
+    if not keepdim:
+        values, columns = values.squeeze(-1), columns.squeeze(-1)
+    return torch.return_types.max((values, columns))
+
+
 def _on_rows(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
+    """What logits do, to all of them; a slice of the vocabulary would have a softmax of its own."""
+    from .lazy_functions import HANDLERS as OF_LOGITS
+    from .lazy_functions import cast
+
     if not isinstance(lazy, LazyProbs):
         return NotImplemented
-    of = None if lazy.of is None else func(lazy.of, *args, **kwargs)
-    terms = [func(term, *args, **kwargs) for term in lazy.terms]
-    parts = [t for t in (of, *terms) if t is not None]
-    if not all(isinstance(part, LazyLogits) for part in parts):
+    logits = [*([] if lazy.of is None else [lazy.of]), *lazy.terms]
+    changed = [OF_LOGITS[func](func, part, *args, **kwargs) for part in logits]
+    several = isinstance(changed[0], tuple)
+    pieces = list(zip(*changed, strict=True)) if several else [tuple(changed)]
+    kept = all(
+        isinstance(part, LazyLogits) and part.shape[-1] == lazy.shape[-1]
+        for piece in pieces
+        for part in piece
+    )
+    if not kept:
         return NotImplemented
-    changed = parts[0].dtype if func in (Tensor.to, Tensor.float) else lazy.dtype
-    return probs(of, terms, lazy.factor, changed)
+    made = [
+        probs(
+            None if lazy.of is None else piece[0],
+            piece if lazy.of is None else piece[1:],
+            lazy.factor,
+            piece[0].dtype if OF_LOGITS[func] is cast else lazy.dtype,
+        )
+        for piece in pieces
+    ]
+    return tuple(made) if several else made[0]
 
 
 HANDLERS: dict[Any, Any] = {
-    **dict.fromkeys(OF_ROWS, _on_rows),
     **dict.fromkeys((Tensor.sum, torch.sum), _summed),
     **dict.fromkeys(
         (Tensor.mul, torch.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply),
@@ -287,5 +314,7 @@ HANDLERS: dict[Any, Any] = {
     **dict.fromkeys((Tensor.neg, torch.neg, Tensor.__neg__), _negated),
     **dict.fromkeys((Tensor.log, torch.log), _log),
     **dict.fromkeys((Tensor.gather, torch.gather), _gathered),
+    **dict.fromkeys((Tensor.argmax, torch.argmax), _argmax),
+    **dict.fromkeys((Tensor.max, torch.max), _max),
     torch.nn.functional.kl_div: kl_div,
 }

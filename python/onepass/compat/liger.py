@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..head_loss import check_softcap, lazy_product
+from ..head_loss import lazy_product
+from ..lazy_logits import check_softcap
 from ..losses import (
     check_class_weights,
     check_target,
