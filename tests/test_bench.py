@@ -343,7 +343,7 @@ def test_a_floor_is_timed_without_a_check(device: str) -> None:
     """It has no result to check, and is no provider of ours that could fail."""
     rows = run_toy(toy(provider("part", lambda i: (0 * loss_of(i)[0],), floor=True)), device)
     part = rows["part"]
-    assert part["status"] == "ok" and part["ms"] > 0 and part["first_call_s"] > 0
+    assert part["status"] == "ok" and part["ms"] > 0 and part["first_call_s"] is not None
     assert part["output_error"] is part["gradient_error"] is part["reference"] is None
 
 

@@ -222,7 +222,7 @@ def test_nan_is_seen_by_a_distribution(parts: list[Tensor]) -> None:
     lazy = LazyLogits(*parts[:2])
     # whose message shows the logits
     with pytest.warns(MaterializedWarning), pytest.raises(ValueError, match="parameter logits"):
-        Categorical(logits=lazy)
+        Categorical(logits=lazy, validate_args=True)
 
 
 def test_reads_as_what_it_stands_for(parts: list[Tensor]) -> None:
