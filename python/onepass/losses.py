@@ -472,9 +472,7 @@ def masked_inner_product(
     """
     if relu and absolute:
         raise ValueError("relu and absolute exclude each other: pass one of them")
-    moments = hidden_moments(x, target, mask, reduction, eps, impl)
-    norms = (safe_sqrt(moments.xx) + eps) * (safe_sqrt(moments.yy) + eps)
-    rows = torch.where(norms == 0, 0.0, moments.xy / torch.where(norms == 0, 1.0, norms))
+    rows = cosine_rows(hidden_moments(x, target, mask, reduction, eps, impl), eps)
     if relu:
         rows = rows.relu()
     if absolute:
@@ -492,6 +490,12 @@ def hidden_moments(
     check_rows_alike("x", x, "target", target)
     check_weights("mask", mask, x.shape[:-1])
     return row_moments(x, target, mask, impl=impl)
+
+
+def cosine_rows(moments: RowMoments, eps: float = 0.0) -> Tensor:
+    """<x, y> / ((|x| + eps) (|y| + eps)) of every row, 0 where that is 0 / 0."""
+    norms = (safe_sqrt(moments.xx) + eps) * (safe_sqrt(moments.yy) + eps)
+    return torch.where(norms == 0, 0.0, moments.xy / torch.where(norms == 0, 1.0, norms))
 
 
 def unit_distance_squared(moments: RowMoments, eps: float) -> Tensor:

@@ -1,0 +1,1 @@
+"""Circuit breakers: hidden states of harmful prompts turned away, all others held in place."""
