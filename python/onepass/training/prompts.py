@@ -85,7 +85,9 @@ def _find(path: Path, names: Sequence[str]) -> Path:
         for file in (path / name, (path / name).with_suffix(".jsonl")):
             if file.is_file():
                 return file
-    raise FileNotFoundError(f"{path}: no prompt file in this folder, wanted {_or(names)} (or .jsonl)")
+    raise FileNotFoundError(
+        f"{path}: no prompt file in this folder, wanted {_or(names)} (or .jsonl)"
+    )
 
 
 def _text(file: Path) -> str:
@@ -114,7 +116,9 @@ def _json_entries(file: Path, text: str) -> Iterator[_Entry]:
     if isinstance(document, dict):
         if "prompts" not in document:
             keys = _listed(sorted(document)) or "no keys"
-            raise ValueError(f'{file}: got an object with {keys}, wanted a list or {{"prompts": [...]}}')
+            raise ValueError(
+                f'{file}: got an object with {keys}, wanted a list or {{"prompts": [...]}}'
+            )
         category = _category(str(file), document)
         document = document["prompts"]
     if not isinstance(document, list):
