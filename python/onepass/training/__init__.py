@@ -1,0 +1,1 @@
+"""What every system's training command shares."""
