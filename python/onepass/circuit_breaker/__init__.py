@@ -1,0 +1,1 @@
+"""Circuit breakers: representation rerouting for language models and for Infinity."""
