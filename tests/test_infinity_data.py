@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +18,9 @@ from onepass.circuit_breaker.infinity.data import (
     InfinityCircuitBreakerDataset,
     build_circuit_breaker_dataset,
     data_collator_infinity,
-    split,
 )
 from onepass.circuit_breaker.infinity.pretrain import small_model
 from onepass.circuit_breaker.infinity.text import T5TextEncoder, WordEncoder, as_text_encoder
-from onepass.training.prompts import Prompt
 
 KEYS = {
     f"{name}{kind}"
@@ -64,7 +61,7 @@ def test_split(make: Make) -> None:
     assert texts(dataset.circuit_breaker) == HARMFUL
     assert len(dataset.validation) == 4 and len(dataset.retain) == 16
     assert sorted(texts(dataset.validation + dataset.retain)) == sorted(BENIGN)
-    assert texts(dataset.validation) != BENIGN[:4]  # shuffled
+    assert texts(dataset.validation) != BENIGN[:4]  # drawn
     assert len(dataset) == 4
     assert texts(make().retain) == texts(dataset.retain)
     assert texts(make(seed=1).retain) != texts(dataset.retain)
@@ -350,17 +347,21 @@ def test_built_as_the_training_script_does(folder: Path) -> None:
 
 @pytest.mark.parametrize("ratio", [1, 1.5, -0.1, math.nan, math.inf])
 def test_ratio_out_of_range(make: Make, ratio: float) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"validation_ratio: got {ratio}, wanted 0 or")):
+    with pytest.raises(ValueError, match=rf"validation_ratio must be .*: got {ratio}"):
         make(validation_ratio=ratio)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 10, 16, 17, 1000])
-def test_a_split_always_leaves_something_to_train_on(n: int) -> None:
-    prompts = [Prompt(str(i), {}, Path("p"), None, None) for i in range(n)]
-    for ratio in (0, 0.1, 0.5, 0.999, math.nextafter(1, 0)):
-        validation, retain = split(prompts, ratio, 0)
-        assert len(validation) == int(n * ratio) and retain
-        assert sorted(validation + retain) == sorted(prompts)
+def test_a_split_that_leaves_nothing(make: Make, tmp_path: Path) -> None:
+    file = tmp_path / "one.txt"
+    file.write_text("a red circle", "utf-8")
+    with pytest.raises(
+        ValueError, match=r"validation_ratio=0.2 of 1 examples of .*one\.txt leaves"
+    ):
+        make(sanitized_prompts_path=file)
+    assert len(make(sanitized_prompts_path=file, validation_ratio=0)) == 1
+    file.write_text("a red circle\na blue square", "utf-8")
+    dataset = make(sanitized_prompts_path=file)  # a share of 0.4 of a prompt is one
+    assert len(dataset.retain) == len(dataset.validation) == 1
 
 
 def test_arguments_refused(make: Make) -> None:

@@ -1,1 +1,1 @@
-"""Circuit breakers: representation rerouting for language models and for Infinity."""
+"""Circuit breakers: hidden states of harmful prompts turned away, all others held in place."""

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ...training.prompts import Prompt, read_prompts
+from ..data import split
 from .text import (
     MAX_LENGTH,
     TextEncoder,
@@ -73,8 +74,9 @@ class InfinityCircuitBreakerDataset(Dataset[dict[str, Any]]):
             max_caption_len: tokens of a prompt; longer ones are cut, shorter ones padded.
             harmful_prompts_path: a file, or a folder with one of HARMFUL_FILES.
             sanitized_prompts_path: a file, or a folder with one of RETAIN_FILES.
-            validation_ratio: share of the sanitized prompts, after a shuffle by `seed`, that is
-                validated on and not trained on. Where that makes none, items have no *_val keys.
+            validation_ratio: share of the sanitized prompts, drawn by `seed`, that is validated on
+                and not trained on; at least one prompt, or none with 0: items then have no *_val
+                keys.
             category: prompts of other categories are left out; None takes all.
             text_encoder: see `text.as_text_encoder`: T5's name or folder, its model with
                 `text_tokenizer`, or an object with tokenize() and features().
@@ -84,8 +86,6 @@ class InfinityCircuitBreakerDataset(Dataset[dict[str, Any]]):
             FileNotFoundError: no prompt file there.
             ValueError: a prompt file or an argument that does not serve; the message says why.
         """
-        if not 0 <= validation_ratio < 1:
-            raise ValueError(f"validation_ratio: got {validation_ratio}, wanted 0 or more, below 1")
         num_examples = getattr(args, "num_examples", None) if num_examples is None else num_examples
         if num_examples is not None and num_examples < 1:
             raise ValueError(f"num_examples: got {num_examples}, wanted 1 or more")
@@ -100,7 +100,8 @@ class InfinityCircuitBreakerDataset(Dataset[dict[str, Any]]):
         kept = read_prompts(
             sanitized, names=_names(RETAIN_FILES, category), category=category, fields=RETAIN_FIELDS
         )
-        self.validation, self.retain = split(kept, validation_ratio, seed)
+        Random(seed).shuffle(kept)
+        self.retain, self.validation = split(kept, validation_ratio, seed)
         self.retain = self.retain[:num_examples]
         self.max_caption_len = max_caption_len
         self.epoch = 0
@@ -190,14 +191,6 @@ def data_collator_infinity(batch_list: Sequence[dict[str, Any]]) -> dict[str, An
                 "numbers (or a key text_cond_tuple...)"
             )
     return batch
-
-
-def split(prompts: list[Prompt], ratio: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """The first int(n * ratio) of the prompts after a shuffle, and the rest."""
-    shuffled = list(prompts)
-    Random(seed).shuffle(shuffled)
-    n_validation = int(len(shuffled) * ratio)  # less than all: ratio is less than 1
-    return shuffled[:n_validation], shuffled[n_validation:]
 
 
 def _path(name: str, path: str | Path | None, data_path: str | Path | None) -> Path:

@@ -1,0 +1,116 @@
+"""What a circuit-breaker training is told, as dataclasses that HfArgumentParser takes too.
+
+Names and defaults are those of the published scripts (GraySwan's); what is ours stands last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .losses import RELU_SCOPES, RETAIN_REDUCTIONS, SCHEDULES
+
+REFERENCES = ("adapter_off", "frozen_copy", "precomputed")
+PUBLISHED_TARGETS, PUBLISHED_LAYERS = (10, 20), 32
+
+
+@dataclass
+class LorraArguments:
+    """Which layers are turned, how much, and on what data."""
+
+    target_layers: str | None = field(
+        default=None,
+        metadata={
+            "help": "hidden_states indices to turn, as 10,20 (default: 10,20 of 32 layers, in"
+            " proportion)"
+        },
+    )
+    transform_layers: str = field(
+        default="-1",
+        metadata={"help": "blocks that get LoRA, as 0,1,2; -1: up to the last target layer"},
+    )
+    lorra_alpha: float = field(
+        default=5.0, metadata={"help": "what the two coefficients sum up to; 10 for Llama-3"}
+    )
+    full_layers: bool = field(
+        default=False, metadata={"help": "retain at all layers, not only up to the last target"}
+    )
+    coeff_schedule: str = field(
+        default="linear_converge",
+        metadata={"help": "of the coefficients over the steps", "choices": list(SCHEDULES)},
+    )
+    sc_loss_type: str = field(
+        default="orig_act_dotprod",
+        metadata={"help": "the published loss", "choices": ["orig_act_dotprod"]},
+    )
+    use_refusal_retain: bool = field(
+        default=False,
+        metadata={"help": "also retain the refusals in the harmful file (field llama3_output)"},
+    )
+    model_max_length: int = field(default=1024, metadata={"help": "tokens of an example at most"})
+    reference: str = field(
+        default="adapter_off",
+        metadata={"help": "where original hidden states come from", "choices": list(REFERENCES)},
+    )
+    retain_reduction: str = field(
+        default="all",
+        metadata={"help": "what retain divides by", "choices": list(RETAIN_REDUCTIONS)},
+    )
+    relu_scope: str = field(
+        default="token",
+        metadata={"help": "what the positive part is taken of", "choices": list(RELU_SCOPES)},
+    )
+    init_jitter: float = field(
+        default=1e-4,
+        metadata={
+            "help": "noise on lora_B at the start, relative to lora_A: at 0 the circuit breaker has"
+            " no gradient"
+        },
+    )
+
+    def layers_of(self, n_blocks: int) -> tuple[int, ...]:
+        """`target_layers` as numbers, for a model of `n_blocks` blocks.
+
+        Raises:
+            ValueError: not numbers.
+        """
+        if self.target_layers is not None:
+            return numbers("target_layers", self.target_layers)
+        scaled = (-(-n * n_blocks // PUBLISHED_LAYERS) for n in PUBLISHED_TARGETS)
+        return tuple(dict.fromkeys(scaled))
+
+    def blocks_of(self, n_blocks: int) -> list[int]:
+        """The blocks that get an adapter, for a model of `n_blocks` blocks."""
+        chosen = numbers("transform_layers", self.transform_layers)
+        if -1 in chosen:
+            return list(range(min(max(self.layers_of(n_blocks)) + 1, n_blocks)))
+        wrong = [block for block in chosen if not 0 <= block < n_blocks]
+        if wrong:
+            raise ValueError(
+                f"transform_layers must be from 0 to {n_blocks - 1}, or -1: got {wrong}"
+            )
+        return list(chosen)
+
+
+@dataclass
+class LoraArguments:
+    """The adapter."""
+
+    lora_r: int = field(default=16, metadata={"help": "rank"})
+    lora_alpha: int = field(default=16, metadata={"help": "scale, over the rank"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "share of inputs dropped"})
+    lora_target_modules: str | None = field(
+        default=None,
+        metadata={"help": "linear layers, as q_proj,v_proj (default: all in the blocks)"},
+    )
+    lora_bias: str = field(
+        default="none",
+        metadata={"help": "biases to train", "choices": ["none", "all", "lora_only"]},
+    )
+
+
+def numbers(name: str, text: str) -> tuple[int, ...]:
+    """Layer numbers, written with commas between them."""
+    try:
+        return tuple(int(part) for part in str(text).split(","))
+    except ValueError:
+        raise ValueError(f"{name} must be whole numbers, as 10,20: got {text!r}") from None

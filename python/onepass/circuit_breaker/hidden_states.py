@@ -1,0 +1,240 @@
+"""Hidden states of chosen layers, of the model being trained and of the one it started from.
+
+Forward hooks keep the layers that are asked for and no others. Language models run through
+their own wrappers (PEFT, DDP, FSDP) with a head that makes no logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..heads import unwrapped
+from ..ops._check import check_choice
+
+CONVENTIONS = ("hf_hidden_states", "block")
+ADAPTER_OFF = "adapter_off"
+Reference = str | nn.Module | Mapping[str, Sequence[Tensor]]
+
+
+def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
+    """The transformer blocks of a model, in order.
+
+    Those in its attribute `unregistered_blocks` or `blocks` (Infinity), else the outermost list of
+    as many modules as its config has layers.
+
+    Raises:
+        ValueError: none found.
+    """
+    return _home_of_blocks(model)[2]
+
+
+def _home_of_blocks(model: nn.Module) -> tuple[Any, str, Any]:
+    """The module that runs the blocks, its attribute for them, and the blocks."""
+    inner = without_adapter(model)
+    for name in ("unregistered_blocks", "blocks"):
+        if len(getattr(inner, name, ())):
+            return inner, name, getattr(inner, name)
+    config: Any = getattr(inner, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    n_layers = getattr(config, "num_hidden_layers", None)
+    for path, module in inner.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            home, _, name = path.rpartition(".")
+            return inner.get_submodule(home), name, module
+    raise ValueError(
+        f"no transformer blocks found in {type(inner).__name__}: wanted a list of modules `blocks`,"
+        " or one as long as config.num_hidden_layers"
+    )
+
+
+def without_adapter(model: nn.Module) -> Any:
+    """The model inside wrappers of training and of PEFT."""
+    inner: Any = unwrapped(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def check_layers(model: nn.Module, layers: Sequence[int], convention: str) -> None:
+    """ValueError unless the model has hidden states of all `layers`."""
+    check_choice("layer_convention", convention, CONVENTIONS)
+    n_blocks = len(blocks_of(model))
+    last = n_blocks if convention == "hf_hidden_states" else n_blocks - 1
+    wrong = [layer for layer in layers if not 0 <= layer <= last]
+    if wrong or not layers or len(set(layers)) < len(layers):
+        raise ValueError(
+            f"target_layers must be different numbers from 0 to {last} ({n_blocks} blocks,"
+            f" layer_convention={convention!r}): got {list(layers)}"
+        )
+
+
+def all_layers(n_blocks: int, convention: str) -> list[int]:
+    """The numbers of all hidden states that `n_blocks` blocks have."""
+    return list(range(n_blocks + (convention == "hf_hidden_states")))
+
+
+def blocks_needed(layers: Sequence[int], convention: str) -> int:
+    """How many of the blocks must run for the hidden states of `layers`."""
+    return max(max(layers) + (convention == "block"), 1)
+
+
+@contextlib.contextmanager
+def only_blocks(model: nn.Module, n_blocks: int) -> Iterator[None]:
+    """Let a Hugging Face model end after its first `n_blocks` blocks; undone after.
+
+    What follows the blocks (the final norm) runs on the last of them.
+    """
+    home, name, blocks = _home_of_blocks(model)
+    if n_blocks >= len(blocks) or not isinstance(blocks, nn.ModuleList):
+        yield
+        return
+    config = home.config if hasattr(home, "config") else without_adapter(model).config
+    n_layers = config.num_hidden_layers
+    setattr(home, name, blocks[:n_blocks])
+    config.num_hidden_layers = n_blocks
+    try:
+        yield
+    finally:
+        setattr(home, name, blocks)
+        config.num_hidden_layers = n_layers
+
+
+@contextlib.contextmanager
+def capture(
+    model: nn.Module, layers: Sequence[int], convention: str, final: int | None = None
+) -> Iterator[dict[int, Any]]:
+    """Hidden states of `layers` by number, once the model has run inside.
+
+    "hf_hidden_states" counts as transformers does: 0 are the embeddings, l the output of l blocks,
+    `final` (where None, all blocks) what follows the last norm. "block" counts blocks from 0; a
+    block's own `get_hidden_states()` or tensor `output_hidden_states`, where it has one, is its
+    hidden state.
+    """
+    home, _, blocks = _home_of_blocks(model)
+    final = len(blocks) if final is None else final
+    found: dict[int, Any] = {}
+
+    # Kept once: a recomputation in the backward is not another forward.
+    def keep_input(layer: int) -> Callable[..., None]:
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.setdefault(layer, args[0] if args else kwargs["hidden_states"])
+
+        return keep
+
+    def keep_output(layer: int) -> Callable[..., None]:
+        def keep(block: nn.Module, _: object, output: Any) -> None:
+            if convention == "block":
+                output = told_by(block, output)
+            found.setdefault(layer, output if isinstance(output, Tensor) else output[0])
+
+        return keep
+
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            if convention == "hf_hidden_states" and layer == 0:
+                hook = blocks[0].register_forward_pre_hook(keep_input(layer), with_kwargs=True)
+            elif convention == "hf_hidden_states" and layer == final:
+                hook = home.register_forward_hook(keep_output(layer))
+            else:
+                block = blocks[layer - (convention == "hf_hidden_states")]
+                hook = block.register_forward_hook(keep_output(layer))
+            hooks.callback(hook.remove)
+        yield found
+    missing = [layer for layer in layers if layer not in found]
+    if missing:
+        raise RuntimeError(
+            f"the model ran without calling its blocks for layers {missing}: hidden states are"
+            " taken by forward hooks on the blocks"
+        )
+
+
+def told_by(block: Any, output: Any) -> Any:
+    """The hidden state that a block offers by itself, else its output."""
+    if callable(getattr(block, "get_hidden_states", None)):
+        return block.get_hidden_states()
+    own = getattr(block, "output_hidden_states", None)
+    return own if isinstance(own, Tensor) else output
+
+
+@contextlib.contextmanager
+def no_logits(model: nn.Module) -> Iterator[None]:
+    """Let the head of a language model return logits of no vocabulary; undone after."""
+    inner = without_adapter(model)
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    if head is None:
+        yield
+        return
+    before = vars(head).get("forward")
+    head.forward = lambda hidden: hidden[..., :0]
+    try:
+        yield
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
+
+
+@contextlib.contextmanager
+def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """model.train(training) inside; each module's own mode after."""
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was in before.items():
+            module.training = was
+
+
+@contextlib.contextmanager
+def as_reference(model: nn.Module, reference: str | nn.Module) -> Iterator[nn.Module]:
+    """The model before training, without dropout and without gradients: this one with its adapter
+    off, or a frozen copy."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(reference, nn.Module):
+            original = reference
+        else:
+            check_choice("reference", reference, (ADAPTER_OFF,))
+            original = model
+            inner: Any = unwrapped(model)
+            if not hasattr(inner, "disable_adapter"):
+                raise ValueError(
+                    f"reference={ADAPTER_OFF!r} needs a PEFT adapter, {type(inner).__name__} has"
+                    " none: wrap it with peft.get_peft_model, or pass a frozen copy as reference"
+                )
+            # PEFT turns the gradients of all adapter weights on as it leaves, whatever they were.
+            trained = {p: p.requires_grad for p in inner.parameters()}
+            stack.callback(lambda: [p.requires_grad_(was) for p, was in trained.items()])
+            stack.enter_context(inner.disable_adapter())
+        stack.enter_context(training_mode(original, False))
+        stack.enter_context(torch.no_grad())
+        yield original
+
+
+def language_model_states(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    layers: Sequence[int],
+    *,
+    layer_convention: str = "hf_hidden_states",
+    final: int | None = None,
+) -> list[Tensor]:
+    """Hidden states [B, S, D] of `layers` of a causal language model, in their order.
+
+    No logits are made, and no block runs beyond the last one needed. Layer `final` is taken after
+    the final norm: where None that of the whole model, else the model ends after so many blocks.
+    """
+    needed = blocks_needed(layers, layer_convention)
+    whole = len(blocks_of(model))
+    with (
+        only_blocks(model, needed),
+        no_logits(model),
+        capture(model, layers, layer_convention, whole if final is None else final) as found,
+    ):
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return [found[layer] for layer in layers]

@@ -1,0 +1,147 @@
+"""`CircuitBreakerTrainer`: representation rerouting as a transformers.Trainer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ..heads import unwrapped
+from .adapter import jitter
+from .arguments import LorraArguments
+from .data import data_collator
+from .hidden_states import ADAPTER_OFF, blocks_of
+from .loss import Rerouting, Terms, log_of, rerouting_loss
+from .losses import schedule
+
+
+class CircuitBreakerTrainer(Trainer):
+    """Turns the hidden states of harmful prompts away, holds all others in place.
+
+    Args:
+        model: a causal language model with a PEFT adapter, or without one if `peft_config` is
+            given, or if `reference` is a frozen copy.
+        args: transformers.TrainingArguments. remove_unused_columns becomes False.
+        lorra_args: layers, coefficients, losses.
+        reference: the model before training: "adapter_off", a frozen module, or "precomputed": the
+            batches bring the keys of `reference_hidden_states`.
+        peft_config: an adapter to put on the model.
+        others: as transformers.Trainer; data_collator is that of the batches of
+            `CircuitBreakerDataset` unless given.
+
+    Each log of the training has circuit_breaker/{retain,cb}_{coeff,loss} as means since the last
+    one, and of its own step the cosine to the reference and both norms, for retain, cb and val.
+    """
+
+    loss_is_scaled_for_ga = False  # a batch's mean: the Trainer divides it by the accumulation
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Any = None,
+        data_collator: Any = data_collator,
+        train_dataset: Any = None,
+        *,
+        lorra_args: LorraArguments | None = None,
+        reference: str | nn.Module = ADAPTER_OFF,
+        peft_config: Any = None,
+        **others: Any,
+    ) -> None:
+        lorra = LorraArguments() if lorra_args is None else lorra_args
+        self.lorra_args = lorra
+        self.rerouting = Rerouting(
+            target_layers=lorra.layers_of(len(blocks_of(model))),
+            reference=reference,
+            full_layers=lorra.full_layers,
+            retain_reduction=lorra.retain_reduction,
+            relu_scope=lorra.relu_scope,
+        )
+        self.rerouting.check(model)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+        inner = unwrapped(model)
+        if reference == ADAPTER_OFF and not hasattr(inner, "disable_adapter"):
+            raise ValueError(
+                f"reference={ADAPTER_OFF!r} needs a PEFT adapter, {type(inner).__name__} has none:"
+                " pass peft_config, or a frozen copy as reference"
+            )
+        if args is not None:
+            args.remove_unused_columns = False
+            args.label_names = args.label_names or []
+        super().__init__(model, args, data_collator, train_dataset, **others)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process are not supported: run under"
+                " `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them"
+            )
+        self.model_accepts_loss_kwargs = False
+        if lorra.init_jitter:
+            jitter(inner, lorra.init_jitter, self.args.seed)
+        self._noted: dict[str, list[Tensor]] = defaultdict(list)
+
+    @property
+    def current_training_step(self) -> int:
+        """The optimizer step under way, from 1."""
+        return self.state.global_step + 1
+
+    def get_training_progress(self) -> float:
+        """Where the schedule stands: 1/2 at the end of the training."""
+        return min(self.current_training_step / (2 * max(self.state.max_steps, 1)), 1.0)
+
+    def coefficients(self, step: int) -> tuple[float, float]:
+        """(retain_coeff, cb_coeff) of a step."""
+        n_steps, lorra = max(self.state.max_steps, 1), self.lorra_args
+        return schedule(min(step, n_steps), n_steps, lorra.lorra_alpha, lorra.coeff_schedule)
+
+    def terms(self, model: nn.Module, inputs: dict[str, Any], monitor: bool) -> Terms:
+        """The loss of a batch, and what to log of it."""
+        coefficients = self.coefficients(self.current_training_step)
+        return rerouting_loss(model, inputs, coefficients, self.rerouting, monitor=monitor)
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The loss of a batch; with `return_outputs` also a dict of its detached terms."""
+        terms = self.terms(model, inputs, model.training and self._logs_this_step())
+        if model.training:
+            for name, value in terms.facts.items():
+                self._noted[name].append(value)
+        return (terms.loss, terms.facts) if return_outputs else terms.loss
+
+    def _logs_this_step(self) -> bool:
+        step, every = self.current_training_step, max(int(self.state.logging_steps), 1)
+        first = step == 1 and self.args.logging_first_step
+        return first or step % every == 0 or step == self.state.max_steps
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: Any = None,
+    ) -> tuple[Tensor, None, None]:
+        """(loss, None, None): a batch has no logits."""
+        with torch.no_grad():
+            terms = self.terms(model, self._prepare_inputs(inputs), monitor=False)
+        return terms.loss.detach(), None, None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """transformers' log, with the means of what the steps since the last one noted."""
+        if self._noted and "loss" in logs:
+            noted, self._noted = self._noted, defaultdict(list)
+            del noted["loss"]  # the Trainer's own
+            means = torch.stack([torch.stack(values).float().mean() for values in noted.values()])
+            means = self.accelerator.reduce(means, reduction="mean")
+            facts = dict(zip(noted, means.tolist(), strict=True))
+            logs = {**logs, **log_of(facts, self.coefficients(self.state.global_step))}
+        super().log(logs, *args, **kwargs)
