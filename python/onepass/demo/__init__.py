@@ -93,7 +93,7 @@ def _run(args: argparse.Namespace) -> int:
     from .. import strict
     from . import report
     from .pipeline import Run, Stopped
-    from .terminal import quiet_libraries, say
+    from ..cli.terminal import quiet_libraries, say
     from .train import one_thread
 
     with quiet_libraries(), one_thread(), strict():  # an error, should anything need whole logits

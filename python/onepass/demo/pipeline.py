@@ -17,7 +17,7 @@ from .. import report as report_heads
 from . import checkpoint, evaluate, stages, tokens, train
 from .model import language_model, original, with_adapter
 from .settings import Settings
-from .terminal import StopRequest, progress_bar, say
+from ..cli.terminal import StopRequest, progress_bar, say
 
 if TYPE_CHECKING:
     from peft import PeftModel
