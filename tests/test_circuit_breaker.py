@@ -634,7 +634,7 @@ def test_layers_by_default_are_the_published_ones_in_proportion() -> None:
     [
         ({"target_layers": "ten"}, {}, "target_layers must be whole numbers"),
         ({"transform_layers": "0,9"}, {}, "transform_layers must be from 0 to 3"),
-        ({}, {"lora_target_modules": "q_proj,wq"}, "no wq in the blocks"),
+        ({}, {"lora_target_modules": ["q_proj", "wq"]}, "no wq in the blocks"),
     ],
 )
 def test_adapters_that_do_not_fit(

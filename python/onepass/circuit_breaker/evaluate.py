@@ -1,10 +1,9 @@
-"""What held-out text tells of a circuit breaker: what the model still knows, how far it has turned."""
+"""What held-out text tells: how much of it is still known, how far its hidden states turned."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from ..heads import lazy_head_within
 from ..losses import cross_entropy
 from .hidden_states import as_reference, training_mode, without_adapter
 from .loss import Rerouting, part_facts
+from .options import ADAPTER_OFF
 
 IGNORED = -100
 Tokens = tuple[Tensor, Tensor]  # input_ids, attention_mask [n, S]
@@ -37,7 +37,7 @@ def nats_per_token(
     """
     total = torch.zeros((), dtype=torch.float64)
     n_tokens = 0
-    off = contextlib.nullcontext(model) if adapter else as_reference(model, "adapter_off")
+    off = contextlib.nullcontext(model) if adapter else as_reference(model, ADAPTER_OFF)
     with off, training_mode(model, False), lazy_head_within(without_adapter(model)):
         for ids, mask in _batches(tokens, batch_size, next(model.parameters()).device):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -64,7 +64,7 @@ def cosines(
             ("harmful", harmful, "_circuit_breaker"),
         ):
             for ids, mask in _batches(tokens, batch_size, device):
-                both = {"input_ids": ids, "attention_mask": mask}
+                both = {f"input_ids{ending}": ids, f"attention_mask{ending}": mask}
                 facts = part_facts(model, both, ending, options)
                 sums[name] += float(facts["cosine"]) * int(mask.sum())
                 counts[name] += int(mask.sum())

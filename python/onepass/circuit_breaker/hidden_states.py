@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,7 @@ from torch import Tensor, nn
 
 from ..heads import unwrapped
 from ..ops._check import check_choice
-
-CONVENTIONS = ("hf_hidden_states", "block")
-ADAPTER_OFF = "adapter_off"
-Reference = str | nn.Module | Mapping[str, Sequence[Tensor]]
+from .options import ADAPTER_OFF, CONVENTIONS
 
 
 def blocks_of(model: nn.Module) -> Sequence[nn.Module]:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..ops._check import check_choice, check_number
 from ..ops.row_moments import MOMENTS, RowMoments
 from .hidden_states import (
-    ADAPTER_OFF,
     all_layers,
     as_reference,
     blocks_of,
@@ -27,16 +26,14 @@ from .hidden_states import (
     training_mode,
 )
 from .losses import (
-    RELU_SCOPES,
-    RETAIN_REDUCTIONS,
     circuit_breaker_of,
     layer_moments,
     monitored,
     retain_of,
     schedule,
 )
+from .options import ADAPTER_OFF, PRECOMPUTED, RELU_SCOPES, RETAIN_REDUCTIONS
 
-PRECOMPUTED = "precomputed"
 RETAIN, BREAK, VALIDATE = "", "_circuit_breaker", "_val"  # how the keys of a batch end
 PUBLISHED_STEPS = 150  # of a training; the published method divides its step counter by twice that
 LOG_EVERY = 10

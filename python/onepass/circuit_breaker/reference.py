@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..cli.files import replace
 from .loss import Rerouting, reference_hidden_states
 
 META = "reference.json"
@@ -75,7 +75,7 @@ def precompute(
     meta = folder / META
     if meta.exists() and json.loads(meta.read_text(encoding="utf-8")) != described:
         raise ValueError(f"{folder} holds other hidden states than wanted ({described}): remove it")
-    _replace(meta, lambda new: new.write_text(json.dumps(described) + "\n", encoding="utf-8"))
+    replace(meta, lambda new: new.write_text(json.dumps(described) + "\n", encoding="utf-8"))
     device = next(model.parameters()).device
     for index in range(len(dataset)):
         path = folder / f"{index}.safetensors"
@@ -83,16 +83,7 @@ def precompute(
             item = {name: value.to(device) for name, value in dataset[index].items()}
             states = reference_hidden_states(model, item, options)
             stored = {name: value.cpu().contiguous() for name, value in states.items()}
-            _replace(path, lambda new, stored=stored: save_file(stored, new))
+            replace(path, partial(save_file, stored))
         if after_item is not None:
             after_item()
     return WithReference(dataset, folder)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ...training.prompts import Prompt, read_prompts
-from ..data import split
+from ..examples import split
 from .text import (
     MAX_LENGTH,
     TextEncoder,

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hidden_states import ADAPTER_OFF, blocks_of, capture, no_logits, only_blocks, without_adapter
+from ..hidden_states import blocks_of, capture, no_logits, only_blocks, without_adapter
 from ..loss import Rerouting, Runs, Terms, loss_of_parts
+from ..options import ADAPTER_OFF
 
 TARGET_LAYERS = (0, 1, 2, 3, 4, 5)
 EPS = 1e-8
