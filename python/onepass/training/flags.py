@@ -42,7 +42,7 @@ class ModelFlags:
     """The model."""
 
     model_name_or_path: str | None = flag(
-        None, "folder or Hub id (default: a small one made here)", aliases=["--model"]
+        None, "also --model: folder or Hub id", aliases=["--model"]
     )
     model_revision: str = flag("main", "branch, tag or commit on the Hub", advanced=True)
     dtype: str = flag("auto", "of the weights", choices=["auto", "float32", "bfloat16", "float16"])
@@ -61,7 +61,7 @@ class LoraFlags:
     lora_r: int = flag(16, "rank")
     lora_alpha: int = flag(32, "scale, over the rank")
     lora_dropout: float = flag(0.05, "share of inputs dropped")
-    lora_target_modules: list[str] = flag([], "linear layers (default: all in the blocks)")
+    lora_target_modules: list[str] = flag([], "layers (default: all linear ones)")
     lora_modules_to_save: list[str] = flag([], "modules trained whole", advanced=True)
     use_rslora: bool = flag(False, "scale over the rank's square root", advanced=True)
     use_dora: bool = flag(False, "magnitude and direction apart", advanced=True)
@@ -74,9 +74,9 @@ class RunFlags:
     output_dir: str = flag("trainer_output", "folder of the run", metavar="DIR")
     overwrite: bool = flag(False, "replace an earlier run in the folder")
     resume_from_checkpoint: str | None = flag(
-        None, "go on from the last checkpoint, or from checkpoint-N", metavar="DIR", const="true"
+        None, "from the last checkpoint, or DIR", metavar="DIR", const="true"
     )
-    max_steps: int = flag(-1, "optimizer steps; -1: as many as --num_train_epochs")
+    max_steps: int = flag(-1, "optimizer steps; -1: by epochs")
     num_train_epochs: float = flag(3.0, "passes over the data")
     per_device_train_batch_size: int = flag(8, "examples a device and step")
     gradient_accumulation_steps: int = flag(1, "batches a step")
@@ -85,20 +85,20 @@ class RunFlags:
     warmup_steps: float = flag(0.0, "steps, or share of them below 1", advanced=True)
     weight_decay: float = flag(0.0, "of AdamW", advanced=True)
     max_grad_norm: float = flag(1.0, "gradients are clipped to it", advanced=True)
-    gradient_checkpointing: bool = flag(True, "less memory for a third more time")
-    bf16: bool | None = flag(None, "bf16 autocast (default: where the device has it)")
-    use_cpu: bool = flag(False, "no accelerator, even where there is one")
-    seed: int = flag(42, "of weights, data order and dropout")
+    gradient_checkpointing: bool = flag(True, "saves memory")
+    bf16: bool | None = flag(None, "autocast (default: where it runs)")
+    use_cpu: bool = flag(False, "even where there is a GPU")
+    seed: int = flag(42, "of weights, order and dropout")
     logging_steps: float = flag(10, "steps between logs")
     save_steps: float = flag(50, "steps between checkpoints")
     save_total_limit: int | None = flag(2, "checkpoints kept")
-    report_to: list[str] = flag(["none"], "trackers: tensorboard, trackio, wandb, ...")
+    report_to: list[str] = flag(["none"], "trackers: tensorboard, wandb, ...")
     run_name: str | None = flag(None, "for the trackers", advanced=True)
     push_to_hub: bool = flag(False, "upload what is saved", advanced=True)
     hub_model_id: str | None = flag(None, "repository to upload to", advanced=True)
-    config: str | None = flag(None, "YAML file of flags; typed ones win", metavar="FILE")
+    config: str | None = flag(None, "YAML file of flags", metavar="FILE")
     accelerate_config: str | None = flag(
-        None, "start with accelerate: single_gpu, multi_gpu, fsdp2, zero3, ...", metavar="NAME"
+        None, "launch: multi_gpu, fsdp2, zero3, ...", metavar="NAME"
     )
 
 
@@ -145,16 +145,20 @@ def _add(group: Any, f: Any, hint: Any, defaults: Mapping[str, Any], every: bool
     how["choices"] = meta.get("choices")
     if base is bool:
         how |= {"nargs": "?", "const": True, "metavar": "BOOL"}
-    elif not how["choices"]:
-        how["metavar"] = meta.get("metavar", METAVARS[base])
+    else:
+        how["metavar"] = meta.get("metavar", "NAME" if how["choices"] else METAVARS[base])
     if is_list:
         how["nargs"] = "+"
     if "const" in meta:
         how |= {"nargs": "?", "const": meta["const"]}
     text = meta.get("help", "").replace("%", "%%")
+    if how["choices"] and not all(str(choice) in text for choice in how["choices"]):
+        text += ": " + ", ".join(map(str, how["choices"]))
     shown = ",".join(map(str, default)) if is_list and default else default
-    if shown not in (None, False, []) and "default" not in text:
-        text += f" (default: {str(shown).replace('%', '%%')})"
+    if isinstance(shown, bool):
+        text += " [on]" if shown else ""
+    elif shown not in (None, []) and "default" not in text:
+        text += f" [{str(shown).replace('%', '%%')}]"
     hidden = meta.get("advanced") and not every
     group.add_argument(
         f"--{f.name}", *meta.get("aliases", ()), help=argparse.SUPPRESS if hidden else text, **how
@@ -187,7 +191,7 @@ class Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=36)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        names = ", ".join(action.option_strings)
+        names = "-h, --help" if "-h" in action.option_strings else action.option_strings[0]
         shown = action.metavar if action.metavar not in ("", "BOOL") else None
         return f"{names} {shown}" if shown and action.nargs != 0 else names
 
@@ -211,7 +215,9 @@ def parse(
         prog=prog,
         usage=f"{prog} [flags]",
         description=description,
-        epilog=None if every else "More flags, and all of TrainingArguments': --help-all",
+        epilog=None
+        if every
+        else "[x]: the default; --no_flag: off. All flags: --help-all. TrainingArguments' are taken too.",
         formatter_class=Help,
         argument_default=None,
     )
