@@ -18,14 +18,10 @@ import torch
 from torch import Tensor
 
 from onepass.circuit_breaker.infinity import model as infinity_model
-from onepass.circuit_breaker.infinity.model import Infinity, InfinityConfig, generate, read_config
-from onepass.circuit_breaker.infinity.pictures import (
-    BENIGN,
-    COLOURS,
-    HARMFUL,
-    captions,
-    draw,
-)
+from onepass.circuit_breaker.infinity.captions import BENIGN, COLOURS, HARMFUL, captions
+from onepass.circuit_breaker.infinity.config import InfinityConfig, read_config
+from onepass.circuit_breaker.infinity.model import Infinity, generate
+from onepass.circuit_breaker.infinity.pictures import draw
 from onepass.circuit_breaker.infinity.pretrain import batch, caption_loss, pretrain, small_model
 from onepass.circuit_breaker.infinity.quantizer import SCALES, BitQuantizer
 from onepass.circuit_breaker.infinity.text import (
@@ -165,7 +161,7 @@ def test_dropped_prompts() -> None:
     assert (with_text - without).abs().max() > 1e-2
     model.train()
     assert torch.equal(model(condition, x, SCHEDULE), without)
-    model.config = dataclasses.replace(model.config, cond_drop_rate=0.5)
+    model.cond_drop_rate = 0.5
     states = []
     for _ in range(2):  # the same draw after the same seed
         torch.manual_seed(3)

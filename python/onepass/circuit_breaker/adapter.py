@@ -72,3 +72,24 @@ def jitter(model: nn.Module, relative: float, seed: int = 0) -> int:
                 weight.copy_(noise * (relative * deviation))
                 n_moved += 1
     return n_moved
+
+
+@torch.no_grad()
+def jitter_weights(model: nn.Module, relative: float, seed: int = 0) -> int:
+    """Give every weight that is trained noise of `relative` times its deviation, or of `relative`
+    where it is constant; returns how many there were.
+
+    For a model that is trained without an adapter, against a copy of itself: see `jitter`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in trained:
+        deviation = weight.float().std(correction=0).item() or 1.0
+        noise = torch.randn(weight.shape, generator=generator) * (relative * deviation)
+        weight.add_(noise.to(weight.device, weight.dtype))
+    return len(trained)
+
+
+def has_lora(model: nn.Module) -> bool:
+    """Whether an adapter of PEFT's kind lies in the model."""
+    return any(isinstance(getattr(m, "lora_B", None), nn.ModuleDict) for m in model.modules())

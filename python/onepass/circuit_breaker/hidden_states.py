@@ -22,8 +22,9 @@ from .options import ADAPTER_OFF, CONVENTIONS
 def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
     """The transformer blocks of a model, in order.
 
-    Those in its attribute `unregistered_blocks` or `blocks` (Infinity), else the outermost list of
-    as many modules as its config has layers.
+    Those in its attribute `blocks` or `unregistered_blocks` (Infinity, which has the second alone
+    where it runs them in chunks), else the outermost list of as many modules as its config has
+    layers.
 
     Raises:
         ValueError: none found.
@@ -34,7 +35,7 @@ def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
 def _home_of_blocks(model: nn.Module) -> tuple[Any, str, Any]:
     """The module that runs the blocks, its attribute for them, and the blocks."""
     inner = without_adapter(model)
-    for name in ("unregistered_blocks", "blocks"):
+    for name in ("blocks", "unregistered_blocks"):
         if len(getattr(inner, name, ())):
             return inner, name, getattr(inner, name)
     config: Any = getattr(inner, "config", None)

@@ -96,6 +96,8 @@ class Runs(NamedTuple):
     states: Callable[[nn.Module, Mapping[str, Any], str, Sequence[int]], list[Tensor]]
     # (inputs, ending, a hidden state) -> its tokens that count, [B, S], or None for all
     mask: Callable[[Mapping[str, Any], str, Tensor], Tensor | None]
+    # the key, less its ending, that a part is there by
+    key: str = "input_ids"
 
 
 def language_model_runs(options: Rerouting, n_blocks: int) -> Runs:
@@ -153,8 +155,10 @@ def loss_of_parts(
     retain_layers: Sequence[int],
     *,
     monitor: bool,
+    every_term: bool = False,
 ) -> Terms:
-    """`rerouting_loss` of any model, by the way it `runs`."""
+    """`rerouting_loss` of any model, by the way it `runs`; with `every_term` the facts have a term
+    whose coefficient is 0, too."""
     loss: Tensor | None = None
     facts: dict[str, Tensor] = {}
     targets = options.target_layers
@@ -162,7 +166,7 @@ def loss_of_parts(
         ("retain", RETAIN, retain_layers, ("dd",), coefficients[0]),
         ("cb", BREAK, targets, ("xx", "yy", "xy"), coefficients[1]),
     ):
-        if coefficient <= 0 and not monitor:
+        if coefficient <= 0 and not monitor and not every_term:
             continue
         graph = coefficient > 0 and torch.is_grad_enabled()
         want = MOMENTS if monitor else wanted
@@ -177,7 +181,7 @@ def loss_of_parts(
             loss = coefficient * term if loss is None else loss + coefficient * term
         if monitor:
             facts |= {f"{name}_{fact}": v for fact, v in monitored(moments, mask).items()}
-    if monitor and f"input_ids{VALIDATE}" in inputs:
+    if monitor and f"{runs.key}{VALIDATE}" in inputs:
         moments, mask = _compare(model, inputs, VALIDATE, targets, options, runs, MOMENTS, False)
         facts |= {f"val_{fact}": v for fact, v in monitored(moments, mask).items()}
     if loss is None:
@@ -214,14 +218,18 @@ def _compare(
 
 @torch.no_grad()
 def part_facts(
-    model: nn.Module, inputs: Mapping[str, Any], ending: str, options: Rerouting
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    ending: str,
+    options: Rerouting,
+    runs: Runs | None = None,
 ) -> dict[str, Tensor]:
     """What monitoring tells of the part of a batch whose keys end so: "" at the layers that retain
     holds, else at the target layers."""
     options.check(model)
     n_blocks = len(blocks_of(model))
     layers = options.target_layers if ending else options.retain_layers(n_blocks)
-    runs = language_model_runs(options, n_blocks)
+    runs = language_model_runs(options, n_blocks) if runs is None else runs
     return monitored(*_compare(model, inputs, ending, layers, options, runs, MOMENTS, graph=False))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..heads import unwrapped
-from .adapter import jitter
+from .adapter import has_lora, jitter, jitter_weights
 from .arguments import LorraArguments
 from .data import data_collator
 from .hidden_states import blocks_of
@@ -54,13 +54,7 @@ class CircuitBreakerTrainer(Trainer):
     ) -> None:
         lorra = LorraArguments() if lorra_args is None else lorra_args
         self.lorra_args = lorra
-        self.rerouting = Rerouting(
-            target_layers=lorra.layers_of(len(blocks_of(model))),
-            reference=reference,
-            full_layers=lorra.full_layers,
-            retain_reduction=lorra.retain_reduction,
-            relu_scope=lorra.relu_scope,
-        )
+        self.rerouting = self.make_rerouting(model, lorra, reference)
         self.rerouting.check(model)
         if peft_config is not None:
             from peft import get_peft_model
@@ -82,9 +76,23 @@ class CircuitBreakerTrainer(Trainer):
                 " `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them"
             )
         self.model_accepts_loss_kwargs = False
-        if lorra.init_jitter:
+        if lorra.init_jitter and isinstance(reference, nn.Module) and not has_lora(inner):
+            jitter_weights(inner, lorra.init_jitter, self.args.seed)
+        elif lorra.init_jitter:
             jitter(inner, lorra.init_jitter, self.args.seed)
         self._noted: dict[str, list[Tensor]] = defaultdict(list)
+
+    def make_rerouting(
+        self, model: nn.Module, lorra: LorraArguments, reference: str | nn.Module
+    ) -> Rerouting:
+        """What a step compares, of what the trainer was told."""
+        return Rerouting(
+            target_layers=lorra.layers_of(len(blocks_of(model))),
+            reference=reference,
+            full_layers=lorra.full_layers,
+            retain_reduction=lorra.retain_reduction,
+            relu_scope=lorra.relu_scope,
+        )
 
     def rerouting_of(self, reference: str | nn.Module) -> Rerouting:
         """The trainer's `rerouting` against another reference."""

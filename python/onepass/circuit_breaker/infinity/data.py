@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
-from ...training.prompts import Prompt, read_prompts
-from ..examples import split
+from ...training.prompts import Prompt
+from .prompt_files import read_sides
 from .text import (
     MAX_LENGTH,
     TextEncoder,
@@ -23,16 +22,6 @@ from .text import (
     batch_text_cond_tuples,
     text_cond_tuple,
 )
-
-RETAIN_FILES = (
-    "{category}_sanitized_prompts.json",
-    "retain_prompts.json",
-    "sanitized_prompts.json",
-)
-HARMFUL_FILES = ("{category}_prompts.json", "circuit_breaker_prompts.json", "harmful_prompts.json")
-RETAIN_FIELDS = ("sanitized_prompt", "prompt", "original_prompt")
-# Never sanitized_prompt: a file of pairs may be given as both sides.
-HARMFUL_FIELDS = ("prompt", "original_prompt")
 
 
 class InfinityCircuitBreakerDataset(Dataset[dict[str, Any]]):
@@ -94,15 +83,14 @@ class InfinityCircuitBreakerDataset(Dataset[dict[str, Any]]):
         harmful = _path("harmful_prompts_path", harmful_prompts_path, data_path)
         sanitized = _path("sanitized_prompts_path", sanitized_prompts_path, data_path)
 
-        self.circuit_breaker = read_prompts(
-            harmful, names=_names(HARMFUL_FILES, category), category=category, fields=HARMFUL_FIELDS
-        )[:num_examples]
-        kept = read_prompts(
-            sanitized, names=_names(RETAIN_FILES, category), category=category, fields=RETAIN_FIELDS
+        self.retain, self.circuit_breaker, self.validation = read_sides(
+            harmful,
+            sanitized,
+            category=category,
+            validation_ratio=validation_ratio,
+            num_examples=num_examples,
+            seed=seed,
         )
-        Random(seed).shuffle(kept)
-        self.retain, self.validation = split(kept, validation_ratio, seed)
-        self.retain = self.retain[:num_examples]
         self.max_caption_len = max_caption_len
         self.epoch = 0
         self.text_encoder = _text_encoder(args, text_encoder, text_tokenizer)
@@ -122,7 +110,7 @@ class InfinityCircuitBreakerDataset(Dataset[dict[str, Any]]):
         for number, i in enumerate(indices):
             if not -len(self) <= i < len(self):
                 raise IndexError(f"item {i} of {len(self)}")
-            turn = self.epoch * len(self) + i % len(self)
+            turn = self._turn(i)
             rows += [(number, kind, some[turn % len(some)]) for kind, some in self._kinds()]
         input_ids, attention_mask = self.text_encoder.tokenize(
             [prompt.text for _, _, prompt in rows], self.max_caption_len
@@ -134,6 +122,13 @@ class InfinityCircuitBreakerDataset(Dataset[dict[str, Any]]):
             items[number]["input_ids" + kind] = input_ids[row]
             items[number]["attention_mask" + kind] = attention_mask[row]
         return items
+
+    def retained(self, i: int) -> Prompt:
+        """The prompt to retain of item i."""
+        return self.retain[self._turn(i) % len(self.retain)]
+
+    def _turn(self, i: int) -> int:
+        return self.epoch * len(self) + i % len(self)
 
     def _kinds(self) -> list[tuple[str, list[Prompt]]]:
         kinds = [("", self.retain), ("_circuit_breaker", self.circuit_breaker)]
@@ -198,11 +193,6 @@ def _path(name: str, path: str | Path | None, data_path: str | Path | None) -> P
     if not given:
         raise ValueError(f"{name}: got nothing, wanted a file or a folder with prompts")
     return Path(given)
-
-
-def _names(files: Sequence[str], category: str | None) -> list[str]:
-    with_category = [name.format(category=category) for name in files]
-    return with_category if category is not None else with_category[1:]
 
 
 def _text_encoder(args: Any, text_encoder: Any, text_tokenizer: Any) -> TextEncoder:

@@ -7,6 +7,7 @@ features, image tokens of all scales. Hidden states are those of its blocks.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hidden_states import blocks_of, capture, no_logits, only_blocks, without_adapter
+from ..hidden_states import (
+    blocks_needed,
+    blocks_of,
+    capture,
+    no_logits,
+    only_blocks,
+    without_adapter,
+)
 from ..loss import Rerouting, Runs, Terms, loss_of_parts
 from ..options import ADAPTER_OFF
 
@@ -35,22 +43,23 @@ def compute_infinity_circuit_breaker_loss(
     tokenizer: Any = None,
     *,
     reference: str | nn.Module | None = None,
-    scale_schedule: Sequence[tuple[int, int, int]] | None = None,
+    scale_schedule: Sequence[Sequence[int]] | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """alpha p retain_loss + alpha (1 - p) circuit_breaker_loss of one batch; with `return_outputs`
-    (total, retain_loss, circuit_breaker_loss), the latter two detached.
+    """alpha p retain_loss + alpha (1 - p) circuit_breaker_loss of one batch, to be added to the
+    loss of the training; with `return_outputs` (total, retain_loss, circuit_breaker_loss), the
+    latter two detached.
 
     Args:
         trainer: progress p is its prog_it / max_it, 0.5 where it has none; its `reference_model`,
             where it has one, stands in for `reference`.
         model: called as model(text_cond_tuple, x_BLC_wo_prefix, scale_schedule=...), in any of its
             wrappers; `blocks`, or `unregistered_blocks`, are its blocks.
-        inputs: `text_cond_tuple`, `text_cond_tuple_circuit_breaker` and, to look at only, `*_val`:
-            each (kv_compact, lens, cu_seqlens_k, Ltext). Images, if there are any, as
-            `x_BLC_wo_prefix` [B, L - 1, d] and `scale_schedule`; else noise stands in for them, the
-            same for either model.
+        inputs: `text_cond_tuple`, `text_cond_tuple_circuit_breaker`, each (kv_compact, lens,
+            cu_seqlens_k, Ltext); `*_val` is not looked at. Images, if there are any, as
+            `x_BLC_wo_prefix` [B, L - 1, d], for either side, and `scale_schedule`; else noise
+            stands in for them, the same for either model.
         target_layers: blocks, from 0, at which harmful prompts are turned away. Retain looks at all
             blocks up to the last of them.
         alpha: what the two coefficients sum up to.
@@ -71,16 +80,18 @@ def compute_infinity_circuit_breaker_loss(
     rerouting = infinity_rerouting(target_layers, reference, **options)
     done, of_all = getattr(trainer, "prog_it", None), getattr(trainer, "max_it", None)
     progress = min(max(done / of_all, 0.0), 1.0) if done is not None and of_all else 0.5
-    coefficients = (alpha * progress, alpha * (1 - progress))
-    seed += int(done or 0)
     terms = infinity_rerouting_loss(
-        model, inputs, coefficients, rerouting, scale_schedule=scale_schedule, seed=seed
+        model,
+        inputs,
+        (alpha * progress, alpha * (1 - progress)),
+        rerouting,
+        scale_schedule=scale_schedule,
+        seed=seed + int(done or 0),
+        every_term=return_outputs,
     )
     if not return_outputs:
         return terms.loss
-    nothing = torch.zeros_like(terms.facts["loss"])
-    retain, broken = (terms.facts.get(name, nothing) for name in ("retain_loss", "cb_loss"))
-    return terms.loss, retain, broken
+    return terms.loss, terms.facts["retain_loss"], terms.facts["cb_loss"]
 
 
 def infinity_rerouting(
@@ -97,43 +108,73 @@ def infinity_rerouting_loss(
     coefficients: tuple[float, float],
     options: Rerouting,
     *,
-    scale_schedule: Sequence[tuple[int, int, int]] | None = None,
+    scale_schedule: Sequence[Sequence[int]] | None = None,
     seed: int = 0,
     monitor: bool = False,
+    every_term: bool = False,
 ) -> Terms:
     """`rerouting_loss` of an Infinity-style model; see `compute_infinity_circuit_breaker_loss`."""
     options.check(model)
-    schedule = inputs.get("scale_schedule", scale_schedule or SCALE_SCHEDULE)
-    schedule = [tuple(scale) for scale in schedule]
-    runs = Runs(_states(options, schedule, seed), _image_mask(schedule))
+    runs = infinity_runs(model, schedule_of(inputs, scale_schedule), options, seed)
     layers = options.retain_layers(len(blocks_of(model)))
-    with text_kept(model):
-        return loss_of_parts(model, inputs, coefficients, options, runs, layers, monitor=monitor)
+    return loss_of_parts(
+        model,
+        inputs,
+        coefficients,
+        options,
+        runs,
+        layers,
+        monitor=monitor,
+        every_term=every_term,
+    )
 
 
-def _states(options: Rerouting, schedule: list[tuple[int, ...]], seed: int) -> Any:
-    def states(
-        model: nn.Module, inputs: Mapping[str, Any], ending: str, layers: Sequence[int]
-    ) -> list[Tensor]:
-        key = f"text_cond_tuple{ending}"
-        if key not in inputs:
-            raise ValueError(f"the batch has no {key}: it has {sorted(inputs)}")
-        text, lens, cu_seqlens, longest = inputs[key]
-        images = inputs.get("x_BLC_wo_prefix") if not ending else None
-        if images is None:
-            images = noise(model, len(lens), schedule, seed)
-        needed = max(layers) + (options.layer_convention == "block")
-        with (
-            only_blocks(model, max(needed, 1)),
-            no_logits(model),
-            # final=-1: what follows the last block here are logits
-            capture(model, layers, options.layer_convention, final=-1) as found,
-        ):
-            # A clone: Infinity writes what it drops into the text it was given.
-            model((text.clone(), lens, cu_seqlens, longest), images, scale_schedule=schedule)
-        return [found[layer] for layer in layers]
+def schedule_of(
+    inputs: Mapping[str, Any], otherwise: Sequence[Sequence[int]] | None
+) -> list[tuple[int, int, int]]:
+    """The batch's scale schedule, or else the one given, or else that of 256 x 256 pixels."""
+    found = inputs.get("scale_schedule") or otherwise or SCALE_SCHEDULE
+    return [(int(t), int(h), int(w)) for t, h, w in found]
 
-    return states
+
+def infinity_runs(
+    model: nn.Module, schedule: list[tuple[int, int, int]], options: Rerouting, seed: int
+) -> Runs:
+    """How prompts run through an Infinity-style model."""
+    multiple = getattr(without_adapter(model), "pad_to_multiplier", None) or 1
+    states = functools.partial(_states, options.layer_convention, schedule, seed)
+    n_image_tokens = sum(math.prod(scale) for scale in schedule)
+    mask = functools.partial(_image_mask, n_image_tokens, multiple)
+    return Runs(states, mask, key="text_cond_tuple")
+
+
+def _states(
+    layer_convention: str,
+    schedule: list[tuple[int, int, int]],
+    seed: int,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    ending: str,
+    layers: Sequence[int],
+) -> list[Tensor]:
+    key = f"text_cond_tuple{ending}"
+    if key not in inputs:
+        raise ValueError(f"the batch has no {key}: it has {sorted(inputs)}")
+    text, lens, cu_seqlens, longest = inputs[key]
+    images = inputs.get("x_BLC_wo_prefix")
+    # The same images under either side's prompts: nothing but the prompt tells the sides apart.
+    if images is None or len(images) != len(lens):
+        images = noise(model, len(lens), schedule, seed)
+    with (
+        text_kept(model),
+        only_blocks(model, blocks_needed(layers, layer_convention)),
+        no_logits(model),
+        # final=-1: what follows the last block here are logits
+        capture(model, layers, layer_convention, final=-1) as found,
+    ):
+        # A clone: Infinity writes what it drops into the text it was given.
+        model((text.clone(), lens, cu_seqlens, longest), images, scale_schedule=schedule)
+    return [found[layer] for layer in layers]
 
 
 def noise(model: nn.Module, n_rows: int, schedule: Sequence[Sequence[int]], seed: int) -> Tensor:
@@ -145,28 +186,38 @@ def noise(model: nn.Module, n_rows: int, schedule: Sequence[Sequence[int]], seed
     return drawn.to(next(inner.parameters()).device)
 
 
-def _image_mask(schedule: Sequence[Sequence[int]]) -> Any:
-    n_image_tokens = sum(math.prod(scale) for scale in schedule)
-
-    def mask(inputs: Mapping[str, Any], ending: str, state: Tensor) -> Tensor | None:
-        """The attention mask where it is one of the hidden states; None where these are the
-        image's tokens, which all count."""
-        found = inputs.get(f"attention_mask{ending}")
-        if found is None or found.shape == state.shape[:-1]:
-            return found
-        if state.shape[-2] != n_image_tokens:
-            raise ValueError(
-                f"attention_mask{ending} {tuple(found.shape)} must match the hidden states'"
-                f" {tuple(state.shape[:-1])}, or these the {n_image_tokens} image tokens"
-            )
-        warnings.warn(
-            "the attention mask is the text's, the hidden states are the image's tokens: all of"
-            " these count (leave the attention mask out to say so)",
-            stacklevel=2,
+def _image_mask(
+    n_image_tokens: int, multiple: int, inputs: Mapping[str, Any], ending: str, state: Tensor
+) -> Tensor | None:
+    """The attention mask where it is one of the hidden states. Where these are the image's tokens,
+    all of them count (None), less what the model pads to a `multiple`."""
+    found = inputs.get(f"attention_mask{ending}")
+    n_rows, n_tokens = state.shape[:-1]
+    if found is not None and found.shape == (n_rows, n_tokens):
+        return found
+    n_padded = -(-n_image_tokens // multiple) * multiple
+    if n_tokens not in (n_image_tokens, n_padded) or (found is not None and len(found) != n_rows):
+        mask = "no attention mask" if found is None else f"{tuple(found.shape)}"
+        raise ValueError(
+            f"attention_mask{ending} must match the hidden states' {(n_rows, n_tokens)}, or these"
+            f" the {n_image_tokens} image tokens: got {mask}"
         )
+    if found is not None:
+        _warn_of_text_mask()
+    if n_tokens == n_image_tokens:
         return None
+    counts = torch.arange(n_tokens, device=state.device) < n_image_tokens
+    return counts.expand(n_rows, n_tokens)
 
-    return mask
+
+@functools.cache
+def _warn_of_text_mask() -> None:
+    """Once a process."""
+    warnings.warn(
+        "the attention mask is the text's, the hidden states are the image's tokens: all of these"
+        " count (leave the attention mask out to say so)",
+        stacklevel=2,
+    )
 
 
 @contextlib.contextmanager

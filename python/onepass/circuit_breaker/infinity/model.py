@@ -12,7 +12,6 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,47 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .config import CONFIG, WEIGHTS, InfinityConfig, read_config
 from .quantizer import BitQuantizer
 from .text import TextCondTuple
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-MODEL_TYPE = "onepass-infinity"
 LORA_MODULES = ("mat_qkv", "mat_q", "mat_kv", "proj", "fc1", "fc2")
 POSITION_OCTAVES = 4
 
 ScaleSchedule = Sequence[tuple[int, int, int]]
-
-
-@dataclass(frozen=True)
-class InfinityConfig:
-    embed_dim: int = 64
-    depth: int = 6
-    num_heads: int = 4
-    mlp_ratio: float = 2.0
-    text_channels: int = 32  # of the text encoder
-    text_maxlen: int = 512
-    d_vae: int = 3  # channels of x_BLC_wo_prefix
-    vocab_size: int = 8
-    max_scales: int = 15
-    cond_drop_rate: float = 0.0  # share of prompts that training drops, for guidance later
-    norm_eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value, whole = getattr(self, field.name), field.type == "int"
-            number = isinstance(value, int if whole else int | float) and value is not True
-            if not number or value < (1 if whole else 0):
-                wanted = "a whole number from 1" if whole else "a number from 0"
-                raise ValueError(f"{field.name}: got {value!r}, wanted {wanted}")
-        if self.embed_dim % self.num_heads:
-            raise ValueError(
-                f"embed_dim: got {self.embed_dim}, wanted a multiple of num_heads, {self.num_heads}"
-            )
-        if self.cond_drop_rate > 1:
-            raise ValueError(f"cond_drop_rate: got {self.cond_drop_rate}, wanted 0 to 1")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"model_type": MODEL_TYPE, **asdict(self)}
 
 
 class SelfAttention(nn.Module):
@@ -177,6 +143,7 @@ class Infinity(nn.Module):
         self.blocks = nn.ModuleList(CrossAttnBlock(config) for _ in range(config.depth))
         self.head_nm = AdaLNBeforeHead(config)
         self.head = nn.Linear(C, config.vocab_size)
+        self.cond_drop_rate = config.cond_drop_rate
         self.is_gradient_checkpointing = False
         self._init_weights()
 
@@ -227,8 +194,8 @@ class Infinity(nn.Module):
         dtype = self.word_embed.weight.dtype
         kv_compact, lens, cu_seqlens_k, _ = text_cond_tuple
         kv_compact = kv_compact.to(self.device, dtype)
-        if self.training and self.config.cond_drop_rate:
-            dropped = torch.rand(len(lens)) < self.config.cond_drop_rate
+        if self.training and self.cond_drop_rate:
+            dropped = torch.rand(len(lens)) < self.cond_drop_rate
             kv_compact = self._without_text(kv_compact, lens, dropped.tolist())
         text, text_visible = _padded(self.text_norm(kv_compact), lens, cu_seqlens_k)
         cond_BD = self.text_proj_for_sos(text, text_visible)
@@ -324,26 +291,6 @@ class Infinity(nn.Module):
             why = " ".join(str(error).split())[:200]
             raise ValueError(f"{weights}: not the weights of this {CONFIG}: {why}") from None
         return model.eval()
-
-
-def read_config(folder: str | Path) -> InfinityConfig:
-    """The configuration of a saved model, without its weights."""
-    path = Path(folder, CONFIG)
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no {CONFIG}, wanted a folder of save_pretrained")
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(raw, dict) or raw.pop("model_type", None) != MODEL_TYPE:
-        raise ValueError(f"{path}: not of a model of this kind, wanted model_type {MODEL_TYPE!r}")
-    known = {field.name for field in fields(InfinityConfig)}
-    if unknown := sorted(set(raw) - known):
-        raise ValueError(f"{path}: unknown {', '.join(unknown)}; saved by another version")
-    try:
-        return InfinityConfig(**raw)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def lora_target_modules(layers: Iterable[int], modules: Iterable[str] = LORA_MODULES) -> str:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ... import cross_entropy
-from .model import Infinity, InfinityConfig
-from .pictures import captions, draw
+from .captions import captions
+from .config import InfinityConfig
+from .model import Infinity
+from .pictures import draw
 from .quantizer import BitQuantizer
+from .task import label_loss
 from .text import TextEncoder, WordEncoder, text_cond_tuple
 
 STEPS = 250
@@ -36,22 +38,14 @@ def caption_loss(
     text_encoder: TextEncoder,
     reweight_loss_by_scale: bool = False,
 ) -> Tensor:
-    """Mean cross-entropy of the images' labels under the prompts, in nats a cell.
-
-    `reweight_loss_by_scale` gives a cell the weight 1 / sqrt(cells of its scale), as in Infinity:
-    the one cell of the first scale settles what all others are to draw.
-    """
+    """Mean cross-entropy of the images' labels under the prompts, in nats a cell; see
+    `label_loss`."""
     labels, x = quantizer.encode(images.to(model.device))
     tokens = text_encoder.tokenize(prompts, model.config.text_maxlen)
     condition = text_cond_tuple(text_encoder.features(*tokens))
     logits = model(condition, x, quantizer.scale_schedule)
-    target = torch.cat(labels, 1).flatten()
-    if not reweight_loss_by_scale:
-        return cross_entropy(logits.flatten(0, 1), target)
-    losses = cross_entropy(logits.flatten(0, 1), target, reduction="none").view(len(images), -1)
-    n_cells = torch.tensor([some.shape[1] for some in labels], device=losses.device)
-    weights = (1 / n_cells.sqrt()).repeat_interleave(n_cells)
-    return (losses * (weights / weights.sum())).sum(-1).mean()
+    scales = quantizer.scale_schedule if reweight_loss_by_scale else None
+    return label_loss(logits, torch.cat(labels, 1), scales)
 
 
 def batch(seed: int, step: int, size: int, among: Sequence[str]) -> tuple[list[str], Tensor]:

@@ -98,10 +98,14 @@ class T5TextEncoder:
         lens = attention_mask.sum(-1).tolist()
         longest = max(lens)  # what lies beyond is padding for all
         device = self.model.device
-        states = self.model(
-            input_ids=input_ids[:, :longest].to(device),
-            attention_mask=attention_mask[:, :longest].to(device),
-        ).last_hidden_state.float()
+        states = (
+            self.model(
+                input_ids=input_ids[:, :longest].to(device),
+                attention_mask=attention_mask[:, :longest].to(device),
+            )
+            .last_hidden_state.float()
+            .cpu()
+        )  # where a data loader pins its batches
         return [state[:length] for state, length in zip(states, lens, strict=True)]
 
 

@@ -1,0 +1,123 @@
+"""`InfinityCircuitBreakerTrainer`: the rerouting of an Infinity-style model as a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..arguments import LorraArguments
+from ..loss import Rerouting, Terms
+from ..losses import schedule
+from ..options import ADAPTER_OFF
+from ..trainer import CircuitBreakerTrainer
+from .arguments import InfinityArguments
+from .data import data_collator_infinity
+from .loss import infinity_rerouting, infinity_rerouting_loss, schedule_of
+from .task import task_loss
+
+
+class InfinityCircuitBreakerTrainer(CircuitBreakerTrainer):
+    """Turns an image model's hidden states under harmful prompts away, holds all others in place.
+
+    Args:
+        model: called as Infinity is, with a PEFT adapter, or without one if `peft_config` is given
+            or if `reference` is a frozen copy.
+        args: transformers.TrainingArguments. remove_unused_columns becomes False.
+        infinity_args: layers, coefficients, losses.
+        reference: the model before training: "adapter_off" or a frozen module.
+        scale_schedule: (t, h, w) of each scale, where batches do not say.
+        others: as `CircuitBreakerTrainer`; data_collator is that of the batches of
+            `InfinityCircuitBreakerDataset` unless given.
+
+    A batch with `x_BLC_wo_prefix` and `labels` has a task loss too; the loss is the sum. With a
+    task_type that is not "circuit_breaker" it is the task loss alone. Progress is prog_it / max_it,
+    from 0 to 1 over the training. Logs are those of `CircuitBreakerTrainer`, and
+    circuit_breaker/task_loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Any = None,
+        data_collator: Any = data_collator_infinity,
+        train_dataset: Any = None,
+        *,
+        infinity_args: InfinityArguments | None = None,
+        reference: str | nn.Module = ADAPTER_OFF,
+        scale_schedule: Sequence[Sequence[int]] | None = None,
+        **others: Any,
+    ) -> None:
+        self.infinity_args = InfinityArguments() if infinity_args is None else infinity_args
+        self.scale_schedule = scale_schedule
+        lorra = self.infinity_args.lorra()
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            lorra_args=lorra,
+            reference=reference,
+            **others,
+        )
+
+    def make_rerouting(
+        self, model: nn.Module, lorra: LorraArguments, reference: str | nn.Module
+    ) -> Rerouting:
+        """What a step compares, of what the trainer was told."""
+        return infinity_rerouting(
+            self.infinity_args.target_layers,
+            reference,
+            retain_reduction=lorra.retain_reduction,
+            relu_scope=lorra.relu_scope,
+        )
+
+    @property
+    def prog_it(self) -> int:
+        """Optimizer steps done."""
+        return self.state.global_step
+
+    @property
+    def max_it(self) -> int:
+        """Optimizer steps in all."""
+        return max(self.state.max_steps, 1)
+
+    def get_training_progress(self) -> float:
+        """Where the schedule stands: 1 at the end of the training."""
+        return min(self.prog_it / self.max_it, 1.0)
+
+    def coefficients(self, step: int) -> tuple[float, float]:
+        """(retain_coeff, cb_coeff) of a step, from 1: alpha p and alpha (1 - p)."""
+        if not self.infinity_args.breaks:
+            return 0.0, 0.0
+        lorra, done = self.lorra_args, max(step - 1, 0)
+        return schedule(2 * done, self.max_it, lorra.lorra_alpha, lorra.coeff_schedule)
+
+    def terms(self, model: nn.Module, inputs: dict[str, Any], monitor: bool) -> Terms:
+        """The loss of a batch, and what to log of it."""
+        scales = schedule_of(inputs, self.scale_schedule)
+        loss: Tensor | None = None
+        facts: dict[str, Tensor] = {}
+        if self.infinity_args.breaks and "text_cond_tuple_circuit_breaker" in inputs:
+            # Attention masks are the text's: the image's tokens all count.
+            prompts = {k: v for k, v in inputs.items() if not k.startswith("attention_mask")}
+            loss, facts = infinity_rerouting_loss(
+                model,
+                prompts,
+                self.coefficients(self.current_training_step),
+                self.rerouting,
+                scale_schedule=scales,
+                seed=self.args.seed + self.prog_it,
+                monitor=monitor,
+            )
+        if "labels" in inputs:
+            task = task_loss(model, inputs, scales)
+            loss = task if loss is None else loss + task
+            facts = {**facts, "task_loss": task.detach()}
+        if loss is None:
+            raise ValueError(
+                f"a batch of {', '.join(sorted(inputs))} has nothing to train on: wanted"
+                " text_cond_tuple_circuit_breaker with task_type='circuit_breaker', or labels"
+            )
+        return Terms(loss, {**facts, "loss": loss.detach()})
