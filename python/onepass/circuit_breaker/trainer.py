@@ -38,6 +38,7 @@ class CircuitBreakerTrainer(Trainer):
     one, and of its own step the cosine to the reference and both norms, for retain, cb and val.
     """
 
+    needs_adapter = True  # where the reference is the model with its adapter off
     loss_is_scaled_for_ga = False  # a batch's mean: the Trainer divides it by the accumulation
 
     def __init__(
@@ -61,7 +62,11 @@ class CircuitBreakerTrainer(Trainer):
 
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
         inner = unwrapped(model)
-        if reference == ADAPTER_OFF and not hasattr(inner, "disable_adapter"):
+        if (
+            self.needs_adapter
+            and reference == ADAPTER_OFF
+            and not hasattr(inner, "disable_adapter")
+        ):
             raise ValueError(
                 f"reference={ADAPTER_OFF!r} needs a PEFT adapter, {type(inner).__name__} has none:"
                 " pass peft_config, or a frozen copy as reference"

@@ -11,7 +11,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MODEL_TYPE = "onepass-infinity"
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: transformers.Trainer sets use_cache on any model.config
 class InfinityConfig:
     embed_dim: int = 64
     depth: int = 6

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..arguments import LorraArguments
 from ..loss import Rerouting, Terms
-from ..losses import schedule
 from ..options import ADAPTER_OFF
 from ..trainer import CircuitBreakerTrainer
 from .arguments import InfinityArguments
@@ -32,9 +31,8 @@ class InfinityCircuitBreakerTrainer(CircuitBreakerTrainer):
             `InfinityCircuitBreakerDataset` unless given.
 
     A batch with `x_BLC_wo_prefix` and `labels` has a task loss too; the loss is the sum. With a
-    task_type that is not "circuit_breaker" it is the task loss alone. Progress is prog_it / max_it,
-    from 0 to 1 over the training. Logs are those of `CircuitBreakerTrainer`, and
-    circuit_breaker/task_loss.
+    task_type that is not "circuit_breaker" it is the task loss alone. Logs are those of
+    `CircuitBreakerTrainer`, and circuit_breaker/task_loss.
     """
 
     def __init__(
@@ -50,6 +48,7 @@ class InfinityCircuitBreakerTrainer(CircuitBreakerTrainer):
         **others: Any,
     ) -> None:
         self.infinity_args = InfinityArguments() if infinity_args is None else infinity_args
+        self.needs_adapter = self.infinity_args.breaks
         self.scale_schedule = scale_schedule
         lorra = self.infinity_args.lorra()
         super().__init__(
@@ -75,24 +74,18 @@ class InfinityCircuitBreakerTrainer(CircuitBreakerTrainer):
 
     @property
     def prog_it(self) -> int:
-        """Optimizer steps done."""
-        return self.state.global_step
+        """The optimizer step under way, from 1."""
+        return self.current_training_step
 
     @property
     def max_it(self) -> int:
-        """Optimizer steps in all."""
-        return max(self.state.max_steps, 1)
-
-    def get_training_progress(self) -> float:
-        """Where the schedule stands: 1 at the end of the training."""
-        return min(self.prog_it / self.max_it, 1.0)
+        """Twice the steps of the training: the schedule ends at a progress of 1/2, as published
+        for language models. Up to 1 the harmful side would be left alone at the end, and return."""
+        return 2 * max(self.state.max_steps, 1)
 
     def coefficients(self, step: int) -> tuple[float, float]:
-        """(retain_coeff, cb_coeff) of a step, from 1: alpha p and alpha (1 - p)."""
-        if not self.infinity_args.breaks:
-            return 0.0, 0.0
-        lorra, done = self.lorra_args, max(step - 1, 0)
-        return schedule(2 * done, self.max_it, lorra.lorra_alpha, lorra.coeff_schedule)
+        """(retain_coeff, cb_coeff) of a step."""
+        return super().coefficients(step) if self.infinity_args.breaks else (0.0, 0.0)
 
     def terms(self, model: nn.Module, inputs: dict[str, Any], monitor: bool) -> Terms:
         """The loss of a batch, and what to log of it."""

@@ -1,0 +1,465 @@
+"""`onepass train infinity-circuit-breaker`: rerouting of an Infinity-style image model.
+
+Without --model and prompts it trains a small model on pictures of captions first, then breaks the
+harmful ones. Imports nothing heavy before all that can be refused has been.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ...cli.errors import Failed, UsageError, one_line
+from ...training.flags import Flags, LoraFlags, RunFlags, flag, training_arguments
+from ...training.prompts import Prompt
+from ...training.run_folder import RunFolder, tell
+from ..command import PANELS as SHARED_PANELS
+from . import small
+from .arguments import CIRCUIT_BREAKER, InfinityArguments, scale_schedule
+from .captions import CAPTION, PHRASES
+from .load import check_model
+from .prompt_files import Sides, read_sides
+
+SMALL = {  # what suits the small model, where nothing else is said
+    "learning_rate": 1e-2,
+    "circuit_breaker_target_layers": "3,4,5",
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.0,
+    "per_device_train_batch_size": 8,
+    "gradient_checkpointing": False,
+}
+DEFAULTS = {
+    "max_steps": 150,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 16,
+}
+WEIGHTS, SETTINGS, SAMPLES, README = (
+    "model.safetensors",
+    "infinity_config.json",
+    "samples.png",
+    "README.md",
+)
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+PANELS = [
+    *SHARED_PANELS,
+    ("Task", "nats per label", {"circuit_breaker/task_loss": "task loss"}, {}),
+]
+
+
+@dataclass
+class InfinityModelFlags:
+    """The model."""
+
+    model: str | None = flag(None, "folder of save_pretrained, or package.module:function")
+    text_encoder: str | None = flag(None, "T5's name or folder (default: the small model's words)")
+    scale_schedule: str | None = flag(
+        None, "t x h x w of each scale, as 1x1x1,1x2x2 (default: the model's)", metavar="LIST"
+    )
+    pretrain_steps: int = flag(250, "of the small model, where there is no --model", advanced=True)
+
+
+@dataclass
+class InfinityDataFlags:
+    """The prompts."""
+
+    harmful_prompts_path: str | None = flag(
+        None, "prompts to turn away: a file, or a folder with one", metavar="PATH"
+    )
+    sanitized_prompts_path: str | None = flag(
+        None, "prompts to hold in place, likewise", metavar="PATH"
+    )
+    category: str | None = flag(None, "only prompts of this category (default: all)")
+    num_examples: int = flag(1000, "prompts of each kind at most")
+    validation_ratio: float = flag(0.1, "share of the sanitized prompts to measure on")
+    max_caption_len: int = flag(512, "tokens of a prompt at most", advanced=True)
+    pictures: bool | None = flag(
+        None, "add the task loss of pictures drawn of the sanitized captions"
+    )
+
+
+FLAGS = (InfinityModelFlags, InfinityDataFlags, InfinityArguments, LoraFlags, RunFlags)
+
+
+def check(flags: Flags) -> None:
+    """UsageError for what can be refused before libraries are loaded and files written."""
+    model, data, args = (
+        flags[InfinityModelFlags],
+        flags[InfinityDataFlags],
+        flags[InfinityArguments],
+    )
+    paths = ("harmful_prompts_path", "sanitized_prompts_path")
+    missing = [name for name in paths if getattr(data, name) is None]
+    if len(missing) == 1:
+        raise UsageError(f"--{missing[0]}: got nothing, wanted a file beside the other side's")
+    if missing and model.model is not None:
+        raise UsageError(
+            "--harmful_prompts_path and --sanitized_prompts_path: got nothing, wanted both with"
+            " --model",
+            hint="leave out --model for a small model and prompts made here",
+        )
+    if missing and data.category is not None:
+        raise UsageError("--category: wanted prompt files with it")
+    if model.model is None:
+        for name, value in SMALL.items():
+            owner = next((v for v in flags.values if hasattr(v, name)), None)
+            if owner is not None and name not in flags.given:
+                setattr(owner, name, value)
+    _check_numbers(flags)
+    _check_arguments(flags, args)
+    if not args.breaks and data.pictures is None:
+        data.pictures = True  # there is nothing else to train on
+    _check_model(model, args, bool(data.pictures))
+    if not missing:
+        sides = read_data(data, flags[RunFlags].seed)
+        if data.pictures:
+            _check_captions(sides.retain)
+
+
+def _check_numbers(flags: Flags) -> None:
+    data, args, lora = flags[InfinityDataFlags], flags[InfinityArguments], flags[LoraFlags]
+    if not 0 <= data.validation_ratio < 1:
+        raise UsageError(
+            f"--validation_ratio: got {data.validation_ratio}, wanted from 0 to below 1"
+        )
+    for name, value, least in (
+        ("num_examples", data.num_examples, 1),
+        ("max_caption_len", data.max_caption_len, 1),
+        ("pretrain_steps", flags[InfinityModelFlags].pretrain_steps, 1),
+        ("circuit_breaker_alpha", args.circuit_breaker_alpha, 0),
+        ("init_jitter", args.init_jitter, 0),
+        ("lora_r", lora.lora_r, 1),
+        ("lora_alpha", lora.lora_alpha, 1),
+        ("lora_dropout", lora.lora_dropout, 0),
+    ):
+        if not least <= value < float("inf"):
+            raise UsageError(f"--{name}: got {value}, wanted a number from {least} on")
+    if lora.lora_dropout >= 1:
+        raise UsageError(f"--lora_dropout: got {lora.lora_dropout}, wanted below 1")
+
+
+def _check_arguments(flags: Flags, args: InfinityArguments) -> None:
+    try:
+        layers = args.target_layers, args.trained_layers
+        args.check_layers(max(map(max, layers)) + 1)  # the model's own number comes later
+        if flags[InfinityModelFlags].scale_schedule is not None:
+            scale_schedule(flags[InfinityModelFlags].scale_schedule or "")
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
+    if not args.unfrozen:
+        if not args.freeze_embeddings:
+            raise UsageError("--no_freeze_embeddings: wanted one of --unfreeze_* with it")
+        return
+    ours = {f.name for f in fields(LoraFlags)}
+    if given := sorted(flags.given & ours):
+        raise UsageError(f"--{given[0]} is of an adapter: there is none with --{args.unfrozen[0]}")
+
+
+def _check_model(model: InfinityModelFlags, args: InfinityArguments, pictures: bool) -> None:
+    from .config import InfinityConfig
+
+    config: InfinityConfig | None = InfinityConfig()
+    if model.model is not None:
+        config = check_model(model.model)
+    if config is None:
+        if model.text_encoder is None:
+            raise UsageError("--text_encoder: got nothing, wanted a T5 with a --model of your own")
+        if pictures:
+            wanted = "" if args.breaks else f"; --task_type {CIRCUIT_BREAKER} needs none"
+            raise UsageError(f"--pictures are those of the small model, not of --model's{wanted}")
+        return
+    try:
+        args.check_layers(config.depth)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
+
+
+def read_data(data: InfinityDataFlags, seed: int) -> Sides:
+    """The prompts of either side, and those that are held out.
+
+    Raises:
+        UsageError: a file that is missing, empty or malformed, by file and line.
+    """
+    assert data.harmful_prompts_path is not None and data.sanitized_prompts_path is not None
+    try:
+        return read_sides(
+            data.harmful_prompts_path,
+            data.sanitized_prompts_path,
+            category=data.category,
+            validation_ratio=data.validation_ratio,
+            num_examples=data.num_examples,
+            seed=seed,
+        )
+    except (ValueError, OSError) as error:
+        raise UsageError(one_line(error, 1000)) from error
+
+
+def _check_captions(prompts: Sequence[Prompt]) -> None:
+    for prompt in prompts:
+        if CAPTION.search(prompt.text) is None:
+            where = f"{prompt.file}:{prompt.line}" if prompt.line else str(prompt.file)
+            like = PHRASES[0].format("red circle on white")
+            raise UsageError(
+                f"--pictures: {where}: no picture can be drawn of {prompt.text[:60]!r}, wanted the"
+                f" like of {like!r}"
+            )
+
+
+def fingerprints(sides: Sides) -> dict[str, str]:
+    """A digest of each file, so that a resumed run is known to read the same."""
+    files = {"harmful": sides.circuit_breaker[0].file, "sanitized": sides.retain[0].file}
+    return {n: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for n, p in files.items()}
+
+
+def train(flags: Flags, run: RunFolder) -> int:
+    """Train, then measure; returns the exit code."""
+    model, data = flags[InfinityModelFlags], flags[InfinityDataFlags]
+    tell("loading the libraries")
+    args = training_arguments(flags)
+    given = data.harmful_prompts_path is not None
+    run.begin(
+        fingerprints(read_data(data, args.seed)) if given else {},
+        writes=(*ADAPTER, WEIGHTS, SETTINGS, SAMPLES, README, small.MODEL, small.DATA),
+    )
+    if model.model is None:
+        model.model = str(small.small_image_model(run, args.seed, model.pretrain_steps))
+    if not given:
+        data.harmful_prompts_path = data.sanitized_prompts_path = str(run.path / small.DATA)
+    from ...cli.terminal import quiet_libraries
+
+    with quiet_libraries():
+        return _train(flags, run, args, model.model, read_data(data, args.seed))
+
+
+def _train(flags: Flags, run: RunFolder, args: Any, model_name: str, sides: Sides) -> int:
+    from ...training.curves import write_curves, write_summary
+    from ...training.monitor import fit
+    from ..options import ADAPTER_OFF
+    from . import evaluate
+    from .load import load_model
+    from .model import Infinity
+    from .trainer import InfinityCircuitBreakerTrainer
+    from .weights import frozen_copy, unfreeze
+
+    ours, data = flags[InfinityArguments], flags[InfinityDataFlags]
+    model = load_model(model_name).to(args.device)
+    is_small = isinstance(model, Infinity)
+    scales = _scales(flags, is_small)
+    encoder = _text_encoder(flags, model, args)
+    prompts = {
+        "benign": [p.text for p in sides.validation or sides.retain],
+        "harmful": [p.text for p in sides.circuit_breaker],
+    }
+    drawn = is_small and all(CAPTION.search(text) for some in prompts.values() for text in some)
+    shown = {side: evaluate.to_sample(some) for side, some in prompts.items()} if drawn else {}
+
+    def nats() -> dict[str, float]:
+        return {
+            side: evaluate.nats_per_label(model, some, encoder)
+            for side, some in prompts.items()
+            if drawn
+        }
+
+    def pictures() -> dict[str, Any]:
+        return {side: evaluate.samples(model, some, encoder) for side, some in shown.items()}
+
+    nats_before, pictures_before = nats(), pictures()
+    reference: Any = ADAPTER_OFF
+    adapter = None
+    try:
+        ours.check_layers(len(_blocks(model)))
+        if ours.unfrozen:
+            reference = frozen_copy(model) if ours.breaks else ADAPTER_OFF
+            trained = unfreeze(model, ours)
+            tell(f"training {len(trained)} weights of blocks {ours.selective_layers} themselves")
+        else:
+            adapter = _lora(flags[LoraFlags], ours, model)
+        trainer = InfinityCircuitBreakerTrainer(
+            model,
+            args,
+            train_dataset=_dataset(data, encoder, args.seed),
+            infinity_args=ours,
+            reference=reference,
+            scale_schedule=scales,
+            peft_config=adapter,
+        )
+    except ValueError as error:
+        raise Failed(one_line(error, 1000)) from error
+    fit(trainer, run)
+    nats_after, turned = nats(), {}
+    if ours.breaks or not ours.unfrozen:
+        for side, ending in (("benign", ""), ("harmful", "_circuit_breaker")):
+            turned[side] = evaluate.cosine(
+                trainer.model,
+                prompts[side],
+                ending,
+                trainer.rerouting,
+                encoder,
+                scales,
+                data.max_caption_len,
+            )
+    save(run, trainer, flags, model_name, scales)
+    if run.is_main and shown:
+        after = pictures()
+        evaluate.write_samples(
+            run.path / SAMPLES,
+            {side: (shown[side], pictures_before[side], after[side]) for side in shown},
+        )
+    write_curves(
+        run, "Circuit breaker of an image model", PANELS[:4] if not data.pictures else PANELS
+    )
+    rows = []
+    for side in prompts:
+        row = [side]
+        if drawn:
+            old, new = nats_before[side], nats_after[side]
+            row += [f"{old:.3f}", f"{new:.3f}", f"{new / old - 1:+.1%}"]
+        rows.append([*row, f"{turned[side]:.3f}" if turned else "-"])
+    columns = ["prompts", *(["original", "trained", "change"] if drawn else []), "cosine"]
+    measured = "nats per label of their pictures, and the cosine" if drawn else "the cosine"
+    write_summary(
+        run,
+        f"Prompts: {measured} to the original hidden states",
+        columns,
+        rows,
+        nats_per_label={"original": nats_before, "trained": nats_after},
+        cosine=turned,
+        target_layers=list(ours.target_layers),
+    )
+    made = ADAPTER[0] if adapter is not None else WEIGHTS
+    also = f", {SAMPLES}" if shown else ""
+    tell(f"wrote {run.path}: {made}, metrics.jsonl, curves.png, summary.json{also}")
+    return 0
+
+
+def _blocks(model: Any) -> Sequence[Any]:
+    from ..hidden_states import blocks_of
+
+    return blocks_of(model)
+
+
+def _scales(flags: Flags, is_small: bool) -> list[tuple[int, int, int]]:
+    from .loss import SCALE_SCHEDULE
+    from .quantizer import SCALES
+
+    given = flags[InfinityModelFlags].scale_schedule
+    if given is not None:
+        return scale_schedule(given)
+    return list(SCALES if is_small else SCALE_SCHEDULE)
+
+
+def _text_encoder(flags: Flags, model: Any, args: Any) -> Any:
+    from .text import T5TextEncoder, WordEncoder
+
+    name = flags[InfinityModelFlags].text_encoder
+    if name is None:
+        return WordEncoder(model.config.text_channels)
+    try:
+        encoder = T5TextEncoder.from_pretrained(name, device=args.device)
+    except (ValueError, OSError, ImportError) as error:
+        raise Failed(f"--text_encoder: {one_line(error)}") from error
+    wanted = getattr(getattr(model, "config", None), "text_channels", None)
+    (features,) = encoder.features(*encoder.tokenize(["a"], 8))
+    if wanted is not None and features.shape[-1] != wanted:
+        raise Failed(
+            f"--text_encoder: {name} has features of {features.shape[-1]} channels, the model"
+            f" wants {wanted}"
+        )
+    return encoder
+
+
+def _dataset(data: InfinityDataFlags, encoder: Any, seed: int) -> Any:
+    from .data import InfinityCircuitBreakerDataset
+    from .quantizer import BitQuantizer
+    from .task import WithPictures
+
+    dataset = InfinityCircuitBreakerDataset(
+        max_caption_len=data.max_caption_len,
+        harmful_prompts_path=data.harmful_prompts_path,
+        sanitized_prompts_path=data.sanitized_prompts_path,
+        validation_ratio=data.validation_ratio,
+        category=data.category,
+        text_encoder=encoder,
+        num_examples=data.num_examples,
+        seed=seed,
+    )
+    return WithPictures(dataset, BitQuantizer(), seed) if data.pictures else dataset
+
+
+def _lora(lora: LoraFlags, ours: InfinityArguments, model: Any) -> Any:
+    from peft import LoraConfig
+
+    from ..adapter import linear_names
+    from .model import LORA_MODULES, lora_target_modules
+
+    known = linear_names(_blocks(model))
+    modules = lora.lora_target_modules or [name for name in LORA_MODULES if name in known]
+    if unknown := [name for name in modules if name not in known]:
+        raise ValueError(
+            f"lora_target_modules: no {', '.join(unknown)} in the blocks of this model; it has"
+            f" {', '.join(known)}"
+        )
+    return LoraConfig(
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora_target_modules(ours.trained_layers, modules),
+        modules_to_save=list(lora.lora_modules_to_save) or None,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+    )
+
+
+def save(
+    run: RunFolder,
+    trainer: Any,
+    flags: Flags,
+    model_name: str,
+    scales: list[tuple[int, int, int]],
+) -> None:
+    """The adapter as PEFT keeps it, or the weights that were trained; with a card and settings."""
+    from ...training.card import model_card
+    from .weights import changed_weights
+
+    state = trainer.accelerator.get_state_dict(trainer.model)  # whole, of a sharded model too
+    if not run.is_main:
+        return
+    model, ours = trainer.accelerator.unwrap_model(trainer.model), flags[InfinityArguments]
+    how = (
+        "`model.load_state_dict(safetensors.torch.load_file('model.safetensors'), strict=False)`"
+        if ours.unfrozen
+        else "`PeftModel.from_pretrained(base_model, folder)`"
+    )
+
+    def write(folder: Path) -> None:
+        if ours.unfrozen:
+            from safetensors.torch import save_file
+
+            save_file(changed_weights(model, state), folder / WEIGHTS, metadata={"format": "pt"})
+        else:
+            model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+        settings = {**asdict(ours), "scale_schedule": scales}
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        facts = {"rerouting": asdict(ours)}
+        if not ours.unfrozen:
+            facts["adapter"] = asdict(flags[LoraFlags])
+        card = model_card(
+            "Circuit breaker of an image model",
+            base_model=model_name,
+            tags=["circuit-breaker", "representation-rerouting", "text-to-image"],
+            text="Turns the hidden states of an Infinity-style model under harmful prompts away"
+            " from where they were, and holds those of all other prompts in place (Zou et al. 2024,"
+            f" arXiv 2406.04313). Load it on the base model: {how}.",
+            facts=facts,
+        )
+        with contextlib.suppress(FileNotFoundError):
+            (folder / README).unlink()  # PEFT's unfilled form
+        (folder / README).write_text(card, encoding="utf-8")
+
+    run.save(write)
