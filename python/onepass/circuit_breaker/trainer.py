@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, set_seed
 
 from ..heads import unwrapped
 from .adapter import has_lora, jitter, jitter_weights
@@ -60,6 +60,8 @@ class CircuitBreakerTrainer(Trainer):
         if peft_config is not None:
             from peft import get_peft_model
 
+            if args is not None:
+                set_seed(args.seed)  # of lora_A; transformers.Trainer does it only after
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
         inner = unwrapped(model)
         if (
@@ -81,6 +83,8 @@ class CircuitBreakerTrainer(Trainer):
                 " `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them"
             )
         self.model_accepts_loss_kwargs = False
+        if isinstance(reference, nn.Module):  # to the device, and under the model's autocast
+            self.accelerator.prepare_model(reference, evaluation_mode=True)
         if lorra.init_jitter and isinstance(reference, nn.Module) and not has_lora(inner):
             jitter_weights(inner, lorra.init_jitter, self.args.seed)
         elif lorra.init_jitter:

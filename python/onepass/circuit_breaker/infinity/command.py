@@ -34,6 +34,7 @@ SMALL = {  # what suits the small model, where nothing else is said
     "per_device_train_batch_size": 8,
     "gradient_checkpointing": False,
 }
+USUAL = {"learning_rate": 1e-3}  # and what of it changes for training as usual
 DEFAULTS = {
     "max_steps": 150,
     "learning_rate": 1e-4,
@@ -107,7 +108,7 @@ def check(flags: Flags) -> None:
     if missing and data.category is not None:
         raise UsageError("--category: wanted prompt files with it")
     if model.model is None:
-        for name, value in SMALL.items():
+        for name, value in (SMALL if args.breaks else SMALL | USUAL).items():
             owner = next((v for v in flags.values if hasattr(v, name)), None)
             if owner is not None and name not in flags.given:
                 setattr(owner, name, value)
@@ -119,7 +120,7 @@ def check(flags: Flags) -> None:
     if not missing:
         sides = read_data(data, flags[RunFlags].seed)
         if data.pictures:
-            _check_captions(sides.retain)
+            _check_captions([*sides.retain, *sides.validation])
 
 
 def _check_numbers(flags: Flags) -> None:
@@ -201,7 +202,7 @@ def read_data(data: InfinityDataFlags, seed: int) -> Sides:
 
 
 def _check_captions(prompts: Sequence[Prompt]) -> None:
-    for prompt in prompts:
+    for prompt in sorted(prompts, key=lambda prompt: prompt.line or 0):
         if CAPTION.search(prompt.text) is None:
             where = f"{prompt.file}:{prompt.line}" if prompt.line else str(prompt.file)
             like = PHRASES[0].format("red circle on white")
