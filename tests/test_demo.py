@@ -212,8 +212,8 @@ def test_fast_run_draws_a_picture(fast: SimpleNamespace) -> None:
 @needs_extras
 def test_checkpoint_loads_with_plain_transformers_and_peft(fast: SimpleNamespace) -> None:
     """The artefacts need nothing of this package, and they are what the report speaks of."""
-    from onepass.demo import tokens
     from onepass.cli.terminal import quiet_libraries
+    from onepass.demo import tokens
 
     folder = fast.output / f"checkpoint-{settings.FAST.n_steps}"
     with quiet_libraries():
@@ -786,8 +786,8 @@ def test_rows_hold_the_text_and_its_successors() -> None:
 @pytest.fixture(scope="module")
 def parts() -> SimpleNamespace:
     """A tiny model that knows nothing, with its adapter, and the tiny text."""
-    from onepass.demo import model, tokens
     from onepass.cli.terminal import quiet_libraries
+    from onepass.demo import model, tokens
 
     with quiet_libraries():
         text = tokens.read_text(TINY, 0, torch.device("cpu"))
@@ -903,8 +903,8 @@ def test_padding_does_not_count(parts: SimpleNamespace, monkeypatch: pytest.Monk
 @needs_extras
 def test_jitter_leaves_the_point_without_gradient(parts: SimpleNamespace) -> None:
     """With lora_B = 0 the cosine is 1 and its gradient 0; the jitter is what lets it start."""
-    from onepass.demo import model, stages
     from onepass.cli.terminal import quiet_libraries
+    from onepass.demo import model, stages
 
     norms = {}
     for jitter in (0.0, TINY.lora_jitter):

@@ -1,4 +1,4 @@
-"""`onepass train` through a toy system: what a run leaves, kill -9, Ctrl-C, resumption, overwriting.
+"""`onepass train` through a toy system: what a run leaves, kill -9, Ctrl-C, resumption.
 
 The runs happen in forks of one process that has imported everything once.
 """

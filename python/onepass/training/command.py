@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
-def main(tokens: Sequence[str]) -> int:
+def run_tokens(tokens: Sequence[str]) -> int:
     """Run `onepass train` with `tokens`; returns the exit code."""
     if not tokens or tokens[0].startswith("-"):
         parser = Parser(prog="onepass train")
@@ -117,14 +117,7 @@ def _train(name: str, tokens: Sequence[str]) -> int:
             f'needs {", ".join(missing)}, not installed here: pip install "onepass[train,viz]"'
         )
     if launch is not None:
-        again = [
-            "-m",
-            "onepass",
-            "train",
-            name,
-            *_less_launch(tokens, flags),
-            "--accelerate_config=none",
-        ]
+        again = ["-m", "onepass", "train", name, *flags.tokens, "--accelerate_config=none"]
         command = [sys.executable, "-m", "accelerate.commands.launch", *launch, *again]
         sys.stdout.flush()
         sys.stderr.flush()
@@ -164,11 +157,3 @@ def _launch_flags(flags: Flags) -> list[str] | None:
         text = f"--accelerate_config: {name!r} is neither a name nor a file"
         raise UsageError(text, allowed=ACCELERATE, meant=meant)
     return [*chosen, *flags.launch]
-
-
-def _less_launch(tokens: Sequence[str], flags: Flags) -> list[str]:
-    """The tokens without those that went to the launcher."""
-    left = list(tokens)
-    for token in flags.launch:
-        left.remove(token)
-    return left
