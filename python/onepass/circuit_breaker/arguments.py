@@ -53,17 +53,26 @@ class LorraArguments:
     )
     retain_reduction: str = field(
         default="all",
-        metadata={"help": "what retain divides by", "choices": list(RETAIN_REDUCTIONS)},
+        metadata={
+            "advanced": True,
+            "help": "what retain divides by",
+            "choices": list(RETAIN_REDUCTIONS),
+        },
     )
     relu_scope: str = field(
         default="token",
-        metadata={"help": "what the positive part is taken of", "choices": list(RELU_SCOPES)},
+        metadata={
+            "advanced": True,
+            "help": "what the positive part is taken of",
+            "choices": list(RELU_SCOPES),
+        },
     )
     init_jitter: float = field(
         default=1e-4,
         metadata={
+            "advanced": True,
             "help": "noise on lora_B at the start, relative to lora_A: at 0 the circuit breaker has"
-            " no gradient"
+            " no gradient",
         },
     )
 

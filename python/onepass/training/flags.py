@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import json
 import os
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +28,7 @@ if typing.TYPE_CHECKING:
 
 T = TypeVar("T")
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+HELP_AT, HELP_WIDTH = 35, 43  # of the 78 columns that argparse takes of 80
 METAVARS = {int: "N", float: "X", str: "TEXT", bool: ""}
 
 
@@ -82,7 +84,9 @@ class RunFlags:
     per_device_train_batch_size: int = flag(8, "examples a device and step")
     gradient_accumulation_steps: int = flag(1, "batches a step")
     learning_rate: float = flag(5e-5, "its peak")
-    lr_scheduler_type: str = flag("linear", "course of the learning rate", metavar="NAME")
+    lr_scheduler_type: str = flag(
+        "linear", "course of the learning rate", metavar="NAME", advanced=True
+    )
     warmup_steps: float = flag(0.0, "steps, or share of them below 1", advanced=True)
     weight_decay: float = flag(0.0, "of AdamW", advanced=True)
     max_grad_norm: float = flag(1.0, "gradients are clipped to it", advanced=True)
@@ -92,7 +96,7 @@ class RunFlags:
     seed: int = flag(42, "of weights, order and dropout")
     logging_steps: float = flag(10, "steps between logs")
     save_steps: float = flag(50, "steps between checkpoints")
-    save_total_limit: int | None = flag(2, "checkpoints kept")
+    save_total_limit: int | None = flag(2, "checkpoints kept", advanced=True)
     report_to: list[str] = flag(["none"], "trackers: tensorboard, wandb, ...")
     run_name: str | None = flag(None, "for the trackers", advanced=True)
     push_to_hub: bool = flag(False, "upload what is saved", advanced=True)
@@ -109,7 +113,7 @@ class Flags:
 
     values: tuple[Any, ...]
     overrides: dict[str, Any]  # fields of TrainingArguments that are none of ours
-    given: set[str]  # names typed or in the config file; all others are defaults
+    given: set[str]  # typed, in the config file or in the resumed run's; others are defaults
     tokens: list[str]  # the command line, less
     launch: list[str]  # the flags for `accelerate launch`
 
@@ -153,14 +157,16 @@ def _add(group: Any, f: Any, hint: Any, defaults: Mapping[str, Any], every: bool
         how["nargs"] = "+"
     if "const" in meta:
         how |= {"nargs": "?", "const": meta["const"]}
-    text = meta.get("help", "").replace("%", "%%")
+    text = meta.get("help", "")
     if how["choices"] and not all(str(choice) in text for choice in how["choices"]):
         text += ": " + ", ".join(map(str, how["choices"]))
     shown = ",".join(map(str, default)) if is_list and default else default
     if isinstance(shown, bool):
-        text += " [on]" if shown else ""
-    elif shown not in (None, []) and "default" not in text:
-        text += f" [{str(shown).replace('%', '%%')}]"
+        shown = "on" if shown else None
+    told = "" if shown in (None, []) or "default" in text else f" [{shown}]"
+    if not every:  # a line a flag
+        text = textwrap.shorten(text, HELP_WIDTH - len(told), placeholder=" ...")
+    text = (text + told).replace("%", "%%")
     hidden = meta.get("advanced") and not every
     group.add_argument(
         f"--{f.name}", *meta.get("aliases", ()), help=argparse.SUPPRESS if hidden else text, **how
@@ -190,10 +196,10 @@ class Help(argparse.HelpFormatter):
     """A flag a line where it fits: `--flag N`, its help beside it."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=36)
+        super().__init__(prog, max_help_position=HELP_AT)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        names = "-h, --help" if "-h" in action.option_strings else action.option_strings[0]
+        names = action.option_strings[0]
         shown = action.metavar if action.metavar not in ("", "BOOL") else None
         return f"{names} {shown}" if shown and action.nargs != 0 else names
 
@@ -220,9 +226,9 @@ def parse(
         epilog="[x]: the default; --no_flag: off. Any flag of TrainingArguments is taken too."
         + ("" if every else " All flags: --help-all"),
         formatter_class=Help,
-        argument_default=None,
+        add_help=False,
     )
-    parser.add_argument("--help-all", action="help", help="every flag")
+    parser.add_argument("-h", "--help", "--help-all", action="help", help=argparse.SUPPRESS)
     parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     add_flags(parser, kinds, defaults or {}, every)
     aliases = {a: f"--{f.name}" for k in kinds for f in fields(k) for a in _aliases(f)}
@@ -252,6 +258,7 @@ def parse(
             if name in given or name in ("output_dir", "resume_from_checkpoint", "overwrite"):
                 continue
             (values if name in ours else overrides)[name] = value
+            given.add(name)
     made = tuple(kind(**{f.name: values[f.name] for f in fields(kind)}) for kind in kinds)
     return Flags(made, overrides, given, [*typed, *theirs], launch)
 
