@@ -149,7 +149,9 @@ def _launch_flags(flags: Flags) -> list[str] | None:
     if name in (None, "none"):
         return None
     if name in ACCELERATE:
-        chosen = ["--mixed_precision=no", *ACCELERATE[name]]  # bf16 is TrainingArguments' to say
+        # bf16 is TrainingArguments' to say, and what is not said accelerate warns of
+        plain = ("--mixed_precision=no", "--dynamo_backend=no", "--num_machines=1")
+        chosen = [*plain, *ACCELERATE[name]]
     elif os.path.isfile(name):
         chosen = [f"--config_file={name}"]
     else:
