@@ -62,6 +62,7 @@ def test_defaults_are_the_systems() -> None:
         (["--model", "gpt2"], "model_name_or_path", "gpt2"),
         (["--model=gpt2"], "model_name_or_path", "gpt2"),
         (["--kinds", "a", "b"], "kinds", ["a", "b"]),
+        (["--kinds", "a,b"], "kinds", ["a", "b"]),
         (["--kinds", "a", "--kinds", "b"], "kinds", ["b"]),
         (["--resume_from_checkpoint"], "resume_from_checkpoint", "true"),
         (["--max_steps", "-1"], "max_steps", -1),

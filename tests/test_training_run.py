@@ -211,13 +211,15 @@ def test_metrics_are_strict_json(tmp_path: Path) -> None:
 
 
 def test_two_processes_write_and_print_once(tmp_path: Path) -> None:
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", str(TOY), "--output_dir", "run"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2"]  # what accelerate starts, too
+    command = [*launch, str(TOY), "--output_dir", "run", "--max_steps=4", "--use_cpu"]
     done = subprocess.run(
-        [sys.executable, *launch, "--max_steps=4"],
+        [sys.executable, *command],
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("A line") == 1
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["epoch"] == pytest.approx(0.8)  # of 40 points, 8 a step
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 3, 4]

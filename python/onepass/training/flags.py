@@ -259,6 +259,9 @@ def parse(
                 continue
             (values if name in ours else overrides)[name] = value
             given.add(name)
+    for name, value in values.items():
+        if isinstance(value, list) and value and isinstance(value[0], str):  # a b, or a,b
+            values[name] = [part for item in value for part in item.split(",") if part]
     made = tuple(kind(**{f.name: values[f.name] for f in fields(kind)}) for kind in kinds)
     return Flags(made, overrides, given, [*typed, *theirs], launch)
 
