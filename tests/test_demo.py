@@ -212,8 +212,8 @@ def test_fast_run_draws_a_picture(fast: SimpleNamespace) -> None:
 @needs_extras
 def test_checkpoint_loads_with_plain_transformers_and_peft(fast: SimpleNamespace) -> None:
     """The artefacts need nothing of this package, and they are what the report speaks of."""
+    from onepass.cli.terminal import quiet_libraries
     from onepass.demo import tokens
-    from onepass.demo.terminal import quiet_libraries
 
     folder = fast.output / f"checkpoint-{settings.FAST.n_steps}"
     with quiet_libraries():
@@ -288,7 +288,7 @@ def test_ctrl_c_leaves_one_line_and_a_checkpoint(tmp_path: Path) -> None:
     state = checkpoint.read_state(tmp_path / f"checkpoint-{step}")
     assert state.step == len(state.notes) == step and state.settings == settings.FAST
 
-    from onepass.demo.terminal import quiet_libraries
+    from onepass.cli.terminal import quiet_libraries
 
     with quiet_libraries():
         from transformers import AutoModelForCausalLM
@@ -476,7 +476,7 @@ def copy_tree(source: Path, target: Path) -> None:
 @pytest.mark.usefixtures("tiny")
 def test_run_leaves_the_process_as_it_was(tmp_path: Path) -> None:
     """Random state, threads, warning filters, handlers; transformers' verbosity and bars."""
-    from onepass.demo.terminal import quiet_libraries
+    from onepass.cli.terminal import quiet_libraries
 
     with quiet_libraries():
         from transformers.utils import logging
@@ -786,8 +786,8 @@ def test_rows_hold_the_text_and_its_successors() -> None:
 @pytest.fixture(scope="module")
 def parts() -> SimpleNamespace:
     """A tiny model that knows nothing, with its adapter, and the tiny text."""
+    from onepass.cli.terminal import quiet_libraries
     from onepass.demo import model, tokens
-    from onepass.demo.terminal import quiet_libraries
 
     with quiet_libraries():
         text = tokens.read_text(TINY, 0, torch.device("cpu"))
@@ -903,8 +903,8 @@ def test_padding_does_not_count(parts: SimpleNamespace, monkeypatch: pytest.Monk
 @needs_extras
 def test_jitter_leaves_the_point_without_gradient(parts: SimpleNamespace) -> None:
     """With lora_B = 0 the cosine is 1 and its gradient 0; the jitter is what lets it start."""
+    from onepass.cli.terminal import quiet_libraries
     from onepass.demo import model, stages
-    from onepass.demo.terminal import quiet_libraries
 
     norms = {}
     for jitter in (0.0, TINY.lora_jitter):
@@ -962,7 +962,7 @@ def _renamed(name: str, state: dict[str, torch.Tensor]) -> str:
 def test_progress_bar(
     terminal: bool, variable: str | None, silent: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from onepass.demo.terminal import progress_bar
+    from onepass.cli.terminal import progress_bar
 
     stream = io.StringIO()
     monkeypatch.setattr(stream, "isatty", lambda: terminal)

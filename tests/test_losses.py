@@ -885,3 +885,15 @@ def test_no_rows(name: str, shape: tuple[int, ...], impl: str, device: str) -> N
     loss.backward()
     assert loss.item() == (1.5 if name == "ce-capped-mean" else 0.0)
     assert x.grad is not None and x.grad.shape == shape
+
+
+@pytest.mark.parametrize("normalization", ["target", "target_sq", "unit", "dim"])
+def test_a_nan_in_a_row_that_counts_shows(normalization: str) -> None:
+    x, target = torch.randn(3, 8), torch.randn(3, 8)
+    x[1, 2] = float("nan")
+    distances = onepass.masked_normalized_l2(
+        x, target, normalization=normalization, reduction="none"
+    )
+    assert distances.isnan().tolist() == [False, True, False]
+    cosines = onepass.masked_inner_product(x, target, reduction="none")
+    assert cosines.isnan().tolist() == [False, True, False]

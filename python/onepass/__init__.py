@@ -36,7 +36,7 @@ _HOMES = {
     "masked_mean": ".reduce",
     "reduce_rows": ".reduce",
 }
-_MODULES = ("compat", "integrations", "nn")
+_MODULES = ("circuit_breaker", "compat", "integrations", "nn")
 __all__ = [
     "LazyLogits",
     "MaterializedError",
@@ -64,6 +64,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from . import circuit_breaker as circuit_breaker
     from . import compat as compat
     from . import integrations as integrations
     from . import nn as nn

@@ -396,8 +396,8 @@ def sigmoid_cap(
 def safe_sqrt(x: Tensor) -> Tensor:
     """sqrt, with gradient 0 at 0 instead of infinity: two equal rows are at rest, and masked rows
     are equal."""
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+    at_rest = x <= 0  # false for a NaN, which shall show
+    return torch.where(at_rest, 0.0, torch.where(at_rest, 1.0, x).sqrt())
 
 
 def masked_normalized_l2(
@@ -517,8 +517,8 @@ def unit_distance_squared(moments: RowMoments, eps: float) -> Tensor:
     x_norm, y_norm = (torch.where(norm == 0, 1.0, norm) for norm in (x_norm, y_norm))
     short = moments.xx / x_norm.square() + moments.yy / y_norm.square()
     short = short - 2 * moments.xy / (x_norm * y_norm)
-    has_direction = (x_norm > eps) & (y_norm > eps)
-    return torch.where(has_direction, 2 * one_minus_cosine(moments, eps), short.detach())
+    no_direction = (x_norm <= eps) | (y_norm <= eps)
+    return torch.where(no_direction, short.detach(), 2 * one_minus_cosine(moments, eps))
 
 
 def one_minus_cosine(moments: RowMoments, eps: float = 0.0) -> Tensor:
@@ -531,8 +531,8 @@ def one_minus_cosine(moments: RowMoments, eps: float = 0.0) -> Tensor:
     Formula: (dd - (|x| - |y|)^2) / (2 |x| |y|), |x| - |y| = difference_of_squares / (|x| + |y|).
     """
     x_norm, y_norm = safe_sqrt(moments.xx), safe_sqrt(moments.yy)
-    defined = (x_norm > eps) & (y_norm > eps)
-    gap = moments.difference_of_squares / torch.where(defined, x_norm + y_norm, 1.0)
-    product = torch.where(defined, x_norm * y_norm, 1.0)
+    undefined = (x_norm <= eps) | (y_norm <= eps)
+    gap = moments.difference_of_squares / torch.where(undefined, 1.0, x_norm + y_norm)
+    product = torch.where(undefined, 1.0, x_norm * y_norm)
     distance = (moments.dd - gap.square()) / (2 * product)
-    return torch.where(defined, distance, 0.0)
+    return torch.where(undefined, 0.0, distance)

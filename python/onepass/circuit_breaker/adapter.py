@@ -19,22 +19,22 @@ def lora_config(model: nn.Module, lora: LoraArguments, lorra: LorraArguments) ->
     from peft import LoraConfig
 
     blocks = blocks_of(model)
-    if lora.lora_target_modules is None:
-        modules = linear_names(blocks)
-    else:
-        modules = [name.strip() for name in lora.lora_target_modules.split(",")]
-        known = linear_names(blocks)
-        if unknown := [name for name in modules if name not in known]:
-            raise ValueError(
-                f"lora_target_modules: no {', '.join(unknown)} in the blocks of this model;"
-                f" it has {', '.join(known)}"
-            )
+    known = linear_names(blocks)
+    modules = list(lora.lora_target_modules) or known
+    if unknown := [name for name in modules if name not in known]:
+        raise ValueError(
+            f"lora_target_modules: no {', '.join(unknown)} in the blocks of this model;"
+            f" it has {', '.join(known)}"
+        )
     return LoraConfig(
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         bias=lora.lora_bias,
         target_modules=modules,
+        modules_to_save=list(lora.lora_modules_to_save) or None,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
         layers_to_transform=lorra.blocks_of(len(blocks)),
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in blocks[0].modules()),
         task_type="CAUSAL_LM" if hasattr(model, "get_output_embeddings") else None,

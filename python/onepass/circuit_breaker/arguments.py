@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .losses import RELU_SCOPES, RETAIN_REDUCTIONS, SCHEDULES
+from ..training.flags import LoraFlags
+from .options import ADAPTER_OFF, REFERENCES, RELU_SCOPES, RETAIN_REDUCTIONS, SCHEDULES
 
-REFERENCES = ("adapter_off", "frozen_copy", "precomputed")
 PUBLISHED_TARGETS, PUBLISHED_LAYERS = (10, 20), 32
 
 
 @dataclass
 class LorraArguments:
-    """Which layers are turned, how much, and on what data."""
+    """The rerouting."""
 
     target_layers: str | None = field(
         default=None,
@@ -40,7 +40,7 @@ class LorraArguments:
     )
     sc_loss_type: str = field(
         default="orig_act_dotprod",
-        metadata={"help": "the published loss", "choices": ["orig_act_dotprod"]},
+        metadata={"help": "the published loss", "choices": ["orig_act_dotprod"], "advanced": True},
     )
     use_refusal_retain: bool = field(
         default=False,
@@ -48,7 +48,7 @@ class LorraArguments:
     )
     model_max_length: int = field(default=1024, metadata={"help": "tokens of an example at most"})
     reference: str = field(
-        default="adapter_off",
+        default=ADAPTER_OFF,
         metadata={"help": "where original hidden states come from", "choices": list(REFERENCES)},
     )
     retain_reduction: str = field(
@@ -92,19 +92,17 @@ class LorraArguments:
 
 
 @dataclass
-class LoraArguments:
+class LoraArguments(LoraFlags):
     """The adapter."""
 
-    lora_r: int = field(default=16, metadata={"help": "rank"})
     lora_alpha: int = field(default=16, metadata={"help": "scale, over the rank"})
-    lora_dropout: float = field(default=0.05, metadata={"help": "share of inputs dropped"})
-    lora_target_modules: str | None = field(
-        default=None,
-        metadata={"help": "linear layers, as q_proj,v_proj (default: all in the blocks)"},
-    )
     lora_bias: str = field(
         default="none",
-        metadata={"help": "biases to train", "choices": ["none", "all", "lora_only"]},
+        metadata={
+            "help": "biases to train",
+            "choices": ["none", "all", "lora_only"],
+            "advanced": True,
+        },
     )
 
 

@@ -1,4 +1,4 @@
-"""Examples to retain and to break, from prompt files to batches of token ids.
+"""Examples to retain and to break, as batches of token ids.
 
 An example to break is a request and its answer: the request is padded on the left, the answer on
 the right, so that they meet at one column of every batch.
@@ -8,98 +8,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..training.prompts import Prompt, read_prompts
 from .arguments import LorraArguments
+from .examples import REFUSAL, Example, Source, example_of, read_source, refused
 
-ANSWERS = ("completion", "response", "output", "answer")
-REFUSAL = "llama3_output"
 MULTIPLE = 8  # of a padded length
-
-
-class Example(NamedTuple):
-    """A request and its answer, either of which may be empty."""
-
-    request: str
-    answer: str
-    templated: bool = False  # by a chat template, which writes the special tokens itself
-
-
-Source = str | Path | Sequence[str | Mapping[str, Any] | Prompt]
-
-
-def read_source(source: Source, name: str) -> list[Prompt]:
-    """The records of a file, or of a list of strings, objects and prompts.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_prompts`.
-    """
-    if isinstance(source, str | Path):
-        return read_prompts(source)
-    if not source:
-        raise ValueError(f"{name}: got an empty list, wanted at least one example")
-    prompts = []
-    for number, record in enumerate(source, 1):
-        if not isinstance(record, Prompt):
-            record = {"prompt": record} if isinstance(record, str) else dict(record)
-            record = Prompt("", record, Path(name), number, None)
-        prompts.append(record)
-    return prompts
-
-
-def example_of(prompt: Prompt, tokenizer: Any = None) -> Example:
-    """A record's request and answer.
-
-    Understood are {"text"}; {"messages"}, whose last turn is the answer if the assistant has it;
-    {"prompt"} with {"completion"}, {"response"}, {"output"} or {"answer"}, each a string or a list
-    of turns; a string. Turns, and prompts that have an answer, go through the tokenizer's chat
-    template where it has one.
-
-    Raises:
-        ValueError: none of these, with file and line.
-    """
-    record = prompt.record
-    if isinstance(record.get("text"), str):
-        return Example("", record["text"])
-    turns = record.get("messages")
-    if turns is None and "prompt" in record:
-        answer = next((record[name] for name in ANSWERS if name in record), None)
-        if answer is None and isinstance(record["prompt"], str):
-            return Example("", record["prompt"])
-        turns = _turns(record["prompt"], "user") + _turns(answer or [], "assistant")
-    if not isinstance(turns, list) or not turns or not all(map(_is_turn, turns)):
-        where = f"{prompt.file}:{prompt.line}" if prompt.line else str(prompt.file)
-        raise ValueError(
-            f"{where}: wanted text, messages, or prompt with one of {', '.join(ANSWERS)}:"
-            f" got {', '.join(sorted(record)) or 'nothing'}"
-        )
-    answered = turns[-1]["role"] == "assistant"
-    asked = turns[:-1] if answered else turns
-    last = turns[-1]["content"] if answered else ""
-    if getattr(tokenizer, "chat_template", None) is None:
-        return Example("\n".join(t["content"] for t in asked) + "\n" * bool(asked), last)
-    template = tokenizer.apply_chat_template
-    request = template(asked, tokenize=False, add_generation_prompt=True) if asked else ""
-    whole = template(turns, tokenize=False)
-    if answered and whole.startswith(request):
-        last = whole[len(request) :]
-    return Example(request, last, templated=True)
-
-
-def _turns(value: Any, role: str) -> list[Any]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
-
-
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, Mapping) and all(
-        isinstance(turn.get(k), str) for k in ("role", "content")
-    )
 
 
 class CircuitBreakerDataset(Dataset[dict[str, Tensor]]):
@@ -150,7 +68,7 @@ class CircuitBreakerDataset(Dataset[dict[str, Tensor]]):
             refusals = [p for p in broken if isinstance(p.record.get(REFUSAL), str)]
             if not refusals:
                 raise ValueError(f"use_refusal_retain: no record of harmful has {REFUSAL!r}")
-            answered = [p._replace(record=_refused(p.record)) for p in refusals]
+            answered = [p._replace(record=refused(p.record)) for p in refusals]
             examples[""][:0] = [example_of(p, tokenizer) for p in answered]
             shuffle.shuffle(examples[""])
         n_items = min(len(examples[""]), len(examples["_circuit_breaker"]))
@@ -172,10 +90,6 @@ class CircuitBreakerDataset(Dataset[dict[str, Tensor]]):
             item[f"input_ids{ending}"] = ids[row : row + 1]
             item[f"attention_mask{ending}"] = mask[row : row + 1]
         return item
-
-
-def _refused(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {"prompt": record["prompt"], ANSWERS[0]: record[REFUSAL]}
 
 
 def tokens_of(
@@ -218,28 +132,6 @@ def _encoded(tokenizer: Any, texts: Sequence[str], special: Sequence[bool]) -> l
 def _padded_length(side: list[list[int]], at_most: int) -> int:
     longest = min(max(map(len, side), default=0), at_most)
     return min(-(-longest // MULTIPLE) * MULTIPLE, at_most)
-
-
-def split(prompts: list[Prompt], ratio: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """(training, held out): a share of `ratio`, drawn with `seed`, is held out; at least one where
-    the share is not 0.
-
-    Raises:
-        ValueError: a ratio outside [0, 1), nothing left to train on.
-    """
-    if not 0 <= ratio < 1:
-        raise ValueError(f"validation_ratio must be from 0 to below 1: got {ratio}")
-    n_held_out = max(int(len(prompts) * ratio), 1) if ratio else 0
-    if n_held_out >= len(prompts):
-        raise ValueError(
-            f"validation_ratio={ratio} of {len(prompts)} examples of {prompts[0].file} leaves none"
-            " to train on"
-        )
-    held_out = set(random.Random(seed).sample(range(len(prompts)), n_held_out))
-    parts: tuple[list[Prompt], list[Prompt]] = [], []
-    for n, prompt in enumerate(prompts):
-        parts[n in held_out].append(prompt)
-    return parts
 
 
 def data_collator(batch_list: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -1,13 +1,14 @@
 """Hidden states of chosen layers, of the model being trained and of the one it started from.
 
-Forward hooks keep the layers that are asked for and no others. Language models run through
-their own wrappers (PEFT, DDP, FSDP) with a head that makes no logits.
+Forward hooks keep the layers that are asked for and no others. Models run through their own
+wrappers (PEFT, DDP, FSDP), with a head that makes no logits.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,7 @@ from torch import Tensor, nn
 
 from ..heads import unwrapped
 from ..ops._check import check_choice
-
-CONVENTIONS = ("hf_hidden_states", "block")
-ADAPTER_OFF = "adapter_off"
-Reference = str | nn.Module | Mapping[str, Sequence[Tensor]]
+from .options import ADAPTER_OFF, CONVENTIONS
 
 
 def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
@@ -84,23 +82,26 @@ def blocks_needed(layers: Sequence[int], convention: str) -> int:
 
 @contextlib.contextmanager
 def only_blocks(model: nn.Module, n_blocks: int) -> Iterator[None]:
-    """Let a Hugging Face model end after its first `n_blocks` blocks; undone after.
+    """Let a model end after its first `n_blocks` blocks; undone after.
 
-    What follows the blocks (the final norm) runs on the last of them.
+    What follows the blocks (the final norm) runs on the last of them. A model that keeps its blocks
+    in chunks runs whole.
     """
     home, name, blocks = _home_of_blocks(model)
-    if n_blocks >= len(blocks) or not isinstance(blocks, nn.ModuleList):
+    if n_blocks >= len(blocks) or hasattr(home, "block_chunks"):
         yield
         return
-    config = home.config if hasattr(home, "config") else without_adapter(model).config
-    n_layers = config.num_hidden_layers
+    config: Any = getattr(home, "config", None)
+    n_layers = getattr(config, "num_hidden_layers", None)
     setattr(home, name, blocks[:n_blocks])
-    config.num_hidden_layers = n_blocks
+    if n_layers is not None:
+        config.num_hidden_layers = n_blocks
     try:
         yield
     finally:
         setattr(home, name, blocks)
-        config.num_hidden_layers = n_layers
+        if n_layers is not None:
+            config.num_hidden_layers = n_layers
 
 
 @contextlib.contextmanager
@@ -162,14 +163,18 @@ def told_by(block: Any, output: Any) -> Any:
 
 @contextlib.contextmanager
 def no_logits(model: nn.Module) -> Iterator[None]:
-    """Let the head of a language model return logits of no vocabulary; undone after."""
+    """Let the head of a language model, or the `head` of an image model, return logits of no
+    vocabulary; undone after."""
     inner = without_adapter(model)
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    if head is None:
+    if hasattr(inner, "get_output_embeddings"):
+        head = inner.get_output_embeddings()
+    else:
+        head = getattr(inner, "head", None)
+    if not isinstance(head, nn.Module):
         yield
         return
     before = vars(head).get("forward")
-    head.forward = lambda hidden: hidden[..., :0]
+    head.forward = lambda hidden, *_, **__: hidden[..., :0]
     try:
         yield
     finally:
@@ -188,6 +193,16 @@ def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, was in before.items():
             module.training = was
+
+
+@contextlib.contextmanager
+def same_draws(model: nn.Module) -> Iterator[None]:
+    """Leave the random state as it was: what runs inside takes no draw from the training's."""
+    python_state = random.getstate()
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices):
+        yield
+    random.setstate(python_state)
 
 
 @contextlib.contextmanager
@@ -211,6 +226,7 @@ def as_reference(model: nn.Module, reference: str | nn.Module) -> Iterator[nn.Mo
             stack.callback(lambda: [p.requires_grad_(was) for p, was in trained.items()])
             stack.enter_context(inner.disable_adapter())
         stack.enter_context(training_mode(original, False))
+        stack.enter_context(same_draws(original))
         stack.enter_context(torch.no_grad())
         yield original
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,25 +17,23 @@ from torch import Tensor, nn
 from ..ops._check import check_choice, check_number
 from ..ops.row_moments import MOMENTS, RowMoments
 from .hidden_states import (
-    ADAPTER_OFF,
     all_layers,
     as_reference,
     blocks_of,
     check_layers,
     language_model_states,
+    same_draws,
     training_mode,
 )
 from .losses import (
-    RELU_SCOPES,
-    RETAIN_REDUCTIONS,
     circuit_breaker_of,
     layer_moments,
     monitored,
     retain_of,
     schedule,
 )
+from .options import ADAPTER_OFF, PRECOMPUTED, RELU_SCOPES, RETAIN_REDUCTIONS
 
-PRECOMPUTED = "precomputed"
 RETAIN, BREAK, VALIDATE = "", "_circuit_breaker", "_val"  # how the keys of a batch end
 PUBLISHED_STEPS = 150  # of a training; the published method divides its step counter by twice that
 LOG_EVERY = 10
@@ -157,25 +155,9 @@ def loss_of_parts(
     monitor: bool,
 ) -> Terms:
     """`rerouting_loss` of any model, by the way it `runs`."""
-    targets = options.target_layers
     loss: Tensor | None = None
     facts: dict[str, Tensor] = {}
-
-    def compare(
-        ending: str, layers: Sequence[int], want: tuple[str, ...], graph: bool
-    ) -> tuple[RowMoments, Tensor | None]:
-        before = _reference_states(model, inputs, ending, layers, options, runs)
-        modes = training_mode(model, False) if ending == VALIDATE else nullcontext()
-        with modes, torch.set_grad_enabled(graph):
-            after = runs.states(model, inputs, ending, layers)
-            if graph and not any(state.requires_grad for state in after):
-                raise RuntimeError(
-                    "hidden states without a gradient: nothing is trained, or gradient"
-                    " checkpointing runs with use_reentrant=True; set it to False"
-                )
-            mask = runs.mask(inputs, ending, after[0])
-            return layer_moments(after, before, mask, options.impl, want), mask
-
+    targets = options.target_layers
     for name, ending, layers, wanted, coefficient in (
         ("retain", RETAIN, retain_layers, ("dd",), coefficients[0]),
         ("cb", BREAK, targets, ("xx", "yy", "xy"), coefficients[1]),
@@ -183,7 +165,8 @@ def loss_of_parts(
         if coefficient <= 0 and not monitor:
             continue
         graph = coefficient > 0 and torch.is_grad_enabled()
-        moments, mask = compare(ending, layers, MOMENTS if monitor else wanted, graph)
+        want = MOMENTS if monitor else wanted
+        moments, mask = _compare(model, inputs, ending, layers, options, runs, want, graph)
         with torch.set_grad_enabled(graph):
             if name == "retain":
                 term = retain_of(moments, mask, options.retain_reduction)
@@ -195,11 +178,51 @@ def loss_of_parts(
         if monitor:
             facts |= {f"{name}_{fact}": v for fact, v in monitored(moments, mask).items()}
     if monitor and f"input_ids{VALIDATE}" in inputs:
-        moments, mask = compare(VALIDATE, targets, MOMENTS, graph=False)
+        moments, mask = _compare(model, inputs, VALIDATE, targets, options, runs, MOMENTS, False)
         facts |= {f"val_{fact}": v for fact, v in monitored(moments, mask).items()}
     if loss is None:
         loss = next(p for p in model.parameters() if p.requires_grad).sum() * 0.0
     return Terms(loss, facts | {"loss": loss.detach()})
+
+
+def _compare(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    ending: str,
+    layers: Sequence[int],
+    options: Rerouting,
+    runs: Runs,
+    want: tuple[str, ...],
+    graph: bool,
+) -> tuple[RowMoments, Tensor | None]:
+    """Moments [L, B, S] of a part's hidden states and the reference's, and the part's mask."""
+    before = _reference_states(model, inputs, ending, layers, options, runs)
+    with ExitStack() as stack:
+        if ending == VALIDATE:
+            stack.enter_context(training_mode(model, False))
+            stack.enter_context(same_draws(model))
+        stack.enter_context(torch.set_grad_enabled(graph))
+        after = runs.states(model, inputs, ending, layers)
+        if graph and not any(state.requires_grad for state in after):
+            raise RuntimeError(
+                "hidden states without a gradient: nothing is trained, or gradient checkpointing"
+                " runs with use_reentrant=True; set it to False"
+            )
+        mask = runs.mask(inputs, ending, after[0])
+        return layer_moments(after, before, mask, options.impl, want), mask
+
+
+@torch.no_grad()
+def part_facts(
+    model: nn.Module, inputs: Mapping[str, Any], ending: str, options: Rerouting
+) -> dict[str, Tensor]:
+    """What monitoring tells of the part of a batch whose keys end so: "" at the layers that retain
+    holds, else at the target layers."""
+    options.check(model)
+    n_blocks = len(blocks_of(model))
+    layers = options.target_layers if ending else options.retain_layers(n_blocks)
+    runs = language_model_runs(options, n_blocks)
+    return monitored(*_compare(model, inputs, ending, layers, options, runs, MOMENTS, graph=False))
 
 
 def reference_hidden_states(

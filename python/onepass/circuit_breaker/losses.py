@@ -16,11 +16,9 @@ from ..losses import cosine_rows, safe_sqrt
 from ..ops._check import check_choice, check_number, check_weights
 from ..ops.row_moments import RowMoments, row_moments
 from ..reduce import reduce_rows
+from .options import RELU_SCOPES, RETAIN_REDUCTIONS, SCHEDULES
 
 Layers = Tensor | Sequence[Tensor]
-RETAIN_REDUCTIONS = ("all", "unmasked")
-RELU_SCOPES = ("token", "total")
-SCHEDULES = ("linear_converge", "constant", "readme_text")
 
 
 def retain_loss(

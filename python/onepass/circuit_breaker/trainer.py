@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from ..heads import unwrapped
 from .adapter import jitter
 from .arguments import LorraArguments
 from .data import data_collator
-from .hidden_states import ADAPTER_OFF, blocks_of
+from .hidden_states import blocks_of
 from .loss import Rerouting, Terms, log_of, rerouting_loss
 from .losses import schedule
+from .options import ADAPTER_OFF
 
 
 class CircuitBreakerTrainer(Trainer):
@@ -84,6 +86,10 @@ class CircuitBreakerTrainer(Trainer):
             jitter(inner, lorra.init_jitter, self.args.seed)
         self._noted: dict[str, list[Tensor]] = defaultdict(list)
 
+    def rerouting_of(self, reference: str | nn.Module) -> Rerouting:
+        """The trainer's `rerouting` against another reference."""
+        return replace(self.rerouting, reference=reference)
+
     @property
     def current_training_step(self) -> int:
         """The optimizer step under way, from 1."""
@@ -119,9 +125,10 @@ class CircuitBreakerTrainer(Trainer):
         return (terms.loss, terms.facts) if return_outputs else terms.loss
 
     def _logs_this_step(self) -> bool:
-        step, every = self.current_training_step, max(int(self.state.logging_steps), 1)
+        step, state = self.current_training_step, self.state
+        every = [max(int(n), 1) for n in (state.logging_steps, state.save_steps)]
         first = step == 1 and self.args.logging_first_step
-        return first or step % every == 0 or step == self.state.max_steps
+        return first or step == state.max_steps or any(step % n == 0 for n in every)
 
     def prediction_step(
         self,

@@ -19,7 +19,8 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 class Command(NamedTuple):
-    """A subcommand: `module` offers `add_arguments(parser)` and `run(args) -> int | None`."""
+    """A subcommand: `module` offers `add_arguments(parser)` and `run(args) -> int | None`, or
+    `main(tokens) -> int` where its flags depend on what comes first."""
 
     module: str  # relative to the package
     summary: str
@@ -48,6 +49,11 @@ COMMANDS = {
         "train a small language model, then break one half of it and keep the other",
         "Train a small language model on text found on this machine, then adapt it with the"
         " losses of onepass so that it forgets code and keeps prose.",
+    ),
+    "train": Command(
+        ".training.command",
+        "train a system on your model and data: circuit-breaker, ...",
+        "Train with the losses of onepass.",
     ),
 }
 # The extra in pyproject.toml that brings a module.
@@ -130,6 +136,8 @@ def _run(name: str, tokens: Sequence[str]) -> int:
 
     command = COMMANDS[name]
     module = importlib.import_module(command.module, __package__.rpartition(".")[0])
+    if hasattr(module, "main"):
+        return int(module.main(tokens))
     parser = Parser(prog=f"onepass {name}", description=command.description)
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

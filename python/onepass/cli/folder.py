@@ -8,7 +8,7 @@ from pathlib import Path
 from .errors import UsageError
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, flag: str = "--output") -> None:
     """UsageError unless files can be made in `folder`, or where it is missing, `folder` itself."""
     existing = folder
     try:
@@ -21,4 +21,4 @@ def check_writable(folder: Path) -> None:
                 return
     except OSError as error:
         why = f"cannot write to {str(folder)!r}: {error.strerror}"
-    raise UsageError(f"--output: {why}", hint="name a folder of yours with --output DIR")
+    raise UsageError(f"{flag}: {why}", hint=f"name a folder of yours with {flag} DIR")

@@ -91,9 +91,9 @@ def _run(args: argparse.Namespace) -> int:
         print(f"replacing the run of {date} in {output}", file=sys.stderr)
     print("loading the libraries and the text", file=sys.stderr, flush=True)
     from .. import strict
+    from ..cli.terminal import quiet_libraries, say
     from . import report
     from .pipeline import Run, Stopped
-    from .terminal import quiet_libraries, say
     from .train import one_thread
 
     with quiet_libraries(), one_thread(), strict():  # an error, should anything need whole logits

@@ -14,10 +14,10 @@ import torch
 
 from .. import lazy_head
 from .. import report as report_heads
+from ..cli.terminal import StopRequest, progress_bar, say
 from . import checkpoint, evaluate, stages, tokens, train
 from .model import language_model, original, with_adapter
 from .settings import Settings
-from .terminal import StopRequest, progress_bar, say
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import platform
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cli.files import replace, replace_text, strict_json
 from ..cli.table import render
 from .checkpoint import PROGRAM, SCHEMA, State
 from .evaluate import Numbers
@@ -93,20 +90,7 @@ def write_json(
             **{name: version(name) for name in packages},
         },
     }
-    _replace(path, lambda new: new.write_text(_json(report) + "\n", encoding="utf-8"))
-
-
-def _json(value: Any) -> str:
-    """Strict JSON, which has no NaN: a number that is none becomes null."""
-
-    def finite(x: Any) -> Any:
-        if isinstance(x, float) and not math.isfinite(x):
-            return None
-        if isinstance(x, dict):
-            return {k: finite(v) for k, v in x.items()}
-        return [finite(v) for v in x] if isinstance(x, list | tuple) else x
-
-    return json.dumps(finite(value), indent=1, allow_nan=False)
+    replace_text(path, strict_json(report, indent=1) + "\n")
 
 
 def write_png(path: Path, state: State) -> None:
@@ -142,7 +126,7 @@ def write_png(path: Path, state: State) -> None:
     for axes in (left, right):
         _finish(axes)
     figure.suptitle("A circuit breaker for source code: code breaks, prose stays")
-    _replace(path, lambda new: figure.savefig(new, format="png", dpi=150))
+    replace(path, lambda new: figure.savefig(new, format="png", dpi=150))
 
 
 def _finish(axes: Axes) -> None:
@@ -150,13 +134,3 @@ def _finish(axes: Axes) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -85,7 +85,10 @@ def _find(path: Path, names: Sequence[str]) -> Path:
         for file in (path / name, (path / name).with_suffix(".jsonl")):
             if file.is_file():
                 return file
-    raise FileNotFoundError(f"{path}: no prompt file in this folder, wanted {_or(names)} (or .jsonl)")
+    found = sorted(file.name for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    raise FileNotFoundError(
+        f"{path}: found {_listed(found) or 'no prompt file'}, wanted {_or(names)} (or .jsonl)"
+    )
 
 
 def _text(file: Path) -> str:
@@ -114,7 +117,9 @@ def _json_entries(file: Path, text: str) -> Iterator[_Entry]:
     if isinstance(document, dict):
         if "prompts" not in document:
             keys = _listed(sorted(document)) or "no keys"
-            raise ValueError(f'{file}: got an object with {keys}, wanted a list or {{"prompts": [...]}}')
+            raise ValueError(
+                f'{file}: got an object with {keys}, wanted a list or {{"prompts": [...]}}'
+            )
         category = _category(str(file), document)
         document = document["prompts"]
     if not isinstance(document, list):
@@ -154,20 +159,22 @@ def _prompt(
     category: str | None,
 ) -> Prompt:
     if isinstance(entry, str):
-        text, entry = entry, {"prompt": entry}
+        text: str | None = entry
+        entry = {"prompt": entry}
     elif isinstance(entry, dict):
         field = next((name for name in fields if name in entry), None)
         if field is None:
             keys = _listed(sorted(entry)) or "no keys"
             raise ValueError(
-                f"{_place(file, line, number)}: got an object with {keys}, wanted {_or(fields)} in it"
+                f"{_place(file, line, number)}: got an object with {keys}, wanted one with "
+                f"{_or(fields)}"
             )
         value = entry[field]
         text = value if isinstance(value, str) else _conversation(value)
         if text is None:
             raise ValueError(
-                f"{_place(file, line, number)}: got {_kind(value)} as {field!r}, wanted a string or "
-                'a list of {"role": ..., "content": text}'
+                f"{_place(file, line, number)}: got {_kind(value)} as {field!r}, wanted a string "
+                'or a list of {"role": ..., "content": text}'
             )
         if "category" in entry:
             category = _category(_place(file, line, number), entry)
@@ -178,6 +185,11 @@ def _prompt(
         )
     if not text or text.isspace():
         raise ValueError(f"{_place(file, line, number)}: got an empty prompt, wanted text")
+    try:
+        text.encode()  # what a JSON escape can hold and no tokenizer takes
+    except UnicodeEncodeError:
+        where = _place(file, line, number)
+        raise ValueError(f"{where}: got half a surrogate pair, wanted whole characters") from None
     return Prompt(text, entry, file, line, category)
 
 

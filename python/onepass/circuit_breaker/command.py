@@ -1,0 +1,318 @@
+"""`onepass train circuit-breaker`: representation rerouting of a causal language model.
+
+Without --model and data it trains a small model on the interpreter's documentation and source code
+first, then breaks the code. Imports nothing heavy before all that can be refused has been.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..cli.errors import Failed, UsageError, one_line
+from ..training.flags import Flags, ModelFlags, RunFlags, flag, training_arguments
+from ..training.prompts import Prompt, read_prompts
+from ..training.run_folder import RunFolder, tell
+from .arguments import LoraArguments, LorraArguments, numbers
+from .examples import example_of, split
+from .options import ADAPTER_OFF, FROZEN_COPY, PRECOMPUTED
+
+if TYPE_CHECKING:
+    import torch
+
+SMALL = {  # what suits the small model, where nothing else is said
+    "learning_rate": 5e-3,
+    "lorra_alpha": 10.0,
+    "lora_r": 8,
+    "per_device_train_batch_size": 8,
+    "gradient_checkpointing": False,
+}
+DEFAULTS = {
+    "max_steps": 150,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 16,
+}
+REFERENCE = "reference"
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "lorra_config.json", "README.md")
+PANELS = [
+    (
+        "Losses",
+        "mean since the last log",
+        {"circuit_breaker/retain_loss": "retain", "circuit_breaker/cb_loss": "circuit breaker"},
+        {},
+    ),
+    (
+        "Cosine to the original states",
+        "mean cosine",
+        {
+            "circuit_breaker/retain_cosine": "retain",
+            "circuit_breaker/cb_cosine": "circuit breaker",
+            "circuit_breaker/val_cosine": "validation",
+        },
+        {"ylim": (-0.3, 1.05)},
+    ),
+    (
+        "Coefficients",
+        "weight in the loss",
+        {"circuit_breaker/retain_coeff": "retain", "circuit_breaker/cb_coeff": "circuit breaker"},
+        {},
+    ),
+    (
+        "Norm of the states",
+        "mean norm",
+        {
+            "circuit_breaker/retain_norm": "retain",
+            "circuit_breaker/cb_norm": "circuit breaker",
+            "circuit_breaker/cb_reference_norm": "circuit breaker, original",
+        },
+        {},
+    ),
+]
+
+
+@dataclass
+class DataFlags:
+    """The data."""
+
+    retain: str | None = flag(None, "text to hold in place: .json, .jsonl or .txt", metavar="FILE")
+    harmful: str | None = flag(None, "text to turn away: .json, .jsonl or .txt", metavar="FILE")
+    retain_val: str | None = flag(
+        None, "retained text to measure on (default: a share of --retain)", metavar="FILE"
+    )
+    harmful_val: str | None = flag(
+        None, "harmful text to measure on (default: a share of --harmful)", metavar="FILE"
+    )
+    validation_ratio: float = flag(0.1, "that share; 0 measures on the training text")
+    num_examples: int | None = flag(None, "examples of each kind at most (default: all)")
+    category: str | None = flag(None, "only prompts of this category, in files that name them")
+
+
+FLAGS = (ModelFlags, DataFlags, LorraArguments, LoraArguments, RunFlags)
+
+
+def check(flags: Flags) -> None:
+    """UsageError for what can be refused before libraries are loaded and files written."""
+    model, data, lorra = flags[ModelFlags], flags[DataFlags], flags[LorraArguments]
+    missing = [n for n in ("retain", "harmful") if getattr(data, n) is None]
+    if len(missing) == 1:
+        raise UsageError(f"--{missing[0]}: got nothing, wanted a file beside the other side's")
+    if missing and model.model_name_or_path is not None:
+        raise UsageError(
+            "--retain and --harmful: got no files, wanted both with --model",
+            hint="leave out --model for a small model and text made here",
+        )
+    if missing and (data.retain_val or data.harmful_val):
+        raise UsageError("--retain_val, --harmful_val: wanted --retain and --harmful with them")
+    if model.model_name_or_path is None:
+        for name, value in SMALL.items():
+            owner = next((v for v in flags.values if hasattr(v, name)), None)
+            if owner is not None and name not in flags.given:
+                setattr(owner, name, value)
+    _check_numbers(data, lorra, flags[LoraArguments])
+    if not missing:
+        read_data(data)
+
+
+def _check_numbers(data: DataFlags, lorra: LorraArguments, lora: LoraArguments) -> None:
+    if not 0 <= data.validation_ratio < 1:
+        raise UsageError(
+            f"--validation_ratio: got {data.validation_ratio}, wanted from 0 to below 1"
+        )
+    for name, value, least in (
+        ("num_examples", data.num_examples, 1),
+        ("model_max_length", lorra.model_max_length, 2),
+        ("lora_r", lora.lora_r, 1),
+        ("lora_alpha", lora.lora_alpha, 1),
+        ("lorra_alpha", lorra.lorra_alpha, 0),
+        ("init_jitter", lorra.init_jitter, 0),
+        ("lora_dropout", lora.lora_dropout, 0),
+    ):
+        if value is not None and not least <= value < float("inf"):
+            raise UsageError(f"--{name}: got {value}, wanted a number from {least} on")
+    if lora.lora_dropout >= 1:
+        raise UsageError(f"--lora_dropout: got {lora.lora_dropout}, wanted below 1")
+    try:
+        if lorra.target_layers is not None:
+            numbers("--target_layers", lorra.target_layers)
+        numbers("--transform_layers", lorra.transform_layers)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def read_data(data: DataFlags, seed: int = 0) -> dict[str, list[Prompt]]:
+    """The prompts of `retain` and `harmful`, and of `retain_val` and `harmful_val`.
+
+    Raises:
+        UsageError: a file that is missing, empty or malformed, by file and line.
+    """
+    found: dict[str, list[Prompt]] = {}
+    for side in ("retain", "harmful"):
+        for name in (side, f"{side}_val"):
+            if (path := getattr(data, name)) is None:
+                continue
+            try:
+                found[name] = read_prompts(path, category=data.category)
+                for prompt in found[name]:
+                    example_of(prompt)
+            except (ValueError, OSError) as error:
+                raise UsageError(f"--{name}: {one_line(error, 1000)}") from error
+        if f"{side}_val" not in found and data.validation_ratio:
+            try:
+                found[side], found[f"{side}_val"] = split(found[side], data.validation_ratio, seed)
+            except ValueError as error:
+                raise UsageError(f"--{error}") from error
+    return found
+
+
+def fingerprints(data: DataFlags) -> dict[str, str]:
+    """A digest of each file, so that a resumed run is known to read the same."""
+    names = ("retain", "harmful", "retain_val", "harmful_val")
+    paths = {n: Path(getattr(data, n)) for n in names if getattr(data, n) is not None}
+    return {n: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for n, p in paths.items()}
+
+
+def train(flags: Flags, run: RunFolder) -> int:
+    """Train, then measure; returns the exit code."""
+    from ..training import small_model
+
+    data, lorra = flags[DataFlags], flags[LorraArguments]
+    tell("loading the libraries")
+    args = training_arguments(flags)
+    run.begin(fingerprints(data), writes=(*ADAPTER, REFERENCE, small_model.MODEL, small_model.DATA))
+    if flags[ModelFlags].model_name_or_path is None:
+        folder = small_model.small_language_model(run, args.seed)
+        flags[ModelFlags].model_name_or_path = str(folder)
+        if data.retain is None:
+            files = small_model.data_files(run.path)
+            data.retain, data.harmful = str(files["retain"]), str(files["harmful"])
+            data.retain_val = str(files["retain_held_out"])
+            data.harmful_val = str(files["harmful_held_out"])
+    from ..cli.terminal import quiet_libraries
+
+    with quiet_libraries():
+        return _train(flags, run, args, read_data(data), lorra)
+
+
+def _train(
+    flags: Flags,
+    run: RunFolder,
+    args: Any,
+    prompts: dict[str, list[Prompt]],
+    lorra: LorraArguments,
+) -> int:
+    from ..training.curves import write_curves, write_summary
+    from ..training.models import load_language_model
+    from ..training.monitor import fit
+    from .adapter import lora_config
+    from .data import CircuitBreakerDataset, tokens_of
+    from .evaluate import cosines, nats_per_token
+    from .reference import precompute
+    from .trainer import CircuitBreakerTrainer
+
+    model, tokenizer = load_language_model(flags[ModelFlags], args)
+    measured = {
+        side: tokens_of(
+            tokenizer,
+            [example_of(p, tokenizer) for p in prompts.get(f"{side}_val", prompts[side])],
+            lorra.model_max_length,
+        )
+        for side in ("retain", "harmful")
+    }
+    reference: str | torch.nn.Module = lorra.reference
+    if reference == FROZEN_COPY:
+        import copy
+
+        reference = copy.deepcopy(model).requires_grad_(False)
+    try:
+        dataset: Any = CircuitBreakerDataset(
+            tokenizer,
+            flags[DataFlags].num_examples,
+            lorra,
+            retain=prompts["retain"],
+            harmful=prompts["harmful"],
+            val=prompts.get("harmful_val"),
+            seed=args.seed,
+        )
+        trainer = CircuitBreakerTrainer(
+            model,
+            args,
+            train_dataset=dataset,
+            lorra_args=lorra,
+            reference=reference,
+            peft_config=lora_config(model, flags[LoraArguments], lorra),
+        )
+    except ValueError as error:
+        raise Failed(one_line(error, 1000)) from error
+    size = args.per_device_eval_batch_size
+    original = {
+        s: nats_per_token(trainer.model, t, size, adapter=False) for s, t in measured.items()
+    }
+    if lorra.reference == PRECOMPUTED:
+        before = trainer.rerouting_of(ADAPTER_OFF)
+        tell(f"precomputing the hidden states of {len(dataset)} examples in {run.path / REFERENCE}")
+        trainer.train_dataset = precompute(trainer.model, dataset, before, run.path / REFERENCE)
+    fit(trainer, run)
+    after = {s: nats_per_token(trainer.model, t, size) for s, t in measured.items()}
+    turned = cosines(
+        trainer.model,
+        measured["retain"],
+        measured["harmful"],
+        trainer.rerouting_of(ADAPTER_OFF),
+        size,
+    )
+    save(run, trainer, lorra, flags)
+    write_curves(run, "Circuit breaker", PANELS)
+    rows = [
+        [side, *(f"{x:.3f}" for x in (original[side], after[side])),
+         f"{after[side] / original[side] - 1:+.1%}", f"{turned[side]:.3f}"]
+        for side in measured
+    ]  # fmt: skip
+    title = "Held-out text" if "harmful_val" in prompts else "The training text (no validation)"
+    write_summary(
+        run,
+        f"{title}: nats per token, and the cosine to the original hidden states",
+        ["text", "original", "trained", "change", "cosine"],
+        rows,
+        nats_per_token={"original": original, "trained": after},
+        cosine=turned,
+        target_layers=list(trainer.rerouting.target_layers),
+    )
+    tell(f"wrote {run.path}: {', '.join(ADAPTER[:2])}, metrics.jsonl, curves.png, summary.json")
+    return 0
+
+
+def save(run: RunFolder, trainer: Any, lorra: LorraArguments, flags: Flags) -> None:
+    """The adapter as PEFT keeps it, with the card and what it was made with."""
+    from ..training.card import model_card
+
+    used = replace(lorra, target_layers=",".join(map(str, trainer.rerouting.target_layers)))
+    state = trainer.accelerator.get_state_dict(trainer.model)  # whole, of a sharded model too
+    if not run.is_main:
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+        (folder / "lorra_config.json").write_text(
+            json.dumps(asdict(used), indent=1) + "\n", encoding="utf-8"
+        )
+        base = flags[ModelFlags].model_name_or_path or ""
+        card = model_card(
+            "Circuit breaker",
+            base_model=base,
+            tags=["circuit-breaker", "representation-rerouting"],
+            text="A LoRA adapter that turns the hidden states of harmful text away from where they"
+            " were, and holds those of all other text in place (Zou et al. 2024, arXiv 2406.04313)."
+            " Load it with PEFT: `PeftModel.from_pretrained(base_model, folder)`.",
+            facts={"rerouting": asdict(used), "adapter": asdict(flags[LoraArguments])},
+        )
+        with contextlib.suppress(FileNotFoundError):
+            (folder / "README.md").unlink()  # PEFT's unfilled form
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    run.save(write)

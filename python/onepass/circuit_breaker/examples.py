@@ -1,0 +1,118 @@
+"""From records of prompt files to requests and answers; nothing here needs torch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..training.prompts import Prompt, read_prompts
+
+ANSWERS = ("completion", "response", "output", "answer")
+REFUSAL = "llama3_output"
+
+
+class Example(NamedTuple):
+    """A request and its answer, either of which may be empty."""
+
+    request: str
+    answer: str
+    templated: bool = False  # by a chat template, which writes the special tokens itself
+
+
+Source = str | Path | Sequence[str | Mapping[str, Any] | Prompt]
+
+
+def read_source(source: Source, name: str) -> list[Prompt]:
+    """The records of a file, or of a list of strings, objects and prompts.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_prompts`.
+    """
+    if isinstance(source, str | Path):
+        return read_prompts(source)
+    if not source:
+        raise ValueError(f"{name}: got an empty list, wanted at least one example")
+    prompts = []
+    for number, record in enumerate(source, 1):
+        if not isinstance(record, Prompt):
+            record = {"prompt": record} if isinstance(record, str) else dict(record)
+            record = Prompt("", record, Path(name), number, None)
+        prompts.append(record)
+    return prompts
+
+
+def example_of(prompt: Prompt, tokenizer: Any = None) -> Example:
+    """A record's request and answer.
+
+    Understood are {"text"}; {"messages"}, whose last turn is the answer if the assistant has it;
+    {"prompt"} with {"completion"}, {"response"}, {"output"} or {"answer"}, each a string or a list
+    of turns; a string. Turns, and prompts that have an answer, go through the tokenizer's chat
+    template where it has one.
+
+    Raises:
+        ValueError: none of these, with file and line.
+    """
+    record = prompt.record
+    if isinstance(record.get("text"), str):
+        return Example("", record["text"])
+    turns = record.get("messages")
+    if turns is None and "prompt" in record:
+        answer = next((record[name] for name in ANSWERS if name in record), None)
+        if answer is None and isinstance(record["prompt"], str):
+            return Example("", record["prompt"])
+        turns = _turns(record["prompt"], "user") + _turns(answer or [], "assistant")
+    if not isinstance(turns, list) or not turns or not all(map(_is_turn, turns)):
+        where = f"{prompt.file}:{prompt.line}" if prompt.line else str(prompt.file)
+        raise ValueError(
+            f"{where}: wanted text, messages, or prompt with one of {', '.join(ANSWERS)}:"
+            f" got {', '.join(sorted(record)) or 'nothing'}"
+        )
+    answered = turns[-1]["role"] == "assistant"
+    asked = turns[:-1] if answered else turns
+    last = turns[-1]["content"] if answered else ""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return Example("\n".join(t["content"] for t in asked) + "\n" * bool(asked), last)
+    template = tokenizer.apply_chat_template
+    request = template(asked, tokenize=False, add_generation_prompt=True) if asked else ""
+    whole = template(turns, tokenize=False)
+    if answered and whole.startswith(request):
+        last = whole[len(request) :]
+    return Example(request, last, templated=True)
+
+
+def _turns(value: Any, role: str) -> list[Any]:
+    return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and all(
+        isinstance(turn.get(k), str) for k in ("role", "content")
+    )
+
+
+def refused(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {"prompt": record["prompt"], ANSWERS[0]: record[REFUSAL]}
+
+
+def split(prompts: list[Prompt], ratio: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """(training, held out): a share of `ratio`, drawn with `seed`, is held out; at least one where
+    the share is not 0.
+
+    Raises:
+        ValueError: a ratio outside [0, 1), nothing left to train on.
+    """
+    if not 0 <= ratio < 1:
+        raise ValueError(f"validation_ratio must be from 0 to below 1: got {ratio}")
+    n_held_out = max(int(len(prompts) * ratio), 1) if ratio else 0
+    if n_held_out >= len(prompts):
+        raise ValueError(
+            f"validation_ratio={ratio} of {len(prompts)} examples of {prompts[0].file} leaves none"
+            " to train on"
+        )
+    held_out = set(random.Random(seed).sample(range(len(prompts)), n_held_out))
+    parts: tuple[list[Prompt], list[Prompt]] = [], []
+    for n, prompt in enumerate(prompts):
+        parts[n in held_out].append(prompt)
+    return parts

@@ -1,0 +1,1 @@
+"""Circuit breakers for Infinity-style autoregressive image models."""

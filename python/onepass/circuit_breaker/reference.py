@@ -1,0 +1,89 @@
+"""Hidden states of the model before training, made once for a whole data set and kept on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..cli.files import replace
+from .loss import Rerouting, reference_hidden_states
+
+META = "reference.json"
+
+
+class WithReference(Dataset[dict[str, Tensor]]):
+    """Items of `dataset` with the keys that `Rerouting(reference="precomputed")` looks for.
+
+    Each item's hidden states lie in a file of their own: L x S x D numbers a part, so this is for
+    few target layers or short prompts; see `bytes_each`.
+    """
+
+    def __init__(self, dataset: Any, folder: str | Path) -> None:
+        self.dataset, self.folder = dataset, Path(folder)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        return {
+            **self.dataset[index],
+            **load_file(self.folder / f"{index % len(self)}.safetensors"),
+        }
+
+    def bytes_each(self) -> int:
+        """Bytes on disk of one item's hidden states."""
+        return (self.folder / "0.safetensors").stat().st_size
+
+
+def precompute(
+    model: nn.Module,
+    dataset: Any,
+    options: Rerouting,
+    folder: str | Path,
+    *,
+    after_item: Callable[[], object] | None = None,
+) -> WithReference:
+    """The data set with its reference hidden states, made with the model's adapter off (or with the
+    frozen copy that `options.reference` is), one item at a time.
+
+    Args:
+        folder: gets an `<item>.safetensors` each; what is complete there is not made again, so an
+            interrupted call can be repeated. It must be of the same model, data and layers.
+        after_item: called after each item, for a progress bar.
+
+    Raises:
+        ValueError: the folder holds hidden states of other layers or of another number of items.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {
+        "n_items": len(dataset),
+        "target_layers": list(options.target_layers),
+        "layer_convention": options.layer_convention,
+        "full_layers": options.full_layers,
+    }
+    meta = folder / META
+    if meta.exists() and json.loads(meta.read_text(encoding="utf-8")) != described:
+        raise ValueError(f"{folder} holds other hidden states than wanted ({described}): remove it")
+    replace(meta, lambda new: new.write_text(json.dumps(described) + "\n", encoding="utf-8"))
+    device = next(model.parameters()).device
+    for index in range(len(dataset)):
+        path = folder / f"{index}.safetensors"
+        if not path.exists():
+            item = {name: value.to(device) for name, value in dataset[index].items()}
+            states = reference_hidden_states(model, item, options)
+            stored = {name: value.cpu().contiguous() for name, value in states.items()}
+            replace(path, partial(save_file, stored))
+        if after_item is not None:
+            after_item()
+    return WithReference(dataset, folder)
