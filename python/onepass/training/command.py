@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
-def main(tokens: Sequence[str]) -> int:
+def run_tokens(tokens: Sequence[str]) -> int:
     """Run `onepass train` with `tokens`; returns the exit code."""
     if not tokens or tokens[0].startswith("-"):
         parser = Parser(prog="onepass train")
