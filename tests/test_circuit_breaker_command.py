@@ -287,3 +287,18 @@ def test_a_config_file_gives_the_flags(files: Path, tmp_path: Path) -> None:
     assert first["circuit_breaker/retain_coeff"] + first[
         "circuit_breaker/cb_coeff"
     ] == pytest.approx(7)
+
+
+def test_the_default_breaks_code_and_keeps_prose(tmp_path: Path) -> None:
+    """No model and no data given: the small model, 150 steps, measured on held-out text."""
+    folder = tmp_path / "run"
+    code, out, err = finish(start(["--fast", "--output_dir", str(folder)]))
+    assert code == 0, err
+    summary = json.loads((folder / "summary.json").read_text())
+    original, trained = summary["nats_per_token"]["original"], summary["nats_per_token"]["trained"]
+    assert summary["cosine"]["harmful"] < 0.3 and summary["cosine"]["retain"] > 0.95
+    assert trained["retain"] < 1.05 * original["retain"]
+    assert trained["harmful"] > original["harmful"] + 2.0
+    last = metrics(folder)[-1]
+    assert last["step"] == 150 and last["circuit_breaker/val_cosine"] < 0.3
+    assert "retain" in out and "harmful" in out

@@ -85,6 +85,7 @@ class DataFlags:
     harmful_val: str | None = flag(None, "to measure on (default: a share)", metavar="FILE")
     validation_ratio: float = flag(0.1, "that share; 0: measure on all")
     num_examples: int | None = flag(None, "of each kind at most (default: all)")
+    fast: bool = flag(False, "a smaller model, where one is made here")
     category: str | None = flag(None, "leave out prompts of others")
 
 
@@ -104,6 +105,8 @@ def check(flags: Flags) -> None:
         )
     if missing and (data.retain_val or data.harmful_val):
         raise UsageError("--retain_val, --harmful_val: wanted --retain and --harmful with them")
+    if data.fast and model.model_name_or_path is not None:
+        raise UsageError("--fast: is of the model made here; leave it out with --model")
     if model.model_name_or_path is None:
         for name, value in SMALL.items():
             owner = next((v for v in flags.values if hasattr(v, name)), None)
@@ -182,7 +185,7 @@ def train(flags: Flags, run: RunFolder) -> int:
     args = training_arguments(flags)
     run.begin(fingerprints(data), writes=(*ADAPTER, REFERENCE, small_model.MODEL, small_model.DATA))
     if flags[ModelFlags].model_name_or_path is None:
-        folder = small_model.small_language_model(run, args.seed)
+        folder = small_model.small_language_model(run, args.seed, data.fast)
         flags[ModelFlags].model_name_or_path = str(folder)
         if data.retain is None:
             files = small_model.data_files(run.path)
