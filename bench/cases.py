@@ -5,6 +5,7 @@ schema.py says what those words mean; heads.py has the cases that start from hid
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from . import peers
@@ -81,6 +82,28 @@ def _hidden_inputs(size: Size, generator: torch.Generator) -> Inputs:
 
     target = [states() for _ in range(size.layers)]
     return {"x": [t + states().mul_(0.3) for t in target], "target": target}
+
+
+def _rerouting_inputs(size: Size, generator: torch.Generator) -> Inputs:
+    """Hidden states of up to four sequences, the last tokens of each padding."""
+    import torch
+
+    sequences = math.gcd(size.N, 4)
+    inputs = _hidden_inputs(size, generator)
+    for name, layers in inputs.items():
+        inputs[name] = [layer.view(sequences, -1, layer.shape[-1]) for layer in layers]
+    mask = torch.ones(inputs["x"][0].shape[:-1], dtype=torch.bool, device=generator.device)
+    mask[:, _counted(size) // sequences :] = False
+    return inputs | {"mask": mask}
+
+
+def _counted(size: Size) -> int:
+    return size.N - round(size.N * size.masked)
+
+
+def _targets(layers: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The two layers that rerouting turns away, of those that it holds in place."""
+    return [layers[len(layers) // 3], layers[len(layers) // 2 + 1]]
 
 
 # ---- plain torch: the baseline, and in fp64 the truth
@@ -163,6 +186,29 @@ def _hidden_eager(inputs: Inputs) -> Outputs:
         l2.append(((x - y).norm(dim=-1) / y.norm(dim=-1).clamp_min(1e-6)).mean())
         cosine.append(F.cosine_similarity(x, y, dim=-1).mean())
     return sum(l2) / len(l2), sum(cosine) / len(cosine)  # type: ignore[return-value]
+
+
+def _rerouting_eager(inputs: Inputs) -> Outputs:
+    """As published: layers stacked, masked copies, norms in fp32."""
+    import torch
+
+    x, target, mask = inputs["x"], inputs["target"], inputs["mask"]
+    summed = torch.float64 if x[0].dtype == torch.float64 else torch.float32
+
+    def norm(rows: torch.Tensor, keepdim: bool = False) -> torch.Tensor:
+        return torch.norm(rows, dim=-1, p=2, keepdim=keepdim, dtype=summed)
+
+    def stacked(layers: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        every = mask.to(x[0].dtype).repeat(len(layers), 1, 1)
+        return torch.stack(layers), every
+
+    (outputs, every), (targets, _) = stacked(x), stacked(target)
+    every = every.unsqueeze(-1)
+    retain = norm(outputs * every - targets * every).nanmean()
+    (outputs, every), (targets, _) = stacked(_targets(x)), stacked(_targets(target))
+    outputs, targets = outputs / norm(outputs, True), targets / norm(targets, True)
+    product = (outputs * targets) * every.unsqueeze(-1)
+    return retain, product.sum(-1).relu().sum() / every.sum(dtype=summed)
 
 
 # ---- torch's own single call, in the dtype it is given
@@ -300,6 +346,17 @@ def _onepass_hidden(impl: str) -> Function:
     return function
 
 
+def _onepass_rerouting(impl: str) -> Function:
+    from ..circuit_breaker import circuit_breaker_loss, retain_loss
+
+    def function(inputs: Inputs) -> Outputs:
+        x, target, mask = inputs["x"], inputs["target"], inputs["mask"]
+        turned = circuit_breaker_loss(_targets(x), _targets(target), mask, impl=impl)
+        return retain_loss(x, target, mask, impl=impl), turned
+
+    return function
+
+
 def _onepass_hidden_each() -> Function:
     import torch
 
@@ -317,8 +374,7 @@ def _onepass_hidden_each() -> Function:
 
 
 def _label_traffic(size: Size) -> tuple[int, int]:
-    counted = size.N - round(size.N * size.masked)
-    return counted * (size.V or 0), size.N * (size.V or 0)
+    return _counted(size) * (size.V or 0), size.N * (size.V or 0)
 
 
 def _pair_traffic(size: Size) -> tuple[int, int]:
@@ -329,6 +385,12 @@ def _pair_traffic(size: Size) -> tuple[int, int]:
 def _hidden_traffic(size: Size) -> tuple[int, int]:
     states = size.layers * size.N * (size.D or 0)
     return 2 * states, states
+
+
+def _rerouting_traffic(size: Size) -> tuple[int, int]:
+    """Of the loss that holds all layers in place and of that which turns two away."""
+    read = 2 * (size.layers + 2) * _counted(size) * (size.D or 0)
+    return read, size.layers * size.N * (size.D or 0)
 
 
 _CROSS_ENTROPY = (
@@ -552,6 +614,27 @@ CASES: tuple[Case, ...] = (
         sizes={
             "cuda": (Size(8192, D=4096, layers=8), Size(2048, D=4096, layers=32)),
             "cpu": (Size(256, D=2048, dtype="float32", layers=8),),
+        },
+    ),
+    Case(
+        name="circuit_breaker",
+        what="retain loss of all layers and circuit-breaker loss of two, hidden states of prompts",
+        inputs=_rerouting_inputs,
+        wrt=("x",),
+        providers=(*ours(_onepass_rerouting), *plain(_rerouting_eager)),
+        upstream=(1.0, 0.5),
+        traffic=_rerouting_traffic,
+        launches=(2, 2),
+        sizes={
+            "cuda": (
+                Size(8192, D=4096, layers=9, masked=0.25),
+                Size(2048, D=4096, layers=33, masked=0.25),
+            ),
+            "cpu": (
+                Size(1024, D=512, dtype="float32", layers=9, masked=0.25),
+                Size(1024, D=512, layers=9, masked=0.25),
+                Size(1024, D=512, dtype="float32", layers=9),
+            ),
         },
     ),
 )

@@ -49,7 +49,8 @@ def example_of(prompt: Prompt, tokenizer: Any = None) -> Example:
     Understood are {"text"}; {"messages"}, whose last turn is the answer if the assistant has it;
     {"prompt"} with {"completion"}, {"response"}, {"output"} or {"answer"}, each a string or a list
     of turns; a string. Turns, and prompts that have an answer, go through the tokenizer's chat
-    template where it has one.
+    template where it has one; without one turns are joined by lines, a prompt and its answer as
+    they are.
 
     Raises:
         ValueError: none of these, with file and line.
@@ -62,6 +63,9 @@ def example_of(prompt: Prompt, tokenizer: Any = None) -> Example:
         answer = next((record[name] for name in ANSWERS if name in record), None)
         if answer is None and isinstance(record["prompt"], str):
             return Example("", record["prompt"])
+        strings = isinstance(record["prompt"], str) and isinstance(answer, str)
+        if strings and getattr(tokenizer, "chat_template", None) is None:
+            return Example(record["prompt"], answer)
         turns = _turns(record["prompt"], "user") + _turns(answer or [], "assistant")
     if not isinstance(turns, list) or not turns or not all(map(_is_turn, turns)):
         where = f"{prompt.file}:{prompt.line}" if prompt.line else str(prompt.file)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, set_seed
 
 from ..heads import unwrapped
 from .adapter import jitter
@@ -65,6 +65,7 @@ class CircuitBreakerTrainer(Trainer):
         if peft_config is not None:
             from peft import get_peft_model
 
+            set_seed(42 if args is None else args.seed)  # the Trainer does so only later
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
         inner = unwrapped(model)
         if reference == ADAPTER_OFF and not hasattr(inner, "disable_adapter"):
@@ -75,6 +76,10 @@ class CircuitBreakerTrainer(Trainer):
         if args is not None:
             args.remove_unused_columns = False
             args.label_names = args.label_names or []
+            if args.ddp_find_unused_parameters is None:
+                # Each step runs the model twice, to different depths; every weight of the adapter
+                # is used by one of the two, and DDP would take it for unused in the other.
+                args.ddp_find_unused_parameters = False
         super().__init__(model, args, data_collator, train_dataset, **others)
         if self.args.n_gpu > 1:
             raise ValueError(
