@@ -31,7 +31,8 @@ def environment() -> dict[str, str]:
     dropped = ("TRITON_INTERPRET", "COLUMNS", "RANK", "WORLD_SIZE")
     inherited = {k: v for k, v in os.environ.items() if k not in dropped}
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return inherited | {"PYTHONPATH": str(ROOT / "python")} | settings
+    path = os.pathsep.join([str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
+    return inherited | {"PYTHONPATH": path} | settings
 
 
 @pytest.fixture(scope="module")
