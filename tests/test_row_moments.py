@@ -194,9 +194,10 @@ def test_every_subset_of_moments(impl: str, layers: int, device: str) -> None:
     mask = torch.tensor([True, False]).to(device)
     for at, want in enumerate(SUBSETS):
         leaves = leaves_of(*xs, *ys)
-        sides = (leaves[:layers], leaves[layers:]) if layers > 1 else leaves
-        everything = onepass.row_moments(*sides, mask, impl=impl)
-        stats = onepass.row_moments(*sides, mask, want=want, impl=impl)
+        x: Any = leaves[:layers] if layers > 1 else leaves[0]
+        y: Any = leaves[layers:] if layers > 1 else leaves[1]
+        everything = onepass.row_moments(x, y, mask, impl=impl)
+        stats = onepass.row_moments(x, y, mask, want=want, impl=impl)
         for name in MOMENTS:
             got = getattr(stats, name)
             assert got is None if name not in want else same_bits(got, getattr(everything, name))
@@ -216,15 +217,16 @@ def test_wants_in_any_form(impl: str, device: str) -> None:
     assert same_bits(one.xy, everything.xy)
     twice = onepass.row_moments(x, y, want=["yy", "xx", "yy"], impl=impl)
     assert same_bits((twice.xx, twice.yy), (everything.xx, everything.yy))
-    assert tuple(onepass.row_moments(x, y, want=(), impl=impl)) == (None,) * 5
+    assert not any(m is not None for m in onepass.row_moments(x, y, want=(), impl=impl))
 
 
 def test_double_backward_of_a_subset(impl: str, device: str) -> None:
-    leaves = leaves_of(*draw((3, 33), FP32, device))
-    stats = onepass.row_moments(*leaves, want=("dd", "xy"), impl=impl)
-    upstream = upstream_for((3,), leaves[0], ("dd", "xy"))
+    x, y = draw((3, 33), FP32, device)
+    leaves = leaves_of(x, y)
+    stats = onepass.row_moments(leaves[0], leaves[1], want=("dd", "xy"), impl=impl)
+    upstream = upstream_for((3,), x, ("dd", "xy"))
     again = gradients(stats, leaves, upstream, create_graph=True)
-    check_gradients([g.detach() for g in again], *(t.detach() for t in leaves), upstream)
+    check_gradients([grad.detach() for grad in again], x, y, upstream)
     torch.autograd.grad(again[0].sum(), leaves)
 
 
