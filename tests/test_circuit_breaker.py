@@ -500,6 +500,15 @@ def test_a_frozen_copy_and_precomputed_states_equal_the_adapter_off() -> None:
     assert_same_gradients(gradients(model, ready.loss), want, within=1e-6)
 
 
+def test_a_reference_of_another_dtype_is_compared_in_that_of_the_model() -> None:
+    base = llama()
+    copied = copy.deepcopy(base).to(torch.bfloat16)
+    model, inputs = adapted(base), batch()
+    same = rerouting_loss(model, inputs, (2.0, 3.0), Rerouting((2, 3)))
+    other = rerouting_loss(model, inputs, (2.0, 3.0), Rerouting((2, 3), reference=copied))
+    assert other.loss.item() == pytest.approx(same.loss.item(), rel=0.02)
+
+
 def test_a_full_model_trains_against_a_frozen_copy() -> None:
     model = llama()
     frozen = copy.deepcopy(model)

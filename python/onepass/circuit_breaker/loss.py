@@ -209,6 +209,8 @@ def _compare(
                 " runs with use_reentrant=True; set it to False"
             )
         mask = runs.mask(inputs, ending, after[0])
+        # A copy in another dtype, or states that were stored outside of autocast.
+        before = [b.to(a.dtype) for a, b in zip(after, before, strict=True)]
         return layer_moments(after, before, mask, options.impl, want), mask
 
 
