@@ -74,7 +74,7 @@ class _Slab(NamedTuple):
     has_gaps: bool  # rows among them that do not count
 
 
-def _slabs(mask: Tensor | None, like: Tensor) -> list[_Slab]:
+def _kept_slabs(mask: Tensor | None, like: Tensor) -> list[_Slab]:
     """Slices of [N, D] with all rows that count, and short gaps between them: no row is copied."""
     n_rows, hidden_size = like.shape
     on_cpu = like.device.type == "cpu"
@@ -122,7 +122,7 @@ class _Scratch:
 def _forward_torch(
     x: list[Tensor], y: list[Tensor], mask: Tensor | None, out: dict[str, Tensor]
 ) -> None:
-    slabs = _slabs(mask, x[0])
+    slabs = _kept_slabs(mask, x[0])
     scratch = _Scratch(slabs, x[0])
     for rows, _ in slabs:
         for layer in range(len(x)):
@@ -152,7 +152,7 @@ def _backward_torch(
     mask: Tensor | None,
     upstream: list[Tensor | None],
 ) -> None:
-    slabs = _slabs(mask, x[0])
+    slabs = _kept_slabs(mask, x[0])
     scratch = _Scratch(slabs, x[0])
     on_gap, on_x, on_y, on_xy = _coefficients(upstream)
     ends = [0, *(end for rows, _ in slabs for end in (rows.start, rows.stop)), x[0].shape[0]]
