@@ -103,7 +103,7 @@ def _counted(size: Size) -> int:
 
 def _targets(layers: list[torch.Tensor]) -> list[torch.Tensor]:
     """The two layers that rerouting turns away, of those that it holds in place."""
-    return [layers[len(layers) // 3], layers[len(layers) // 2 + 1]]
+    return [layers[len(layers) // 3], layers[(2 * len(layers) - 1) // 3]]
 
 
 # ---- plain torch: the baseline, and in fp64 the truth
