@@ -88,7 +88,7 @@ def _rerouting_inputs(size: Size, generator: torch.Generator) -> Inputs:
     """Hidden states of up to four sequences, the last tokens of each padding."""
     import torch
 
-    sequences = math.gcd(size.N, 4)
+    sequences = math.gcd(size.N, _counted(size), 4)
     inputs = _hidden_inputs(size, generator)
     for name, layers in inputs.items():
         inputs[name] = [layer.view(sequences, -1, layer.shape[-1]) for layer in layers]
