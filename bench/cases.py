@@ -5,6 +5,7 @@ schema.py says what those words mean; heads.py has the cases that start from hid
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
     from .schema import Function, Inputs, Outputs
+
+
+TURNED_LAYERS = 2  # target layers of a circuit breaker
 
 
 # ---- inputs
@@ -85,11 +89,14 @@ def _hidden_inputs(size: Size, generator: torch.Generator) -> Inputs:
 
 
 def _rerouting_inputs(size: Size, generator: torch.Generator) -> Inputs:
-    """Hidden states of up to four sequences, the last tokens of each padding."""
+    """Hidden states of up to four sequences, the last tokens of each padding: all layers of prompts
+    to retain, two of as many harmful ones."""
     import torch
 
     sequences = math.gcd(size.N, _counted(size), 4)
-    inputs = _hidden_inputs(size, generator)
+    retain = _hidden_inputs(size, generator)
+    harmful = _hidden_inputs(dataclasses.replace(size, layers=TURNED_LAYERS), generator)
+    inputs = retain | {f"harmful_{name}": layers for name, layers in harmful.items()}
     for name, layers in inputs.items():
         inputs[name] = [layer.view(sequences, -1, layer.shape[-1]) for layer in layers]
     mask = torch.ones(inputs["x"][0].shape[:-1], dtype=torch.bool, device=generator.device)
@@ -99,11 +106,6 @@ def _rerouting_inputs(size: Size, generator: torch.Generator) -> Inputs:
 
 def _counted(size: Size) -> int:
     return size.N - round(size.N * size.masked)
-
-
-def _targets(layers: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The two layers that rerouting turns away, of those that it holds in place."""
-    return [layers[len(layers) // 3], layers[(2 * len(layers) - 1) // 3]]
 
 
 # ---- plain torch: the baseline, and in fp64 the truth
@@ -205,7 +207,7 @@ def _rerouting_eager(inputs: Inputs) -> Outputs:
     (outputs, every), (targets, _) = stacked(x), stacked(target)
     every = every.unsqueeze(-1)
     retain = norm(outputs * every - targets * every).nanmean()
-    (outputs, every), (targets, _) = stacked(_targets(x)), stacked(_targets(target))
+    (outputs, every), (targets, _) = map(stacked, (inputs["harmful_x"], inputs["harmful_target"]))
     outputs, targets = outputs / norm(outputs, True), targets / norm(targets, True)
     product = (outputs * targets) * every.unsqueeze(-1)
     return retain, product.sum(-1).relu().sum() / every.sum(dtype=summed)
@@ -350,9 +352,10 @@ def _onepass_rerouting(impl: str) -> Function:
     from ..circuit_breaker import circuit_breaker_loss, retain_loss
 
     def function(inputs: Inputs) -> Outputs:
-        x, target, mask = inputs["x"], inputs["target"], inputs["mask"]
-        turned = circuit_breaker_loss(_targets(x), _targets(target), mask, impl=impl)
-        return retain_loss(x, target, mask, impl=impl), turned
+        mask = inputs["mask"]
+        turned, before = inputs["harmful_x"], inputs["harmful_target"]
+        kept = retain_loss(inputs["x"], inputs["target"], mask, impl=impl)
+        return kept, circuit_breaker_loss(turned, before, mask, impl=impl)
 
     return function
 
@@ -389,8 +392,8 @@ def _hidden_traffic(size: Size) -> tuple[int, int]:
 
 def _rerouting_traffic(size: Size) -> tuple[int, int]:
     """Of the loss that holds all layers in place and of that which turns two away."""
-    read = 2 * (size.layers + 2) * _counted(size) * (size.D or 0)
-    return read, size.layers * size.N * (size.D or 0)
+    layers, width = size.layers + TURNED_LAYERS, size.D or 0
+    return 2 * layers * _counted(size) * width, layers * size.N * width
 
 
 _CROSS_ENTROPY = (
@@ -620,7 +623,7 @@ CASES: tuple[Case, ...] = (
         name="circuit_breaker",
         what="retain loss of all layers and circuit-breaker loss of two, hidden states of prompts",
         inputs=_rerouting_inputs,
-        wrt=("x",),
+        wrt=("x", "harmful_x"),
         providers=(*ours(_onepass_rerouting), *plain(_rerouting_eager)),
         upstream=(1.0, 0.5),
         traffic=_rerouting_traffic,
