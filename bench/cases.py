@@ -5,6 +5,8 @@ schema.py says what those words mean; heads.py has the cases that start from hid
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 from . import peers
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
     from .schema import Function, Inputs, Outputs
+
+
+TURNED_LAYERS = 2  # target layers of a circuit breaker
 
 
 # ---- inputs
@@ -81,6 +86,26 @@ def _hidden_inputs(size: Size, generator: torch.Generator) -> Inputs:
 
     target = [states() for _ in range(size.layers)]
     return {"x": [t + states().mul_(0.3) for t in target], "target": target}
+
+
+def _rerouting_inputs(size: Size, generator: torch.Generator) -> Inputs:
+    """Hidden states of up to four sequences, the last tokens of each padding: all layers of prompts
+    to retain, two of as many harmful ones."""
+    import torch
+
+    sequences = math.gcd(size.N, _counted(size), 4)
+    retain = _hidden_inputs(size, generator)
+    harmful = _hidden_inputs(dataclasses.replace(size, layers=TURNED_LAYERS), generator)
+    inputs = retain | {f"harmful_{name}": layers for name, layers in harmful.items()}
+    for name, layers in inputs.items():
+        inputs[name] = [layer.view(sequences, -1, layer.shape[-1]) for layer in layers]
+    mask = torch.ones(inputs["x"][0].shape[:-1], dtype=torch.bool, device=generator.device)
+    mask[:, _counted(size) // sequences :] = False
+    return inputs | {"mask": mask}
+
+
+def _counted(size: Size) -> int:
+    return size.N - round(size.N * size.masked)
 
 
 # ---- plain torch: the baseline, and in fp64 the truth
@@ -163,6 +188,29 @@ def _hidden_eager(inputs: Inputs) -> Outputs:
         l2.append(((x - y).norm(dim=-1) / y.norm(dim=-1).clamp_min(1e-6)).mean())
         cosine.append(F.cosine_similarity(x, y, dim=-1).mean())
     return sum(l2) / len(l2), sum(cosine) / len(cosine)  # type: ignore[return-value]
+
+
+def _rerouting_eager(inputs: Inputs) -> Outputs:
+    """As published: layers stacked, masked copies, norms in fp32."""
+    import torch
+
+    x, target, mask = inputs["x"], inputs["target"], inputs["mask"]
+    summed = torch.float64 if x[0].dtype == torch.float64 else torch.float32
+
+    def norm(rows: torch.Tensor, keepdim: bool = False) -> torch.Tensor:
+        return torch.norm(rows, dim=-1, p=2, keepdim=keepdim, dtype=summed)
+
+    def stacked(layers: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        every = mask.to(x[0].dtype).repeat(len(layers), 1, 1)
+        return torch.stack(layers), every
+
+    (outputs, every), (targets, _) = stacked(x), stacked(target)
+    every = every.unsqueeze(-1)
+    retain = norm(outputs * every - targets * every).nanmean()
+    (outputs, every), (targets, _) = map(stacked, (inputs["harmful_x"], inputs["harmful_target"]))
+    outputs, targets = outputs / norm(outputs, True), targets / norm(targets, True)
+    product = (outputs * targets) * every.unsqueeze(-1)
+    return retain, product.sum(-1).relu().sum() / every.sum(dtype=summed)
 
 
 # ---- torch's own single call, in the dtype it is given
@@ -300,6 +348,18 @@ def _onepass_hidden(impl: str) -> Function:
     return function
 
 
+def _onepass_rerouting(impl: str) -> Function:
+    from ..circuit_breaker import circuit_breaker_loss, retain_loss
+
+    def function(inputs: Inputs) -> Outputs:
+        mask = inputs["mask"]
+        turned, before = inputs["harmful_x"], inputs["harmful_target"]
+        kept = retain_loss(inputs["x"], inputs["target"], mask, impl=impl)
+        return kept, circuit_breaker_loss(turned, before, mask, impl=impl)
+
+    return function
+
+
 def _onepass_hidden_each() -> Function:
     import torch
 
@@ -317,8 +377,7 @@ def _onepass_hidden_each() -> Function:
 
 
 def _label_traffic(size: Size) -> tuple[int, int]:
-    counted = size.N - round(size.N * size.masked)
-    return counted * (size.V or 0), size.N * (size.V or 0)
+    return _counted(size) * (size.V or 0), size.N * (size.V or 0)
 
 
 def _pair_traffic(size: Size) -> tuple[int, int]:
@@ -329,6 +388,12 @@ def _pair_traffic(size: Size) -> tuple[int, int]:
 def _hidden_traffic(size: Size) -> tuple[int, int]:
     states = size.layers * size.N * (size.D or 0)
     return 2 * states, states
+
+
+def _rerouting_traffic(size: Size) -> tuple[int, int]:
+    """Of the loss that holds all layers in place and of that which turns two away."""
+    layers, width = size.layers + TURNED_LAYERS, size.D or 0
+    return 2 * layers * _counted(size) * width, layers * size.N * width
 
 
 _CROSS_ENTROPY = (
@@ -552,6 +617,27 @@ CASES: tuple[Case, ...] = (
         sizes={
             "cuda": (Size(8192, D=4096, layers=8), Size(2048, D=4096, layers=32)),
             "cpu": (Size(256, D=2048, dtype="float32", layers=8),),
+        },
+    ),
+    Case(
+        name="circuit_breaker",
+        what="retain loss of all layers and circuit-breaker loss of two, hidden states of prompts",
+        inputs=_rerouting_inputs,
+        wrt=("x", "harmful_x"),
+        providers=(*ours(_onepass_rerouting), *plain(_rerouting_eager)),
+        upstream=(1.0, 0.5),
+        traffic=_rerouting_traffic,
+        launches=(2, 2),
+        sizes={
+            "cuda": (
+                Size(8192, D=4096, layers=9, masked=0.25),
+                Size(2048, D=4096, layers=33, masked=0.25),
+            ),
+            "cpu": (
+                Size(1024, D=512, dtype="float32", layers=9, masked=0.25),
+                Size(1024, D=512, layers=9, masked=0.25),
+                Size(1024, D=512, dtype="float32", layers=9),
+            ),
         },
     ),
 )

@@ -114,7 +114,7 @@ def vocab_pair_stats(draw: Draw, rows: int, columns: int) -> Any:
 
 
 def row_moments(draw: Draw, rows: int, columns: int) -> Any:
-    """Two layers of different strides, one row masked."""
+    """Two layers of different strides, one row masked; then one pair, two of its moments."""
     import torch
 
     from .. import row_moments as op
@@ -123,7 +123,9 @@ def row_moments(draw: Draw, rows: int, columns: int) -> Any:
     y = [draw.rows(rows, columns), draw.rows(rows, columns, padded=8)]
     mask = torch.ones(rows, dtype=torch.bool, device=x[0].device)
     mask[-1] = rows == 1
-    return backward(op(x, y, mask, impl=draw.impl), [*x, *y])
+    total = backward(op(x, y, mask, impl=draw.impl), [*x, *y])
+    some = op(x[0], y[1], want=("dd", "yy"), impl=draw.impl)
+    return total + backward((some.dd, some.yy), [x[0], y[1]])
 
 
 def head(draw: Draw, rows: int, columns: int) -> Any:

@@ -1,5 +1,5 @@
-"""Second moments of pairs of hidden rows x, y [N, D]: five sums per row in one read of each, and
-their gradient.
+"""Second moments of pairs of hidden rows x, y [N, D]: up to five sums per row in one read of each,
+and their gradient. What is None is neither computed nor stored.
 
 The squared distance is summed directly, never as xx + yy - 2 xy, and the difference of the squares
 on its own: near x = y the usual forms lose every digit. Many layers share one launch through a
@@ -28,7 +28,7 @@ def row_moments_kernel(
     x_ptr,  # [N, D], or a table of L addresses of such
     y_ptr,  # like x
     mask_ptr,  # [N] bool, or None: every row counts
-    dd_ptr,  # [L, N] fp32 sum of (x - y)^2
+    dd_ptr,  # [L, N] fp32 sum of (x - y)^2; like those below it, or None
     xx_ptr,  # [L, N] sum of x^2
     yy_ptr,  # [L, N] sum of y^2
     xy_ptr,  # [L, N] sum of x y
@@ -59,17 +59,27 @@ def row_moments_kernel(
         x = tl.load(x_row + columns, mask=valid, other=0.0).to(tl.float32)
         y = tl.load(y_row + columns, mask=valid, other=0.0).to(tl.float32)
         gap = x - y
-        dd += gap * gap
-        xx += x * x
-        yy += y * y
-        xy += x * y
-        difference += gap * (x + y)
+        if dd_ptr is not None:
+            dd += gap * gap
+        if xx_ptr is not None:
+            xx += x * x
+        if yy_ptr is not None:
+            yy += y * y
+        if xy_ptr is not None:
+            xy += x * y
+        if difference_ptr is not None:
+            difference += gap * (x + y)
     out = layer.to(tl.int64) * tl.num_programs(0) + row
-    tl.store(dd_ptr + out, tl.sum(dd))
-    tl.store(xx_ptr + out, tl.sum(xx))
-    tl.store(yy_ptr + out, tl.sum(yy))
-    tl.store(xy_ptr + out, tl.sum(xy))
-    tl.store(difference_ptr + out, tl.sum(difference))
+    if dd_ptr is not None:
+        tl.store(dd_ptr + out, tl.sum(dd))
+    if xx_ptr is not None:
+        tl.store(xx_ptr + out, tl.sum(xx))
+    if yy_ptr is not None:
+        tl.store(yy_ptr + out, tl.sum(yy))
+    if xy_ptr is not None:
+        tl.store(xy_ptr + out, tl.sum(xy))
+    if difference_ptr is not None:
+        tl.store(difference_ptr + out, tl.sum(difference))
 
 
 @triton.jit

@@ -1,35 +1,27 @@
 """row_moments: the five sums over a pair of hidden rows that every hidden-state loss is made of.
 
-In this order: the result type, the reference (the definition, and the CPU path), the Triton
-launchers, the operators, the gradient, the public function.
+In this order: the result type, the gradient's definition, the torch path, the Triton launchers, the
+operators, the gradient, the public function.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._check import check_choice, check_rows_alike
+from ._check import check_choice, check_rows_alike, check_want
 from ._declare import declare
-from ._launch import (
-    IMPLS,
-    accumulation_dtype,
-    capturing,
-    choose,
-    dense_like,
-    device_of,
-    slabs,
-    warps,
-)
+from ._launch import IMPLS, accumulation_dtype, capturing, choose, dense_like, device_of, warps
 from .vocab_stats import mask_rows
 
 
 class RowMoments(NamedTuple):
     """Sums over D of each pair of rows, shape `x.shape[:-1]`, with the layers in front where there
-    are several:
+    are several; None where not asked for by `want`:
 
         dd                     sum of (x - y)^2
         xx, yy, xy             sums of x^2, y^2, x y
@@ -44,13 +36,6 @@ class RowMoments(NamedTuple):
 
 
 MOMENTS = RowMoments._fields
-
-
-def row_moments_reference(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """The definition, for x, y [n, D]."""
-    x, y = (t.to(accumulation_dtype(t.dtype)) for t in (x, y))
-    gap = x - y
-    return tuple((a * b).sum(-1) for a, b in ((gap, gap), (x, x), (y, y), (x, y), (gap, x + y)))
 
 
 def row_moments_backward_reference(
@@ -79,23 +64,84 @@ def _matrices(tensors: Sequence[Tensor]) -> list[Tensor]:
     return flat
 
 
-def _kept(mask: Tensor | None, n_rows: int) -> tuple[int, Tensor | None]:
-    if mask is None or mask.all():
-        return n_rows, None
-    kept = mask.nonzero().squeeze(-1)
-    return kept.shape[0], kept
+SLAB_NUMEL = 1 << 17  # a thread's part of a slab: in its cache, yet few calls
+FEWEST_PARTS = 4  # where few threads share the last cache, a call costs more than a miss in theirs
+SHORT_GAP = 1 << 14  # elements that are read as fast as the calls for another slab are made
+
+
+class _Slab(NamedTuple):
+    rows: slice
+    has_gaps: bool  # rows among them that do not count
+
+
+def _kept_slabs(mask: Tensor | None, like: Tensor) -> list[_Slab]:
+    """Slices of [N, D] with all rows that count, and short gaps between them: no row is copied."""
+    n_rows, hidden_size = like.shape
+    on_cpu = like.device.type == "cpu"
+    parts = max(FEWEST_PARTS, torch.get_num_threads()) if on_cpu else 8 * FEWEST_PARTS
+    if like.dtype != accumulation_dtype(like.dtype):
+        parts = max(
+            1, parts // 2
+        )  # both sides are copied to be cast: three slabs at a time, not one
+    step = max(1, parts * SLAB_NUMEL // hidden_size)
+    spans = [(0, n_rows, n_rows)]  # first row, row after the last, rows that count
+    if mask is not None and not mask.all():
+        kept = mask.nonzero().squeeze(-1)
+        apart = kept.diff() > max(1, SHORT_GAP // hidden_size)
+        cuts = [0, *(apart.nonzero().squeeze(-1) + 1).tolist(), len(kept)] if len(kept) else [0]
+        firsts = kept[cuts[:-1]].tolist()
+        lasts = kept[[cut - 1 for cut in cuts[1:]]].tolist()
+        counts = (after - at for at, after in pairwise(cuts))
+        spans = [(f, n + 1, c) for f, n, c in zip(firsts, lasts, counts, strict=True)]
+    return [
+        _Slab(slice(at, min(at + step, stop)), count < stop - start)
+        for start, stop, count in spans
+        for at in range(start, stop, step)
+    ]
+
+
+class _Scratch:
+    """Room for a slab, in the accumulation dtype: made when first used, then used by all slabs."""
+
+    def __init__(self, slabs: Sequence[_Slab], like: Tensor) -> None:
+        n_rows = max((slab.rows.stop - slab.rows.start for slab in slabs), default=0)
+        self.shape = (n_rows, like.shape[-1])
+        self.dtype, self.device = accumulation_dtype(like.dtype), like.device
+        self.held: dict[str, Tensor] = {}
+
+    def room(self, name: str, n_rows: int) -> Tensor:
+        if name not in self.held:
+            self.held[name] = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        return self.held[name][:n_rows]
+
+    def load(self, name: str, rows: Tensor) -> Tensor:
+        """The rows themselves where they need no cast."""
+        return rows if rows.dtype == self.dtype else self.room(name, len(rows)).copy_(rows)
 
 
 def _forward_torch(
-    x: list[Tensor], y: list[Tensor], mask: Tensor | None, out: list[Tensor]
+    x: list[Tensor], y: list[Tensor], mask: Tensor | None, out: dict[str, Tensor]
 ) -> None:
-    n_rows, kept = _kept(mask, x[0].shape[0])
-    for slab in slabs(n_rows, x[0].shape[-1]):
-        rows = slab if kept is None else kept[slab]
-        for layer, (x_layer, y_layer) in enumerate(zip(x, y, strict=True)):
-            moments = row_moments_reference(x_layer[rows], y_layer[rows])
-            for target, moment in zip(out, moments, strict=True):
-                target[layer, rows] = moment
+    slabs = _kept_slabs(mask, x[0])
+    scratch = _Scratch(slabs, x[0])
+    for rows, _ in slabs:
+        for layer in range(len(x)):
+            a, b = scratch.load("x", x[layer][rows]), scratch.load("y", y[layer][rows])
+            terms = scratch.room("terms", len(a))
+            for name, left, right in (("xx", a, a), ("yy", b, b), ("xy", a, b)):
+                if name in out:
+                    torch.mul(left, right, out=terms)
+                    torch.sum(terms, -1, out=out[name][layer, rows])
+            if "difference_of_squares" in out:
+                gap = torch.sub(a, b, out=scratch.room("gap", len(a)))
+                torch.add(a, b, out=terms).mul_(gap)
+                torch.sum(terms, -1, out=out["difference_of_squares"][layer, rows])
+            if "dd" in out:
+                torch.sub(a, b, out=terms).square_()
+                torch.sum(terms, -1, out=out["dd"][layer, rows])
+    if mask is not None:
+        for moment in out.values():
+            moment.masked_fill_(~mask, 0)
 
 
 def _backward_torch(
@@ -106,18 +152,69 @@ def _backward_torch(
     mask: Tensor | None,
     upstream: list[Tensor | None],
 ) -> None:
-    n_rows, kept = _kept(mask, x[0].shape[0])
-    for slab in slabs(n_rows, x[0].shape[-1]):
-        rows = slab if kept is None else kept[slab]
+    slabs = _kept_slabs(mask, x[0])
+    scratch = _Scratch(slabs, x[0])
+    on_gap, on_x, on_y, on_xy = _coefficients(upstream)
+    ends = [0, *(end for rows, _ in slabs for end in (rows.start, rows.stop)), x[0].shape[0]]
+    for start, stop in zip(ends[::2], ends[1::2], strict=True):
+        if start < stop:
+            for gradient in (*dx, *dy):
+                gradient[start:stop].zero_()
+    for rows, has_gaps in slabs:
+        bits = _bits(mask[rows], x[0].dtype) if has_gaps and mask is not None else None
         for layer in range(len(x)):
-            grads = row_moments_backward_reference(
-                x[layer][rows],
-                y[layer][rows],
-                [None if g is None else g[layer, rows] for g in upstream],
-            )
-            for target, grad in zip((dx, dy), grads, strict=True):
-                if target:
-                    target[layer][rows] = grad.to(target[layer].dtype)
+            a, b = scratch.load("x", x[layer][rows]), scratch.load("y", y[layer][rows])
+            for side, mine, other, on_mine in ((dx, a, b, on_x), (dy, b, a, on_y)):
+                if not side:
+                    continue
+                target = side[layer][rows]
+                is_wide = target.dtype == scratch.dtype
+                made = target if is_wide else scratch.room("gradient", len(mine))
+                factors = [
+                    None if c is None else c[layer, rows, None] for c in (on_gap, on_mine, on_xy)
+                ]
+                _gradient(made, mine, other, factors)
+                if not is_wide:
+                    target.copy_(made)
+                if bits is not None:
+                    target.view(bits.dtype).bitwise_and_(bits)
+
+
+def _bits(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a row's bits are masked with, all ones or none: zeroes the rows that do not count in one
+    vectorised pass, whatever they hold."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    return mask.to(integers).neg_().unsqueeze(-1)
+
+
+def _coefficients(upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What multiplies x - y, x in dx, y in dy, and the other side in both."""
+    dd, xx, yy, xy, difference = upstream
+
+    def doubled(square: Tensor | None, sign: int) -> Tensor | None:
+        if difference is None:
+            return None if square is None else 2 * square
+        return 2 * sign * difference if square is None else 2 * (square + sign * difference)
+
+    return None if dd is None else 2 * dd, doubled(xx, 1), doubled(yy, -1), xy
+
+
+def _gradient(out: Tensor, mine: Tensor, other: Tensor, factors: Sequence[Tensor | None]) -> None:
+    """out = on_gap (mine - other) + on_mine mine + on_other other, of the factors there are."""
+    on_gap, *on_sides = factors
+    if on_gap is not None:
+        torch.sub(mine, other, out=out).mul_(on_gap)
+    is_empty = on_gap is None
+    for rows, factor in zip((mine, other), on_sides, strict=True):
+        if factor is None:
+            continue
+        if is_empty:
+            torch.mul(rows, factor, out=out)
+        else:
+            out.addcmul_(rows, factor)
+        is_empty = False
+    if is_empty:
+        out.zero_()
 
 
 def _address(layers: list[Tensor]) -> Tensor | None:
@@ -161,13 +258,14 @@ def _aligned(layers: list[Tensor]) -> list[Tensor]:
 
 
 def _forward_triton(
-    x: list[Tensor], y: list[Tensor], mask: Tensor | None, out: list[Tensor]
+    x: list[Tensor], y: list[Tensor], mask: Tensor | None, out: dict[str, Tensor]
 ) -> None:
     from ..kernels.row_moments import row_moments_kernel
 
     if len(x) > 1 and capturing(x[0]):  # a replay would read a table that is long gone
         for layer in range(len(x)):
-            _forward_triton(x[layer:][:1], y[layer:][:1], mask, [t[layer:][:1] for t in out])
+            of_layer = {name: moment[layer:][:1] for name, moment in out.items()}
+            _forward_triton(x[layer:][:1], y[layer:][:1], mask, of_layer)
         return
     x, y = _aligned(x), _aligned(y)
     n_rows, hidden_size = x[0].shape
@@ -176,7 +274,7 @@ def _forward_triton(
             _address(x),
             _address(y),
             mask,
-            *out,
+            *(out.get(name) for name in MOMENTS),
             hidden_size,
             x[0].stride(0),
             y[0].stride(0),
@@ -217,25 +315,31 @@ def _backward_triton(
         )
 
 
+def _empty_moments(x: list[Tensor], want: Sequence[str]) -> tuple[Tensor, ...]:
+    """All outputs of the operator; those that nobody wants are empty."""
+    dtype, shape = accumulation_dtype(x[0].dtype), (len(x), *x[0].shape[:-1])
+    return tuple(x[0].new_empty(shape if name in want else 0, dtype=dtype) for name in MOMENTS)
+
+
 def _forward(
-    x: list[Tensor], y: list[Tensor], mask: Tensor | None, triton: bool
+    x: list[Tensor], y: list[Tensor], mask: Tensor | None, want: Sequence[str], triton: bool
 ) -> tuple[Tensor, ...]:
-    out = _forward_fake(x, y, mask, triton)
-    if not triton and mask is not None:
-        for moment in out:
-            moment.zero_()
-    if out[0].numel():
+    moments = _empty_moments(x, want)
+    if x[0].numel():
+        flat = {
+            name: moment.view(len(x), -1)
+            for name, moment in zip(MOMENTS, moments, strict=True)
+            if name in want
+        }
         run = _forward_triton if triton else _forward_torch
-        run(_matrices(x), _matrices(y), mask, [t.view(len(x), -1) for t in out])
-    return out
+        run(_matrices(x), _matrices(y), mask, flat)
+    return moments
 
 
 def _forward_fake(
-    x: list[Tensor], y: list[Tensor], mask: Tensor | None, triton: bool
+    x: list[Tensor], y: list[Tensor], mask: Tensor | None, want: Sequence[str], triton: bool
 ) -> tuple[Tensor, ...]:
-    shape = (len(x), *x[0].shape[:-1])
-    dtype = accumulation_dtype(x[0].dtype)
-    return tuple(x[0].new_empty(shape, dtype=dtype) for _ in MOMENTS)
+    return _empty_moments(x, want)
 
 
 def _empty_grads(x: list[Tensor], need_x: bool, need_y: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -249,9 +353,6 @@ def _backward_op(x: list[Tensor], y: list[Tensor], mask: Tensor | None, *rest: A
     *upstream, need_x, need_y, triton = rest
     dx, dy = _empty_grads(x, need_x, need_y)
     if x[0].numel():
-        if not triton and mask is not None:
-            for grad in (*dx, *dy):
-                grad.zero_()
         run = _backward_triton if triton else _backward_torch
         hidden_size = x[0].shape[-1]
         run(
@@ -282,9 +383,9 @@ _row_moments_backward = declare(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, mask, triton = inputs
+    x, y, mask, want, triton = inputs
     ctx.save_for_backward(*x, *y, mask)
-    ctx.n_layers, ctx.triton = len(x), triton
+    ctx.n_layers, ctx.want, ctx.triton = len(x), want, triton
     ctx.set_materialize_grads(False)
 
 
@@ -293,12 +394,15 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
     x, y = layers[: ctx.n_layers], layers[ctx.n_layers :]
     need_x, need_y = any(ctx.needs_input_grad[0]), any(ctx.needs_input_grad[1])
     nothing = [None] * ctx.n_layers
+    upstream = tuple(
+        grad if name in ctx.want else None for name, grad in zip(MOMENTS, upstream, strict=True)
+    )
     if torch.is_grad_enabled():
         dx, dy = _twice_differentiable(x, y, mask, upstream)
     else:
         grads = _row_moments_backward(x, y, mask, *upstream, need_x, need_y, ctx.triton)
         dx, dy = grads[: len(x) * need_x], grads[len(x) * need_x :]
-    return dx if need_x else nothing, dy if need_y else nothing, None, None
+    return dx if need_x else nothing, dy if need_y else nothing, None, None, None
 
 
 def _twice_differentiable(
@@ -321,7 +425,7 @@ def _twice_differentiable(
 
 
 _row_moments = declare(
-    "row_moments(Tensor[] x, Tensor[] y, Tensor? mask, bool triton) -> ("
+    "row_moments(Tensor[] x, Tensor[] y, Tensor? mask, str[] want, bool triton) -> ("
     + ", ".join(f"Tensor {name}" for name in MOMENTS)
     + ")",
     implementation=_forward,
@@ -336,6 +440,7 @@ def row_moments(
     y: Tensor | Sequence[Tensor],
     mask: Tensor | None = None,
     *,
+    want: Sequence[str] = MOMENTS,
     impl: str = "auto",
 ) -> RowMoments:
     """Second moments over the last dimension of every pair of rows of `x` and `y`, in one read of
@@ -347,11 +452,12 @@ def row_moments(
         y: like x, same shape and dtype; gradients flow to either side.
         mask: [...] rows that count (nonzero); the others are not read, their moments and gradients
             are 0.
+        want: names of RowMoments fields; by default all.
         impl: "auto" (Triton on a GPU, torch on a CPU), "triton" or "torch".
 
     Returns:
-        RowMoments of float32 (float64 for float64) tensors of shape x.shape[:-1]; [L, ...] for
-        lists.
+        RowMoments with the wanted fields, float32 (float64 for float64) tensors of shape
+        x.shape[:-1]; [L, ...] for lists.
 
     Raises:
         TypeError: not a tensor. ValueError: shapes, dtypes, devices or options that do not fit.
@@ -359,6 +465,7 @@ def row_moments(
     Formula: dd = sum (x - y)^2, xx = sum x^2, yy = sum y^2, xy = sum x y,
     difference_of_squares = sum (x - y)(x + y).
     """
+    want = check_want(want, MOMENTS)
     check_choice("impl", impl, IMPLS)
     single = isinstance(x, Tensor)
     for name, side in (("x", x), ("y", y)):
@@ -383,5 +490,9 @@ def row_moments(
                 f"x{at} {tuple(x_layer.shape)} {x_layer.dtype}"
             )
     flags = None if mask is None else mask_rows(mask, xs[0])
-    moments = _row_moments(xs, ys, flags, choose(impl, *xs, *ys))
-    return RowMoments(*(m[0] for m in moments)) if single else RowMoments(*moments)
+    moments = _row_moments(xs, ys, flags, list(want), choose(impl, *xs, *ys))
+    wanted: Any = [
+        None if name not in want else moment[0] if single else moment
+        for name, moment in zip(MOMENTS, moments, strict=True)
+    ]
+    return RowMoments(*wanted)

@@ -236,11 +236,18 @@ def moments_jobs(target: str, dtype: str) -> dict[str, Job]:
     for layers in ("one", "table"):
         pointer = f"*{dtype}" if layers == "one" else "*i64"
         types = dict.fromkeys(("x_ptr", "y_ptr", "dx_ptr", "dy_ptr"), pointer)
-        for name in ("row_moments", "row_moments_backward"):
-            jobs[f"{name} {dtype} {layers}"] = job(
+        # All moments and both gradients, and what a loss of distances alone has.
+        others = ("xx", "yy", "xy", "difference")
+        for name, what, off in (
+            ("row_moments", "", ()),
+            ("row_moments", "dd ", [f"{other}_ptr" for other in others]),
+            ("row_moments_backward", "", ()),
+            ("row_moments_backward", "dd ", ["dy_ptr", *(f"on_{other}_ptr" for other in others)]),
+        ):
+            jobs[f"{name} {dtype} {what}{layers}"] = job(
                 getattr(kernels, f"{name}_kernel"),
                 target,
-                (),
+                off,
                 {**types, "mask_ptr": "*i1"},
                 # Hidden sizes are multiples of 16, unlike vocabularies.
                 known=("hidden_size", "x_stride", "y_stride"),

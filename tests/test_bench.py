@@ -417,6 +417,9 @@ def test_bytes_that_must_move() -> None:
     assert cases.case("shared_teacher").bytes_moved(shared, "full") == 2 * (2 * 4 + 3) * row
     layers = Size(100, D=1000, layers=4)
     assert cases.case("hidden_losses").bytes_moved(layers, "full") == 2 * (4 * 4 + 4) * row
+    padded = Size(100, D=1000, layers=9, masked=0.2)  # two layers are read by both losses
+    rerouting = cases.case("circuit_breaker").bytes_moved(padded, "full")
+    assert rerouting == 2 * (4 * 11 * 4 * row // 5 + 9 * row)
     assert cases.case("head_cross_entropy").bytes_moved(Size(1, 2, 3), "full") is None
 
 
@@ -437,6 +440,7 @@ def test_rows_have_the_schema(device: str) -> None:
 
 TINY = {
     "hidden_losses": Size(5, D=24, layers=3),
+    "circuit_breaker": Size(8, D=24, layers=3, masked=0.25),
     **{case.name: Size(7, 33, 16) for case in HEAD_CASES},
     "shared_teacher": Size(5, 37, students=3),
     "masked_cross_entropy": Size(10, 37, masked=0.5),

@@ -205,6 +205,32 @@ def test_losses_are_the_published_formulas(scope: str, masked: bool) -> None:
     assert scope == "total" or ours[1].item() > total.item()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_and_torch_agree_with_the_published_formulas(
+    impl: str, device: str, dtype: torch.dtype
+) -> None:
+    """On lists of layers whose width is no multiple of anything, padding on either side."""
+    generator = torch.Generator().manual_seed(0)
+
+    def layers() -> list[Tensor]:
+        drawn = torch.randn(3, 2, 6, 77, generator=generator)
+        return [layer.to(device, dtype) for layer in drawn]
+
+    hidden, original = [h.requires_grad_() for h in layers()], layers()
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]], device=device)
+    exact = [h.detach().double().requires_grad_() for h in hidden]
+    truth = published_retain(exact, [o.double() for o in original], mask)
+    truth = truth + published_break(exact, [o.double() for o in original], mask)
+    ours = retain_loss(hidden, original, mask, impl=impl)
+    ours = ours + circuit_breaker_loss(hidden, original, mask, impl=impl)
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=1e-6)
+    rounding = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    wanted = torch.autograd.grad(truth, exact)
+    for got, want in zip(torch.autograd.grad(ours, hidden), wanted, strict=True):
+        assert (got.double() - want).abs().max() <= rounding * want.abs().max()
+        assert not got[mask == 0].any()
+
+
 def test_retain_divides_by_all_tokens_or_by_those_that_count() -> None:
     hidden, original = torch.randn(2, 8, 4), torch.randn(2, 8, 4)
     mask = torch.zeros(2, 8, dtype=torch.bool)
@@ -472,6 +498,15 @@ def test_a_frozen_copy_and_precomputed_states_equal_the_adapter_off() -> None:
     ready = rerouting_loss(model, {**inputs, **stored}, (2.0, 3.0), options, monitor=True)
     torch.testing.assert_close(ready.loss, off.loss, rtol=1e-6, atol=0)
     assert_same_gradients(gradients(model, ready.loss), want, within=1e-6)
+
+
+def test_a_reference_of_another_dtype_is_compared_in_that_of_the_model() -> None:
+    base = llama()
+    copied = copy.deepcopy(base).to(torch.bfloat16)
+    model, inputs = adapted(base), batch()
+    same = rerouting_loss(model, inputs, (2.0, 3.0), Rerouting((2, 3)))
+    other = rerouting_loss(model, inputs, (2.0, 3.0), Rerouting((2, 3), reference=copied))
+    assert other.loss.item() == pytest.approx(same.loss.item(), rel=0.02)
 
 
 def test_a_full_model_trains_against_a_frozen_copy() -> None:

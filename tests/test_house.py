@@ -217,7 +217,7 @@ def no_retired_or_tuned_triton(tree: ast.Module, path: str) -> Found:
 HOT_PATH = ("ops", "python/onepass/losses.py", "python/onepass/reduce.py")
 # Functions that are there to read values: free to do so, so a call of one counts as a read.
 # Checks that their callers ask `values_checked` about, and what only the torch path calls.
-VALUE_READERS = {"check_labels", "check_probabilities", "kept_rows", "_kept", "_pairs"}
+VALUE_READERS = {"check_labels", "check_probabilities", "kept_rows", "_kept_slabs", "_pairs"}
 TORCH_PATH = {"sum_beside_one", "beside_one", "divergence", "jensen_shannon"}
 WAITS = (".item", ".tolist", ".cpu", ".numpy", ".nonzero", ".synchronize", ".masked_select")
 

@@ -90,7 +90,7 @@ RESUME = ("--output_dir", "run", "--resume_from_checkpoint")
         ((*GIVEN, "--selective_layers", "7"), "--selective_layers: got 7"),
         (
             (*GIVEN, "--circuit_breaker_target_layers", "0", "--selective_layers", "1"),
-            "wanted one up to the last target layer, 0",
+            "wanted blocks from 0 to 0: those after it are not run",
         ),
         ((*GIVEN, "--scale_schedule", "2x2"), "--scale_schedule must be the like of 1x1x1"),
         ((*GIVEN, "--scale_schedule", "1x2x2"), "--scale_schedule must begin with 1x1x1"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 import onepass
+from onepass.bench.measure import _peak_bytes
 from onepass.ops import row_moments as module
 from support.environment import NO_INTERPRETER, NO_TRITON
 from support.guard import count_bytes, guard
@@ -179,6 +181,53 @@ def test_every_moment_alone(impl: str, name: str, device: str) -> None:
     check_gradients(got, x, y, upstream, name)
     for at, side in enumerate(("xx", "yy")):
         assert bool(got[at].any()) == (name not in ("xx", "yy") or name == side)
+
+
+SUBSETS = [s for n in range(1, 5) for s in combinations(MOMENTS, n)]
+
+
+@pytest.mark.parametrize("layers", [1, 2], ids=lambda n: f"L{n}")
+def test_every_subset_of_moments(impl: str, layers: int, device: str) -> None:
+    """What is not wanted is None; what is has the bits that it has among all five, and the same
+    gradient to both sides, also where not all that is wanted is used."""
+    xs, ys = ([torch.randn(2, 67).to(device) for _ in range(layers)] for _ in range(2))
+    mask = torch.tensor([True, False]).to(device)
+    for at, want in enumerate(SUBSETS):
+        leaves = leaves_of(*xs, *ys)
+        x: Any = leaves[:layers] if layers > 1 else leaves[0]
+        y: Any = leaves[layers:] if layers > 1 else leaves[1]
+        everything = onepass.row_moments(x, y, mask, impl=impl)
+        stats = onepass.row_moments(x, y, mask, want=want, impl=impl)
+        for name in MOMENTS:
+            got = getattr(stats, name)
+            assert got is None if name not in want else same_bits(got, getattr(everything, name))
+        used = want[: 1 + at % len(want)]
+        upstream = upstream_for(stats[MOMENTS.index(want[0])].shape, xs[0], used)
+        options = {"allow_unused": True}
+        alone = gradients(stats, leaves, upstream, **options)
+        assert same_bits(alone, gradients(everything, leaves, upstream, **options))
+        assert any(grad.any() for grad in alone) and not any(grad[1].any() for grad in alone)
+
+
+def test_wants_in_any_form(impl: str, device: str) -> None:
+    x, y = draw((3, 8), FP32, device)
+    everything = onepass.row_moments(x, y, impl=impl)
+    one = onepass.row_moments(x, y, want="xy", impl=impl)
+    assert [m is None for m in one] == [name != "xy" for name in MOMENTS]
+    assert same_bits(one.xy, everything.xy)
+    twice = onepass.row_moments(x, y, want=["yy", "xx", "yy"], impl=impl)
+    assert same_bits((twice.xx, twice.yy), (everything.xx, everything.yy))
+    assert not any(m is not None for m in onepass.row_moments(x, y, want=(), impl=impl))
+
+
+def test_double_backward_of_a_subset(impl: str, device: str) -> None:
+    x, y = draw((3, 33), FP32, device)
+    leaves = leaves_of(x, y)
+    stats = onepass.row_moments(leaves[0], leaves[1], want=("dd", "xy"), impl=impl)
+    upstream = upstream_for((3,), x, ("dd", "xy"))
+    again = gradients(stats, leaves, upstream, create_graph=True)
+    check_gradients([grad.detach() for grad in again], x, y, upstream)
+    torch.autograd.grad(again[0].sum(), leaves)
 
 
 @pytest.mark.parametrize("side", [0, 1], ids=["x", "y"])
@@ -434,6 +483,71 @@ def test_any_number_but_zero_counts(impl: str, dtype: torch.dtype, device: str) 
         assert torch.equal(got, torch.where(mask != 0, want, 0.0))
 
 
+PATTERNS = ("padded", "left", "islands", "random", "one", "last", "none", "all")
+
+
+def pattern(kind: str, rows: int) -> Tensor:
+    """Which of `rows` rows, of two sequences, count."""
+    mask = torch.zeros(2, rows // 2, dtype=torch.bool)
+    if kind == "padded":
+        mask[0, :-7], mask[1, :11] = True, True
+    elif kind == "left":
+        mask[:, rows // 3 :] = True
+    elif kind == "islands":
+        mask[:, ::9] = mask[:, 4:7] = True
+    elif kind == "random":
+        mask = torch.rand(mask.shape) < 0.7
+    elif kind == "one":
+        mask[1, 3] = True
+    elif kind == "last":
+        mask[:, -1] = True
+    elif kind == "all":
+        mask[:] = True
+    return mask.view(-1)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP64], ids=dtype_id)
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_slabs_and_gaps(
+    kind: str, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The torch path reads short gaps and jumps over long ones, in slabs: the same bits for the
+    rows that count, exact zeros for the others whatever they and their upstream gradient hold."""
+    monkeypatch.setattr(module, "FEWEST_PARTS", 1)
+    monkeypatch.setattr(module, "SLAB_NUMEL", 5 * 33)
+    monkeypatch.setattr(module, "SHORT_GAP", 3 * 33)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    mask = pattern(kind, 60).to(device)
+    rows = [side for _ in range(2) for side in draw((60, 33), dtype, device)]
+    spoilt = [torch.where(mask[:, None], side, math.nan) for side in rows]
+    leaves = leaves_of(*spoilt)
+    stats = onepass.row_moments(leaves[:2], leaves[2:], mask, impl="torch")
+    wide = leaves_of(*(torch.where(mask[:, None], side, 0.0) for side in rows))
+    whole = onepass.row_moments(wide[:2], wide[2:], impl="torch")
+    assert same_bits(tuple(stats), tuple(whole))
+    upstream = upstream_for((2, 60), leaves[0])
+    bad = {name: torch.where(mask, up, math.inf) for name, up in upstream.items()}
+    got, want = gradients(stats, leaves, bad), gradients(whole, wide, upstream)
+    for grad, expected in zip(got, want, strict=True):
+        assert same_bits(grad[mask], expected[mask])
+        assert not grad[~mask].any()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=dtype_id)
+def test_a_few_slabs_beside_the_gradients(dtype: torch.dtype) -> None:
+    """The torch path needs no memory of the size of the rows."""
+    layers, shape = 8, (4096, 512)
+    xs, ys = ([torch.randn(shape).to(dtype) for _ in range(layers)] for _ in "xy")
+    leaves = leaves_of(*xs)
+    mask = torch.arange(4096) % 1024 < 800
+    with _peak_bytes(torch.device("cpu")) as peak:
+        stats = onepass.row_moments(leaves, ys, mask, want=("dd", "xy"))
+        grads = torch.autograd.grad((stats.dd + stats.xy).sum(), leaves)
+    parts = max(module.FEWEST_PARTS, torch.get_num_threads())
+    slab = 4 * min(parts * module.SLAB_NUMEL, math.prod(shape))
+    assert peak[0] <= sum(map(tensor_bytes, grads)) + 4 * slab + (4 << 20)
+
+
 # ---------------------------------------------------------------- autograd and torch.compile
 
 
@@ -522,8 +636,9 @@ def test_opcheck(impl: str, layers: int, device: str) -> None:
     """Schema, fake and autograd registration, aliasing, and the operators under AOT dispatch."""
     sides = [leaves_of(*(torch.randn(2, 2, 9).to(device) for _ in range(layers))) for _ in "xy"]
     mask = torch.tensor([True, False, True, True]).to(device)
-    args = (*sides, mask, impl == "triton")
-    torch.library.opcheck(torch.ops.onepass.row_moments.default, args)
+    for want in (MOMENTS, ("xy", "dd")):
+        args = (*sides, mask, list(want), impl == "triton")
+        torch.library.opcheck(torch.ops.onepass.row_moments.default, args)
 
 
 def test_compiled_is_eager(impl: str, device: str) -> None:
@@ -532,7 +647,7 @@ def test_compiled_is_eager(impl: str, device: str) -> None:
 
     def loss(*rows: Tensor) -> Tensor:
         one = onepass.row_moments(rows[0], rows[1], impl=impl)
-        many = onepass.row_moments(rows[:2], rows[2:], mask, impl=impl)
+        many = onepass.row_moments(rows[:2], rows[2:], mask, want=("xx", "xy"), impl=impl)
         return (one.dd / one.yy).sum() + (many.xy * many.xx).sum()
 
     rows = [torch.randn(2, 3, 67).to(device) for _ in range(4)]
@@ -597,6 +712,16 @@ def test_every_byte_moves_once(layers: int, dtype: torch.dtype) -> None:
     # Beside the rows only 5 numbers a row, and 2 or 4 addresses a row from the tables.
     assert forward.read() <= big + 2 * 8 * 2 * layers
     assert backward.read() <= big + (5 * 4 + 4 * 8 * 2) * 2 * layers
+
+
+@interpreted
+@pytest.mark.parametrize("want", [("dd",), ("xx", "yy", "xy")], ids="-".join)
+def test_only_the_moments_that_are_wanted_are_written(want: tuple[str, ...]) -> None:
+    x, y = draw((3, 200), BF16, "cpu")
+    with count_bytes() as forward:
+        onepass.row_moments(x, y, want=want, impl="triton")
+    assert forward.written() == 4 * 3 * len(want)
+    assert forward.read() <= 2 * tensor_bytes(x)
 
 
 @interpreted
@@ -703,6 +828,7 @@ BAD: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "a_layer_is_none": (([X, None], [Y, Y]), TypeError, r"x\[1\] must be .*got NoneType"),
     "mask_of_columns": ((X, Y, torch.ones(2, 3, 5)), ValueError, r"\(2, 3\): got \(2, 3, 5\)"),
     "mask_of_one_row": ((X, Y, torch.ones(3)), ValueError, r"mask .*\(2, 3\): got \(3,\)"),
+    "want_unknown": ((X, Y, None, ("dd", "yx")), ValueError, "want has no 'yx': choose among dd"),
     "mask_is_a_list": ((X, Y, [1, 0]), TypeError, r"mask .*torch.Tensor: got list"),
 }  # fmt: skip
 
@@ -716,8 +842,9 @@ def test_bad_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "_row_moments", never)
     args, kind, message = BAD[name]
+    options = {"want": args[3]} if len(args) > 3 else {}
     with pytest.raises(kind, match=message) as caught:
-        onepass.row_moments(*args)
+        onepass.row_moments(*args[:3], **options)
     assert "\n" not in str(caught.value)
 
 

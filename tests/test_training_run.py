@@ -1,4 +1,4 @@
-"""`onepass train` through a toy system: what a run leaves, kill -9, Ctrl-C, resumption, overwriting.
+"""`onepass train` through a toy system: what a run leaves, kill -9, Ctrl-C, resumption.
 
 The runs happen in forks of one process that has imported everything once.
 """
@@ -31,7 +31,8 @@ def environment() -> dict[str, str]:
     dropped = ("TRITON_INTERPRET", "COLUMNS", "RANK", "WORLD_SIZE")
     inherited = {k: v for k, v in os.environ.items() if k not in dropped}
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return inherited | {"PYTHONPATH": str(ROOT / "python")} | settings
+    path = os.pathsep.join([str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
+    return inherited | {"PYTHONPATH": path} | settings
 
 
 @pytest.fixture(scope="module")
@@ -147,16 +148,16 @@ def test_resuming_from_an_earlier_checkpoint_drops_the_later_ones(toy: Toy, tmp_
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(toy: Toy, tmp_path: Path) -> None:
-    stopped = toy(TOY_STOP="5")
+    stopped = toy("--slope=3", TOY_STOP="5")
     assert (stopped.code, stopped.out) == (130, "")
     assert stopped.err == (
         "onepass train toy: interrupted at step 5 of 12; saved run/checkpoint-5; go on with:"
         " onepass train toy --output_dir run --resume_from_checkpoint\n"
     )
-    assert toy(RESUME).code == 0
+    assert toy(RESUME).code == 0  # with the slope of run.json
     weights = (tmp_path / "run" / "model.safetensors").read_bytes()
     (tmp_path / "run").rename(tmp_path / "stopped")
-    assert toy().code == 0
+    assert toy("--slope=3").code == 0
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
 
 
@@ -211,13 +212,15 @@ def test_metrics_are_strict_json(tmp_path: Path) -> None:
 
 
 def test_two_processes_write_and_print_once(tmp_path: Path) -> None:
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", str(TOY), "--output_dir", "run"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2"]  # what accelerate starts, too
+    command = [*launch, str(TOY), "--output_dir", "run", "--max_steps=4", "--use_cpu"]
     done = subprocess.run(
-        [sys.executable, *launch, "--max_steps=4"],
+        [sys.executable, *command],
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("A line") == 1
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["epoch"] == pytest.approx(0.8)  # of 40 points, 8 a step
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 3, 4]

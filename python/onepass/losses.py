@@ -7,6 +7,8 @@ back into logits or hidden states.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from .ops._check import (
     values_checked,
 )
 from .ops._launch import IMPLS, accumulation_dtype
-from .ops.row_moments import RowMoments, row_moments
+from .ops.row_moments import MOMENTS, RowMoments, row_moments
 from .ops.vocab_pair_stats import check_probabilities, vocab_pair_stats
 from .ops.vocab_stats import VocabStats, vocab_stats
 from .reduce import REDUCTIONS, check_num_items, mean_divisor, reduce_rows, row_weights
@@ -428,7 +430,8 @@ def masked_normalized_l2(
     Source: Stained Glass Engine 2.8.1, jigsaw losses (compute_masked_normalized_l2_loss).
     """
     check_choice("normalization", normalization, NORMALIZATIONS)
-    moments = hidden_moments(x, target, mask, reduction, eps, impl)
+    want = {"dim": ("dd",), "unit": MOMENTS}.get(normalization, ("dd", "yy"))
+    moments = hidden_moments(x, target, mask, reduction, eps, impl, want)
     if normalization == "dim":
         rows = moments.dd / x.shape[-1]
     elif normalization == "unit":
@@ -472,7 +475,8 @@ def masked_inner_product(
     """
     if relu and absolute:
         raise ValueError("relu and absolute exclude each other: pass one of them")
-    rows = cosine_rows(hidden_moments(x, target, mask, reduction, eps, impl), eps)
+    moments = hidden_moments(x, target, mask, reduction, eps, impl, ("xx", "yy", "xy"))
+    rows = cosine_rows(moments, eps)
     if relu:
         rows = rows.relu()
     if absolute:
@@ -481,15 +485,22 @@ def masked_inner_product(
 
 
 def hidden_moments(
-    x: Tensor, target: Tensor, mask: Tensor | None, reduction: str, eps: float, impl: str
+    x: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    reduction: str,
+    eps: float,
+    impl: str,
+    want: Sequence[str],
 ) -> RowMoments:
-    """row_moments of one pair of tensors, after the checks that the hidden-state losses share."""
+    """row_moments, `want` of them, of one pair of tensors, after the checks that the hidden-state
+    losses share."""
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("impl", impl, IMPLS)
     check_number("eps", eps, 0.0)
     check_rows_alike("x", x, "target", target)
     check_weights("mask", mask, x.shape[:-1])
-    return row_moments(x, target, mask, impl=impl)
+    return row_moments(x, target, mask, want=want, impl=impl)
 
 
 def cosine_rows(moments: RowMoments, eps: float = 0.0) -> Tensor:

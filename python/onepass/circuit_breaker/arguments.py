@@ -19,20 +19,15 @@ class LorraArguments:
 
     target_layers: str | None = field(
         default=None,
-        metadata={
-            "help": "hidden_states indices to turn, as 10,20 (default: 10,20 of 32 layers, in"
-            " proportion)"
-        },
+        metadata={"help": "hidden_states to turn (default: 10,20 of 32, in proportion)"},
     )
     transform_layers: str = field(
         default="-1",
-        metadata={"help": "blocks that get LoRA, as 0,1,2; -1: up to the last target layer"},
+        metadata={"help": "blocks that get LoRA; -1: up to the last target"},
     )
-    lorra_alpha: float = field(
-        default=5.0, metadata={"help": "what the two coefficients sum up to; 10 for Llama-3"}
-    )
+    lorra_alpha: float = field(default=5.0, metadata={"help": "sum of both coefficients"})
     full_layers: bool = field(
-        default=False, metadata={"help": "retain at all layers, not only up to the last target"}
+        default=False, metadata={"help": "retain at all layers, not to the last target"}
     )
     coeff_schedule: str = field(
         default="linear_converge",
@@ -44,26 +39,38 @@ class LorraArguments:
     )
     use_refusal_retain: bool = field(
         default=False,
-        metadata={"help": "also retain the refusals in the harmful file (field llama3_output)"},
+        metadata={
+            "help": "also retain the refusals in the harmful file (field llama3_output)",
+            "advanced": True,
+        },
     )
     model_max_length: int = field(default=1024, metadata={"help": "tokens of an example at most"})
     reference: str = field(
         default=ADAPTER_OFF,
-        metadata={"help": "where original hidden states come from", "choices": list(REFERENCES)},
+        metadata={"help": "of the original states", "choices": list(REFERENCES)},
     )
     retain_reduction: str = field(
         default="all",
-        metadata={"help": "what retain divides by", "choices": list(RETAIN_REDUCTIONS)},
+        metadata={
+            "help": "what retain divides by",
+            "choices": list(RETAIN_REDUCTIONS),
+            "advanced": True,
+        },
     )
     relu_scope: str = field(
         default="token",
-        metadata={"help": "what the positive part is taken of", "choices": list(RELU_SCOPES)},
+        metadata={
+            "help": "what the positive part is taken of",
+            "choices": list(RELU_SCOPES),
+            "advanced": True,
+        },
     )
     init_jitter: float = field(
         default=1e-4,
         metadata={
-            "help": "noise on lora_B at the start, relative to lora_A: at 0 the circuit breaker has"
-            " no gradient"
+            "help": "noise on lora_B at the start, relative to lora_A; without any the circuit"
+            " breaker has no gradient",
+            "advanced": True,
         },
     )
 
@@ -81,12 +88,15 @@ class LorraArguments:
     def blocks_of(self, n_blocks: int) -> list[int]:
         """The blocks that get an adapter, for a model of `n_blocks` blocks."""
         chosen = numbers("transform_layers", self.transform_layers)
+        n_reached = min(max(self.layers_of(n_blocks)) + 1, n_blocks)
         if -1 in chosen:
-            return list(range(min(max(self.layers_of(n_blocks)) + 1, n_blocks)))
-        wrong = [block for block in chosen if not 0 <= block < n_blocks]
+            return list(range(n_reached))
+        n_run = n_blocks if self.full_layers else n_reached
+        wrong = [block for block in chosen if not 0 <= block < n_run]
         if wrong:
+            beyond = "" if n_run == n_blocks else " (the blocks after it run with full_layers only)"
             raise ValueError(
-                f"transform_layers must be from 0 to {n_blocks - 1}, or -1: got {wrong}"
+                f"transform_layers must be from 0 to {n_run - 1}{beyond}, or -1: got {wrong}"
             )
         return list(chosen)
 

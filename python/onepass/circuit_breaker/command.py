@@ -79,17 +79,14 @@ PANELS = [
 class DataFlags:
     """The data."""
 
-    retain: str | None = flag(None, "text to hold in place: .json, .jsonl or .txt", metavar="FILE")
-    harmful: str | None = flag(None, "text to turn away: .json, .jsonl or .txt", metavar="FILE")
-    retain_val: str | None = flag(
-        None, "retained text to measure on (default: a share of --retain)", metavar="FILE"
-    )
-    harmful_val: str | None = flag(
-        None, "harmful text to measure on (default: a share of --harmful)", metavar="FILE"
-    )
-    validation_ratio: float = flag(0.1, "that share; 0 measures on the training text")
-    num_examples: int | None = flag(None, "examples of each kind at most (default: all)")
-    category: str | None = flag(None, "only prompts of this category, in files that name them")
+    retain: str | None = flag(None, "text to hold in place (json, jsonl, txt)", metavar="FILE")
+    harmful: str | None = flag(None, "text to turn away (json, jsonl, txt)", metavar="FILE")
+    retain_val: str | None = flag(None, "to measure on (default: a share)", metavar="FILE")
+    harmful_val: str | None = flag(None, "to measure on (default: a share)", metavar="FILE")
+    validation_ratio: float = flag(0.1, "that share; 0: measure on all")
+    num_examples: int | None = flag(None, "of each kind at most (default: all)")
+    fast: bool = flag(False, "a smaller model, where one is made here")
+    category: str | None = flag(None, "leave out prompts of others")
 
 
 FLAGS = (ModelFlags, DataFlags, LorraArguments, LoraArguments, RunFlags)
@@ -108,6 +105,8 @@ def check(flags: Flags) -> None:
         )
     if missing and (data.retain_val or data.harmful_val):
         raise UsageError("--retain_val, --harmful_val: wanted --retain and --harmful with them")
+    if data.fast and model.model_name_or_path is not None:
+        raise UsageError("--fast: is of the model made here; leave it out with --model")
     if model.model_name_or_path is None:
         for name, value in SMALL.items():
             owner = next((v for v in flags.values if hasattr(v, name)), None)
@@ -128,12 +127,13 @@ def _check_numbers(data: DataFlags, lorra: LorraArguments, lora: LoraArguments) 
         ("model_max_length", lorra.model_max_length, 2),
         ("lora_r", lora.lora_r, 1),
         ("lora_alpha", lora.lora_alpha, 1),
-        ("lorra_alpha", lorra.lorra_alpha, 0),
         ("init_jitter", lorra.init_jitter, 0),
         ("lora_dropout", lora.lora_dropout, 0),
     ):
         if value is not None and not least <= value < float("inf"):
             raise UsageError(f"--{name}: got {value}, wanted a number from {least} on")
+    if not 0 < lorra.lorra_alpha < float("inf"):
+        raise UsageError(f"--lorra_alpha: got {lorra.lorra_alpha}, wanted a number above 0")
     if lora.lora_dropout >= 1:
         raise UsageError(f"--lora_dropout: got {lora.lora_dropout}, wanted below 1")
     try:
@@ -185,7 +185,7 @@ def train(flags: Flags, run: RunFolder) -> int:
     args = training_arguments(flags)
     run.begin(fingerprints(data), writes=(*ADAPTER, REFERENCE, small_model.MODEL, small_model.DATA))
     if flags[ModelFlags].model_name_or_path is None:
-        folder = small_model.small_language_model(run, args.seed)
+        folder = small_model.small_language_model(run, args.seed, data.fast)
         flags[ModelFlags].model_name_or_path = str(folder)
         if data.retain is None:
             files = small_model.data_files(run.path)

@@ -63,8 +63,8 @@ def example_of(prompt: Prompt, tokenizer: Any = None) -> Example:
         answer = next((record[name] for name in ANSWERS if name in record), None)
         if answer is None and isinstance(record["prompt"], str):
             return Example("", record["prompt"])
-        strings = isinstance(record["prompt"], str) and isinstance(answer, str)
-        if strings and getattr(tokenizer, "chat_template", None) is None:
+        plain = getattr(tokenizer, "chat_template", None) is None
+        if plain and isinstance(record["prompt"], str) and isinstance(answer, str):
             return Example(record["prompt"], answer)
         turns = _turns(record["prompt"], "user") + _turns(answer or [], "assistant")
     if not isinstance(turns, list) or not turns or not all(map(_is_turn, turns)):

@@ -150,7 +150,7 @@ def capture(
     if missing:
         raise RuntimeError(
             f"the model ran without calling its blocks for layers {missing}: hidden states are"
-            " taken by forward hooks on the blocks"
+            " taken by forward hooks on them (a compiled model runs none that come later)"
         )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._check import check_choice, check_number
-from ..ops.row_moments import MOMENTS, RowMoments
+from ..ops.row_moments import RowMoments
 from .hidden_states import (
     all_layers,
     as_reference,
@@ -37,6 +37,7 @@ from .options import ADAPTER_OFF, PRECOMPUTED, RELU_SCOPES, RETAIN_REDUCTIONS
 RETAIN, BREAK, VALIDATE = "", "_circuit_breaker", "_val"  # how the keys of a batch end
 PUBLISHED_STEPS = 150  # of a training; the published method divides its step counter by twice that
 LOG_EVERY = 10
+WATCHED = ("dd", "xx", "yy", "xy")  # moments behind either loss, the cosine and the norms
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def loss_of_parts(
         if coefficient <= 0 and not monitor and not every_term:
             continue
         graph = coefficient > 0 and torch.is_grad_enabled()
-        want = MOMENTS if monitor else wanted
+        want = WATCHED if monitor else wanted
         moments, mask = _compare(model, inputs, ending, layers, options, runs, want, graph)
         with torch.set_grad_enabled(graph):
             if name == "retain":
@@ -182,7 +183,7 @@ def loss_of_parts(
         if monitor:
             facts |= {f"{name}_{fact}": v for fact, v in monitored(moments, mask).items()}
     if monitor and f"{runs.key}{VALIDATE}" in inputs:
-        moments, mask = _compare(model, inputs, VALIDATE, targets, options, runs, MOMENTS, False)
+        moments, mask = _compare(model, inputs, VALIDATE, targets, options, runs, WATCHED, False)
         facts |= {f"val_{fact}": v for fact, v in monitored(moments, mask).items()}
     if loss is None:
         loss = next(p for p in model.parameters() if p.requires_grad).sum() * 0.0
@@ -213,6 +214,8 @@ def _compare(
                 " runs with use_reentrant=True; set it to False"
             )
         mask = runs.mask(inputs, ending, after[0])
+        # A copy in another dtype, or states that were stored outside of autocast.
+        before = [b.to(a.dtype) for a, b in zip(after, before, strict=True)]
         return layer_moments(after, before, mask, options.impl, want), mask
 
 
@@ -230,7 +233,7 @@ def part_facts(
     n_blocks = len(blocks_of(model))
     layers = options.target_layers if ending else options.retain_layers(n_blocks)
     runs = language_model_runs(options, n_blocks) if runs is None else runs
-    return monitored(*_compare(model, inputs, ending, layers, options, runs, MOMENTS, graph=False))
+    return monitored(*_compare(model, inputs, ending, layers, options, runs, WATCHED, graph=False))
 
 
 def reference_hidden_states(

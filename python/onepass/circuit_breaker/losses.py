@@ -92,7 +92,7 @@ def layer_moments(
         first = hidden_states[0]
     if isinstance(first, Tensor):
         check_weights("mask", mask, first.shape[:-1])
-    return row_moments(hidden_states, reference, mask, impl=impl)
+    return row_moments(hidden_states, reference, mask, want=want, impl=impl)
 
 
 def retain_of(moments: RowMoments, mask: Tensor | None, retain_reduction: str) -> Tensor:

@@ -60,8 +60,7 @@ class CircuitBreakerTrainer(Trainer):
         if peft_config is not None:
             from peft import get_peft_model
 
-            if args is not None:
-                set_seed(args.seed)  # of lora_A; transformers.Trainer does it only after
+            set_seed(42 if args is None else args.seed)  # the Trainer does so only later
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
         inner = unwrapped(model)
         if (
@@ -76,6 +75,10 @@ class CircuitBreakerTrainer(Trainer):
         if args is not None:
             args.remove_unused_columns = False
             args.label_names = args.label_names or []
+            if args.ddp_find_unused_parameters is None:
+                # Each step runs the model twice, to different depths; every weight of the adapter
+                # is used by one of the two, and DDP would take it for unused in the other.
+                args.ddp_find_unused_parameters = False
         super().__init__(model, args, data_collator, train_dataset, **others)
         if self.args.n_gpu > 1:
             raise ValueError(

@@ -20,7 +20,7 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 class Command(NamedTuple):
     """A subcommand: `module` offers `add_arguments(parser)` and `run(args) -> int | None`, or
-    `main(tokens) -> int` where its flags depend on what comes first."""
+    `run_tokens(tokens) -> int` where its flags depend on what comes first."""
 
     module: str  # relative to the package
     summary: str
@@ -136,8 +136,8 @@ def _run(name: str, tokens: Sequence[str]) -> int:
 
     command = COMMANDS[name]
     module = importlib.import_module(command.module, __package__.rpartition(".")[0])
-    if hasattr(module, "main"):
-        return int(module.main(tokens))
+    if hasattr(module, "run_tokens"):
+        return int(module.run_tokens(tokens))
     parser = Parser(prog=f"onepass {name}", description=command.description)
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

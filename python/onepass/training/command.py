@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
-def main(tokens: Sequence[str]) -> int:
+def run_tokens(tokens: Sequence[str]) -> int:
     """Run `onepass train` with `tokens`; returns the exit code."""
     if not tokens or tokens[0].startswith("-"):
         parser = Parser(prog="onepass train")
@@ -117,14 +117,7 @@ def _train(name: str, tokens: Sequence[str]) -> int:
             f'needs {", ".join(missing)}, not installed here: pip install "onepass[train,viz]"'
         )
     if launch is not None:
-        again = [
-            "-m",
-            "onepass",
-            "train",
-            name,
-            *_less_launch(tokens, flags),
-            "--accelerate_config=none",
-        ]
+        again = ["-m", "onepass", "train", name, *flags.tokens, "--accelerate_config=none"]
         command = [sys.executable, "-m", "accelerate.commands.launch", *launch, *again]
         sys.stdout.flush()
         sys.stderr.flush()
@@ -156,7 +149,9 @@ def _launch_flags(flags: Flags) -> list[str] | None:
     if name in (None, "none"):
         return None
     if name in ACCELERATE:
-        chosen = ["--mixed_precision=no", *ACCELERATE[name]]  # bf16 is TrainingArguments' to say
+        # bf16 is TrainingArguments' to say, and what is not said accelerate warns of
+        plain = ("--mixed_precision=no", "--dynamo_backend=no", "--num_machines=1")
+        chosen = [*plain, *ACCELERATE[name]]
     elif os.path.isfile(name):
         chosen = [f"--config_file={name}"]
     else:
@@ -164,11 +159,3 @@ def _launch_flags(flags: Flags) -> list[str] | None:
         text = f"--accelerate_config: {name!r} is neither a name nor a file"
         raise UsageError(text, allowed=ACCELERATE, meant=meant)
     return [*chosen, *flags.launch]
-
-
-def _less_launch(tokens: Sequence[str], flags: Flags) -> list[str]:
-    """The tokens without those that went to the launcher."""
-    left = list(tokens)
-    for token in flags.launch:
-        left.remove(token)
-    return left

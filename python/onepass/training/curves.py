@@ -18,14 +18,19 @@ Panel = tuple[str, str, Mapping[str, str], Mapping[str, Any]]
 
 
 def write_curves(run: RunFolder, title: str, panels: Sequence[Panel]) -> None:
-    """curves.png: a panel beside the other; a metric that was never logged is left out."""
+    """curves.png: two panels a row; a metric that was never logged is left out."""
     if not run.is_main:
         return
     from matplotlib.figure import Figure
 
     lines = read_metrics(run.path / METRICS)
-    figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    columns = min(len(panels), 2)
+    n_rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.5 * columns, 3.8 * n_rows), layout="constrained")
+    grid = figure.subplots(n_rows, columns, squeeze=False).flatten()
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    for axes, panel in zip(grid, panels, strict=False):
         heading, ylabel, metrics, options = panel
         for i, (name, label) in enumerate(metrics.items()):
             points = [(x["step"], x[name]) for x in lines if x.get(name) is not None]

@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import json
 import os
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,14 +28,16 @@ if typing.TYPE_CHECKING:
 
 T = TypeVar("T")
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+HELP_AT, HELP_WIDTH = 35, 43  # of the 78 columns that argparse takes of 80
 METAVARS = {int: "N", float: "X", str: "TEXT", bool: ""}
 
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field with what its flag needs."""
-    made = {"default_factory": lambda: list(default)} if isinstance(default, list) else {}
-    made = made or {"default": default}
-    return field(**made, metadata={"help": help, **metadata})
+    metadata["help"] = help
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -81,7 +84,9 @@ class RunFlags:
     per_device_train_batch_size: int = flag(8, "examples a device and step")
     gradient_accumulation_steps: int = flag(1, "batches a step")
     learning_rate: float = flag(5e-5, "its peak")
-    lr_scheduler_type: str = flag("linear", "course of the learning rate", metavar="NAME")
+    lr_scheduler_type: str = flag(
+        "linear", "course of the learning rate", metavar="NAME", advanced=True
+    )
     warmup_steps: float = flag(0.0, "steps, or share of them below 1", advanced=True)
     weight_decay: float = flag(0.0, "of AdamW", advanced=True)
     max_grad_norm: float = flag(1.0, "gradients are clipped to it", advanced=True)
@@ -91,7 +96,7 @@ class RunFlags:
     seed: int = flag(42, "of weights, order and dropout")
     logging_steps: float = flag(10, "steps between logs")
     save_steps: float = flag(50, "steps between checkpoints")
-    save_total_limit: int | None = flag(2, "checkpoints kept")
+    save_total_limit: int | None = flag(2, "checkpoints kept", advanced=True)
     report_to: list[str] = flag(["none"], "trackers: tensorboard, wandb, ...")
     run_name: str | None = flag(None, "for the trackers", advanced=True)
     push_to_hub: bool = flag(False, "upload what is saved", advanced=True)
@@ -108,8 +113,9 @@ class Flags:
 
     values: tuple[Any, ...]
     overrides: dict[str, Any]  # fields of TrainingArguments that are none of ours
-    given: set[str]  # names typed or in the config file; all others are defaults
-    launch: list[str]  # flags for `accelerate launch`
+    given: set[str]  # typed, in the config file or in the resumed run's; others are defaults
+    tokens: list[str]  # the command line, less
+    launch: list[str]  # the flags for `accelerate launch`
 
     def __getitem__(self, kind: type[T]) -> T:
         return next(value for value in self.values if isinstance(value, kind))
@@ -151,14 +157,16 @@ def _add(group: Any, f: Any, hint: Any, defaults: Mapping[str, Any], every: bool
         how["nargs"] = "+"
     if "const" in meta:
         how |= {"nargs": "?", "const": meta["const"]}
-    text = meta.get("help", "").replace("%", "%%")
+    text = meta.get("help", "")
     if how["choices"] and not all(str(choice) in text for choice in how["choices"]):
         text += ": " + ", ".join(map(str, how["choices"]))
     shown = ",".join(map(str, default)) if is_list and default else default
     if isinstance(shown, bool):
-        text += " [on]" if shown else ""
-    elif shown not in (None, []) and "default" not in text:
-        text += f" [{str(shown).replace('%', '%%')}]"
+        shown = "on" if shown else None
+    told = "" if shown in (None, []) or "default" in text else f" [{shown}]"
+    if not every:  # a line a flag
+        text = textwrap.shorten(text, HELP_WIDTH - len(told), placeholder=" ...")
+    text = (text + told).replace("%", "%%")
     hidden = meta.get("advanced") and not every
     group.add_argument(
         f"--{f.name}", *meta.get("aliases", ()), help=argparse.SUPPRESS if hidden else text, **how
@@ -188,10 +196,10 @@ class Help(argparse.HelpFormatter):
     """A flag a line where it fits: `--flag N`, its help beside it."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=36)
+        super().__init__(prog, max_help_position=HELP_AT)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        names = "-h, --help" if "-h" in action.option_strings else action.option_strings[0]
+        names = action.option_strings[0]
         shown = action.metavar if action.metavar not in ("", "BOOL") else None
         return f"{names} {shown}" if shown and action.nargs != 0 else names
 
@@ -215,13 +223,12 @@ def parse(
         prog=prog,
         usage=f"{prog} [flags]",
         description=description,
-        epilog=None
-        if every
-        else "[x]: the default; --no_flag: off. All flags: --help-all. TrainingArguments' are taken too.",
+        epilog="[x]: the default; --no_flag: off. Any flag of TrainingArguments is taken too."
+        + ("" if every else " All flags: --help-all"),
         formatter_class=Help,
-        argument_default=None,
+        add_help=False,
     )
-    parser.add_argument("--help-all", action="help", help="every flag")
+    parser.add_argument("-h", "--help", "--help-all", action="help", help=argparse.SUPPRESS)
     parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     add_flags(parser, kinds, defaults or {}, every)
     aliases = {a: f"--{f.name}" for k in kinds for f in fields(k) for a in _aliases(f)}
@@ -229,11 +236,6 @@ def parse(
     if every or "--help" in tokens or "-h" in tokens:
         parser.parse_args(["--help"])
     typed, rest = _split(tokens, ours, aliases)
-    for token in typed:
-        if not token.startswith("-") or token == "--":
-            break
-        if token.split("=")[0] not in parser._option_string_actions:
-            parser._refuse_extra(token)
     first = parser.parse_args(typed)
     mapping = _read_config(Path(first.config)) if first.config else {}
     file_tokens, file_rest = _config_tokens(first.config, mapping, ours)
@@ -243,7 +245,8 @@ def parse(
         error.message = f"{first.config}: {error.message}"
         raise
     space = parser.parse_args([*file_tokens, *typed])
-    overrides, launch = _training_overrides(parser, [*file_rest, *rest], space.accelerate_config)
+    theirs, launch = _sort_out(parser, [*file_rest, *rest], space.accelerate_config)
+    overrides = _training_overrides(prog, theirs)
     given = {t[2:].split("=")[0] for t in [*file_tokens, *typed] if t.startswith("--")} & ours
     given |= set(overrides)
     values = vars(space)
@@ -255,8 +258,12 @@ def parse(
             if name in given or name in ("output_dir", "resume_from_checkpoint", "overwrite"):
                 continue
             (values if name in ours else overrides)[name] = value
+            given.add(name)
+    for name, value in values.items():
+        if isinstance(value, list) and value and isinstance(value[0], str):  # a b, or a,b
+            values[name] = [part for item in value for part in item.split(",") if part]
     made = tuple(kind(**{f.name: values[f.name] for f in fields(kind)}) for kind in kinds)
-    return Flags(made, overrides, given, launch)
+    return Flags(made, overrides, given, [*typed, *theirs], launch)
 
 
 def _aliases(f: Any) -> list[str]:
@@ -348,47 +355,53 @@ def training_fields() -> frozenset[str]:
     if found is None or found.origin is None:
         raise Failed("needs transformers, which is not installed: pip install 'onepass[train]'")
     tree = ast.parse(Path(found.origin).with_name("training_args.py").read_text("utf-8"))
-    bodies = [n.body for n in tree.body if getattr(n, "name", "") == "TrainingArguments"]
-    named = [n.target for body in bodies for n in body if isinstance(n, ast.AnnAssign)]
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef)]
+    [found_class] = [c for c in classes if c.name == "TrainingArguments"]
+    named = [n.target for n in found_class.body if isinstance(n, ast.AnnAssign)]
     return frozenset(t.id for t in named if isinstance(t, ast.Name) and not t.id.startswith("_"))
 
 
-def _training_overrides(
+def _sort_out(
     parser: Parser, tokens: Sequence[str], accelerate: str | None
-) -> tuple[dict[str, Any], list[str]]:
-    """Values of TrainingArguments' own flags, and the flags left for accelerate's launcher."""
-    mine: list[str] = []
+) -> tuple[list[str], list[str]]:
+    """Flags that are not ours: (TrainingArguments', the launcher's)."""
+    theirs: list[str] = []
     launch: list[str] = []
-    into = mine
+    into = theirs
     for token in tokens:
         if token.startswith("--"):
             name = token.partition("=")[0]
             key = name[2:].replace("-", "_")
-            if key in training_fields() or key.removeprefix("no_") in training_fields():
-                into, token = mine, token.replace(name, f"--{key}", 1)
-            elif accelerate and key in _launch_flags():
+            if key in training_fields():
+                into, token = theirs, token.replace(name, f"--{key}", 1)
+            elif key.removeprefix("no_") in training_fields() and name == token:
+                into, token = theirs, f"--{key.removeprefix('no_')}=false"
+            elif accelerate and key in _launcher_flags():
                 into = launch
             else:
-                names = [*parser._flags(), *(f"--{n}" for n in training_fields())]
-                meant = nearest(name, names)
+                meant = nearest(name, [*parser._flags(), *(f"--{n}" for n in training_fields())])
                 hint = f"see {parser.prog} --help"
-                raise UsageError(f"unknown option {name!r}", meant=meant, hint=hint)
+                text = f"unknown option {name!r}"
+                raise UsageError(text, meant=meant, hint=hint, prog=parser.prog)
         into.append(token)
-    if not mine:
-        return {}, launch
+    return theirs, launch
+
+
+def _training_overrides(prog: str, tokens: Sequence[str]) -> dict[str, Any]:
+    """The values of TrainingArguments' own flags."""
+    if not tokens:
+        return {}
     from transformers import HfArgumentParser, TrainingArguments
 
     class Theirs(HfArgumentParser, Parser):
         """transformers' parser with our errors."""
 
-    theirs = Theirs(TrainingArguments, prog=parser.prog)
-    space = theirs.parse_args(mine)
-    named = {t[2:].partition("=")[0] for t in mine if t.startswith("--")}
-    named = {n if n in training_fields() else n.removeprefix("no_") for n in named}
-    return {name: getattr(space, name) for name in sorted(named)}, launch
+    values = vars(Theirs(TrainingArguments, prog=prog).parse_args(tokens))
+    named = {t[2:].partition("=")[0] for t in tokens if t.startswith("--")}
+    return {name: values[name] for name in sorted(named)}
 
 
-def _launch_flags() -> set[str]:
+def _launcher_flags() -> set[str]:
     from accelerate.commands.launch import launch_command_parser
 
     options = launch_command_parser()._option_string_actions

@@ -133,6 +133,9 @@ class RunFolder:
         if earlier.get("system") != self.system:
             made = f"the run in {str(self.path)!r} is one of {earlier.get('system')}"
             raise UsageError(f"--resume_from_checkpoint: {made}")
+        if earlier.get("schema") != SCHEMA:
+            text = f"{str(self.path)!r} was written by another version of onepass"
+            raise UsageError(f"--resume_from_checkpoint: {text}")
         before = earlier.get("flags", {})
         now = json.loads(strict_json(self.flags))
         for name in sorted({*before, *now} - FREE):
@@ -190,6 +193,10 @@ class RunFolder:
                     f"--resume_from_checkpoint: the {name} data are not those the run began with"
                 )
         self._clean()
+        now, then = versions(), earlier.get("versions", {})
+        other = [f"{n} {then[n]} (now {v})" for n, v in now.items() if then.get(n, v) != v]
+        if other:
+            tell(f"begun with {', '.join(other)}: numbers may differ in their last digits")
         step = int(self.checkpoint.name.removeprefix("checkpoint-")) if self.checkpoint else 0
         for found, path, complete in list(checkpoints(self.path)):
             if not complete or found > step:

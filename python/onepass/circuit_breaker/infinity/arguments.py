@@ -28,24 +28,23 @@ EMBEDDINGS = ("word_embed", "lvl_embed", "pos_embed", "pos_start", "pos_1LC", "n
 class InfinityArguments:
     """The rerouting."""
 
-    task_type: str = flag(
-        CIRCUIT_BREAKER, "circuit_breaker; anything else trains on pictures as usual"
+    task_type: str = flag(CIRCUIT_BREAKER, "any other: on pictures")
+    circuit_breaker_alpha: float = flag(0.1, "sum of both coefficients")
+    circuit_breaker_target_layers: str = flag("0,1,2,3,4,5", "blocks that turn", metavar="LIST")
+    selective_layers: str = flag(
+        "0,1,2,3,4,5", "blocks trained (default: up to the target)", metavar="LIST"
     )
-    circuit_breaker_alpha: float = flag(0.1, "what the two coefficients sum up to")
-    circuit_breaker_target_layers: str = flag(
-        "0,1,2,3,4,5", "blocks at which harmful prompts turn", metavar="LIST"
-    )
-    selective_layers: str = flag("0,1,2,3,4,5", "blocks that are trained", metavar="LIST")
-    unfreeze_attention: bool = flag(False, "train their self-attention itself, not LoRA")
+    unfreeze_attention: bool = flag(False, "their self-attention itself, not LoRA")
     unfreeze_output: bool = flag(False, "the projections out of attention")
-    unfreeze_layernorm: bool = flag(False, "the norms, and their gates, scales and shifts")
+    unfreeze_layernorm: bool = flag(False, "the norms, gates, scales and shifts")
     unfreeze_mlp: bool = flag(False, "the feed-forward layers")
     unfreeze_cross_attention: bool = flag(False, "the attention to the text")
-    freeze_embeddings: bool = flag(
-        True, "off: with --unfreeze_*, embeddings of pixels, scales and places, too"
-    )
+    freeze_embeddings: bool = flag(True, "off: they, too")
     coeff_schedule: str = flag(
-        "linear_converge", "of the coefficients over the steps", choices=list(SCHEDULES)
+        "linear_converge",
+        "of the coefficients over the steps",
+        choices=list(SCHEDULES),
+        advanced=True,
     )
     retain_reduction: str = flag(
         "all", "what retain divides by", choices=list(RETAIN_REDUCTIONS), advanced=True
@@ -55,7 +54,8 @@ class InfinityArguments:
     )
     init_jitter: float = flag(
         1e-2,
-        "noise on what is trained at the start, relative: at 0 the circuit breaker has no gradient",
+        "relative noise on what is trained at the start; without any the circuit breaker has no"
+        " gradient",
         advanced=True,
     )
 
@@ -77,21 +77,21 @@ class InfinityArguments:
         """The switches that are on; with none of them an adapter is trained."""
         return [name for name in UNFROZEN if getattr(self, name)]
 
-    def check_layers(self, n_blocks: int) -> None:
-        """ValueError unless a model of `n_blocks` blocks has the layers."""
-        for name, found in (
-            ("circuit_breaker_target_layers", self.target_layers),
-            ("selective_layers", self.trained_layers),
-        ):
-            if wrong := [layer for layer in found if layer >= n_blocks]:
-                raise ValueError(
-                    f"{name}: got {','.join(map(str, wrong))}, wanted blocks from 0 to"
-                    f" {n_blocks - 1}: the model has {n_blocks}"
-                )
-        if min(self.trained_layers) > max(self.target_layers) and self.breaks:
+    def check_layers(self, n_blocks: int, whole: bool = False) -> None:
+        """ValueError unless a model of `n_blocks` blocks has the layers, and they are run: none
+        beyond the last target layer is, but for a task loss (`whole`)."""
+        last = max(self.target_layers)
+        if self.breaks and last >= n_blocks:
             raise ValueError(
-                f"selective_layers: got {self.selective_layers}, wanted one up to the last target"
-                f" layer, {max(self.target_layers)}: no other changes what is compared"
+                f"circuit_breaker_target_layers: got {last}, wanted blocks from 0 to"
+                f" {n_blocks - 1}: the model has {n_blocks}"
+            )
+        run = n_blocks if whole or not self.breaks else last + 1
+        if wrong := [layer for layer in self.trained_layers if layer >= run]:
+            why = f"the model has {n_blocks}" if run == n_blocks else "those after it are not run"
+            raise ValueError(
+                f"selective_layers: got {','.join(map(str, wrong))}, wanted blocks from 0 to"
+                f" {run - 1}: {why}"
             )
 
     def lorra(self) -> LorraArguments:

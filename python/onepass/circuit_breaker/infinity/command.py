@@ -58,11 +58,9 @@ PANELS = [
 class InfinityModelFlags:
     """The model."""
 
-    model: str | None = flag(None, "folder of save_pretrained, or package.module:function")
-    text_encoder: str | None = flag(None, "T5's name or folder (default: the small model's words)")
-    scale_schedule: str | None = flag(
-        None, "t x h x w of each scale, as 1x1x1,1x2x2 (default: the model's)", metavar="LIST"
-    )
+    model: str | None = flag(None, "folder, or package.module:function")
+    text_encoder: str | None = flag(None, "T5's name or folder (default: words)")
+    scale_schedule: str | None = flag(None, "as 1x1x1,1x2x2 (default: the model's)", metavar="LIST")
     pretrain_steps: int = flag(250, "of the small model, where there is no --model", advanced=True)
 
 
@@ -71,18 +69,16 @@ class InfinityDataFlags:
     """The prompts."""
 
     harmful_prompts_path: str | None = flag(
-        None, "prompts to turn away: a file, or a folder with one", metavar="PATH"
+        None, "prompts to turn away: file or folder", metavar="PATH"
     )
     sanitized_prompts_path: str | None = flag(
         None, "prompts to hold in place, likewise", metavar="PATH"
     )
-    category: str | None = flag(None, "only prompts of this category (default: all)")
-    num_examples: int = flag(1000, "prompts of each kind at most")
-    validation_ratio: float = flag(0.1, "share of the sanitized prompts to measure on")
+    category: str | None = flag(None, "leave out prompts of others")
+    num_examples: int = flag(1000, "of each kind at most")
+    validation_ratio: float = flag(0.1, "of them held out, to measure")
     max_caption_len: int = flag(512, "tokens of a prompt at most", advanced=True)
-    pictures: bool | None = flag(
-        None, "add the task loss of pictures drawn of the sanitized captions"
-    )
+    pictures: bool | None = flag(None, "draw the captions and add their task loss")
 
 
 FLAGS = (InfinityModelFlags, InfinityDataFlags, InfinityArguments, LoraFlags, RunFlags)
@@ -133,7 +129,6 @@ def _check_numbers(flags: Flags) -> None:
         ("num_examples", data.num_examples, 1),
         ("max_caption_len", data.max_caption_len, 1),
         ("pretrain_steps", flags[InfinityModelFlags].pretrain_steps, 1),
-        ("circuit_breaker_alpha", args.circuit_breaker_alpha, 0),
         ("init_jitter", args.init_jitter, 0),
         ("lora_r", lora.lora_r, 1),
         ("lora_alpha", lora.lora_alpha, 1),
@@ -141,14 +136,19 @@ def _check_numbers(flags: Flags) -> None:
     ):
         if not least <= value < float("inf"):
             raise UsageError(f"--{name}: got {value}, wanted a number from {least} on")
+    if not 0 < args.circuit_breaker_alpha < float("inf"):
+        raise UsageError(
+            f"--circuit_breaker_alpha: got {args.circuit_breaker_alpha}, wanted a number above 0"
+        )
     if lora.lora_dropout >= 1:
         raise UsageError(f"--lora_dropout: got {lora.lora_dropout}, wanted below 1")
 
 
 def _check_arguments(flags: Flags, args: InfinityArguments) -> None:
     try:
-        layers = args.target_layers, args.trained_layers
-        args.check_layers(max(map(max, layers)) + 1)  # the model's own number comes later
+        if "selective_layers" not in flags.given:  # as published: up to the last target
+            args.selective_layers = ",".join(map(str, range(max(args.target_layers) + 1)))
+        _ = args.trained_layers
         if flags[InfinityModelFlags].scale_schedule is not None:
             scale_schedule(flags[InfinityModelFlags].scale_schedule or "")
     except ValueError as error:
@@ -176,7 +176,7 @@ def _check_model(model: InfinityModelFlags, args: InfinityArguments, pictures: b
             raise UsageError(f"--pictures are those of the small model, not of --model's{wanted}")
         return
     try:
-        args.check_layers(config.depth)
+        args.check_layers(config.depth, pictures)
     except ValueError as error:
         raise UsageError(f"--{error}") from error
 
@@ -274,7 +274,7 @@ def _train(flags: Flags, run: RunFolder, args: Any, model_name: str, sides: Side
     reference: Any = ADAPTER_OFF
     adapter = None
     try:
-        ours.check_layers(len(_blocks(model)))
+        ours.check_layers(len(_blocks(model)), bool(data.pictures))
         if ours.unfrozen:
             reference = frozen_copy(model) if ours.breaks else ADAPTER_OFF
             trained = unfreeze(model, ours)
