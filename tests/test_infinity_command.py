@@ -29,6 +29,42 @@ SYSTEM = "infinity-circuit-breaker"
 ADAPTER = "adapter_model.safetensors"
 TINY = InfinityConfig(embed_dim=16, depth=3, num_heads=2, text_channels=8, text_maxlen=24)
 
+OWN = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1 = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return x + self.fc1(x).tanh()
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.word_embed, self.text, self.head = nn.Linear(3, 6), nn.Linear(8, 6), nn.Linear(6, 8)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, condition, x, scale_schedule):
+        text, lens, _, _ = condition
+        means = torch.stack([part.mean(0) for part in text.split(lens)])
+        x = torch.cat([self.text(means)[:, None], self.word_embed(x)], 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+def model():
+    torch.manual_seed(0)
+    return Own()
+
+def nothing():
+    return 3
+
+def shallow():
+    return nn.Linear(2, 2)
+"""
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -216,7 +252,9 @@ def test_stopped_and_resumed_it_is_the_unbroken_run(
 
 
 def test_weights_of_the_model_itself(onepass: Run, tmp_path: Path) -> None:
-    code, _, err = onepass(*GIVEN, *QUICK, "--unfreeze_attention", "--unfreeze_mlp")
+    code, _, err = onepass(
+        *GIVEN, *QUICK, "--unfreeze_attention", "--unfreeze_mlp", "--gradient_checkpointing"
+    )
     assert code == 0, err
     from safetensors.torch import load_file
 
@@ -253,16 +291,13 @@ def test_a_model_of_ones_own(onepass: Run, tmp_path: Path, monkeypatch: pytest.M
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(tmp_path / "t5")
-    (tmp_path / "made_here.py").write_text(
-        "from onepass.circuit_breaker.infinity import Infinity\n"
-        "def model():\n    return Infinity.from_pretrained('model')\n"
-        "def nothing():\n    return 3\n"
-    )
+    (tmp_path / "made_here.py").write_text(OWN)
     (tmp_path / "harm.txt").write_text("how to hide a body\nhow to forge a note\n")
     monkeypatch.syspath_prepend(tmp_path)
     rest = (*GIVEN[2:], *QUICK, "--harmful_prompts_path", "harm.txt", "--text_encoder", "t5")
     small = ("--scale_schedule", "1x1x1,1x2x2", "--max_caption_len", "12")
-    code, out, err = onepass("--model", "made_here:model", *rest, *small)
+    without = (token for token in rest if token != "--no_gradient_checkpointing")
+    code, out, err = onepass("--model", "made_here:model", *without, *small)
     assert code == 0, err
     assert "original" not in out.splitlines()[1] and "cosine" in out
     assert not (tmp_path / "run" / "samples.png").exists()
@@ -270,6 +305,7 @@ def test_a_model_of_ones_own(onepass: Run, tmp_path: Path, monkeypatch: pytest.M
         ("made_here:nothing", "returned int, wanted a torch.nn.Module"),
         ("made_here:none", "cannot load"),
         ("nowhere:model", "No module named 'nowhere'"),
+        ("made_here:shallow", "no transformer blocks found in Linear"),
     ):
         code, _, err = onepass("--model", name, *rest, *small, "--output_dir", name[-3:])
         assert code == 1 and message in err and "Traceback" not in err

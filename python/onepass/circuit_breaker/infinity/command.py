@@ -26,7 +26,8 @@ from .load import check_model
 from .prompt_files import Sides, read_sides
 
 SMALL = {  # what suits the small model, where nothing else is said
-    "learning_rate": 1e-2,
+    "learning_rate": 1.5e-2,
+    "lr_scheduler_type": "cosine",
     "circuit_breaker_target_layers": "3,4,5",
     "lora_r": 8,
     "lora_alpha": 16,
@@ -251,6 +252,7 @@ def _train(flags: Flags, run: RunFolder, args: Any, model_name: str, sides: Side
     ours, data = flags[InfinityArguments], flags[InfinityDataFlags]
     model = load_model(model_name).to(args.device)
     is_small = isinstance(model, Infinity)
+    _check_checkpointing(flags, model, args)
     scales = _scales(flags, is_small)
     encoder = _text_encoder(flags, model, args)
     prompts = {
@@ -345,6 +347,21 @@ def _blocks(model: Any) -> Sequence[Any]:
     return blocks_of(model)
 
 
+def _check_checkpointing(flags: Flags, model: Any, args: Any) -> None:
+    """Gradient checkpointing is on by default: off where the model cannot, unless it was asked."""
+    names = ("gradient_checkpointing", "activation_checkpointing")
+    if any(hasattr(model, f"{name}_enable") for name in names):
+        return
+    if flags[RunFlags].gradient_checkpointing and "gradient_checkpointing" in flags.given:
+        raise Failed(
+            f"--gradient_checkpointing: {type(model).__name__} has no method {names[0]}_enable:"
+            " leave the flag out"
+        )
+    for name in names:
+        if hasattr(args, name):
+            setattr(args, name, False)
+
+
 def _scales(flags: Flags, is_small: bool) -> list[tuple[int, int, int]]:
     from .loss import SCALE_SCHEDULE
     from .quantizer import SCALES
@@ -400,7 +417,7 @@ def _lora(lora: LoraFlags, ours: InfinityArguments, model: Any) -> Any:
     from .model import LORA_MODULES, lora_target_modules
 
     known = linear_names(_blocks(model))
-    modules = lora.lora_target_modules or [name for name in LORA_MODULES if name in known]
+    modules = lora.lora_target_modules or [name for name in LORA_MODULES if name in known] or known
     if unknown := [name for name in modules if name not in known]:
         raise ValueError(
             f"lora_target_modules: no {', '.join(unknown)} in the blocks of this model; it has"

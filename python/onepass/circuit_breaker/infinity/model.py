@@ -176,6 +176,19 @@ class Infinity(nn.Module):
             raise ValueError("use_reentrant: got True, wanted False: adapters get no gradient else")
         self.is_gradient_checkpointing = True
 
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """The same under the name that transformers calls it by from 5.2x on."""
+        if every_n_layers != 1 or offload:
+            raise ValueError(
+                f"got every_n_layers={every_n_layers} and offload={offload}, wanted 1 and False"
+            )
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
     def gradient_checkpointing_disable(self) -> None:
         self.is_gradient_checkpointing = False
 

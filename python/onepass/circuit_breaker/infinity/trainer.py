@@ -73,6 +73,12 @@ class InfinityCircuitBreakerTrainer(CircuitBreakerTrainer):
         )
 
     @property
+    def reference_model(self) -> nn.Module | None:
+        """The frozen copy, where the reference is one."""
+        reference = self.rerouting.reference
+        return reference if isinstance(reference, nn.Module) else None
+
+    @property
     def prog_it(self) -> int:
         """The optimizer step under way, from 1."""
         return self.current_training_step
