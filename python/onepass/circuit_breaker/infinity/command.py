@@ -35,7 +35,8 @@ SMALL = {  # what suits the small model, where nothing else is said
     "per_device_train_batch_size": 8,
     "gradient_checkpointing": False,
 }
-USUAL = {"learning_rate": 1e-3}  # and what of it changes for training as usual
+USUAL = {"learning_rate": 1e-3}  # and what of it changes for training as usual,
+BESIDE_TASK = {"circuit_breaker_alpha": 10.0}  # and beside a task loss, which outweighs 0.1
 DEFAULTS = {
     "max_steps": 150,
     "learning_rate": 1e-4,
@@ -105,7 +106,8 @@ def check(flags: Flags) -> None:
     if missing and data.category is not None:
         raise UsageError("--category: wanted prompt files with it")
     if model.model is None:
-        for name, value in (SMALL if args.breaks else SMALL | USUAL).items():
+        beside_task = BESIDE_TASK if data.pictures else {}
+        for name, value in (SMALL | (beside_task if args.breaks else USUAL)).items():
             owner = next((v for v in flags.values if hasattr(v, name)), None)
             if owner is not None and name not in flags.given:
                 setattr(owner, name, value)
