@@ -66,7 +66,7 @@ def _matrices(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 SLAB_NUMEL = 1 << 17  # a thread's part of a slab: in its cache, yet few calls
 FEWEST_PARTS = 4  # where few threads share the last cache, a call costs more than a miss in theirs
-SHORT_GAP = 1 << 14  # elements that are read as fast as the calls for another slab are made
+SHORT_GAP = 1 << 16  # elements that are read as fast as the calls for another slab are made
 
 
 class _Slab(NamedTuple):

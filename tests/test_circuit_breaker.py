@@ -308,7 +308,7 @@ def test_at_rest_retain_is_zero_and_the_break_has_no_gradient() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda h: retain_loss(h, h[:, :3]), "shape|must match"),
+        (lambda h: retain_loss(h, h[:, :3]), r"\(2, 5, 8\)"),
         (lambda h: retain_loss(h, h, torch.ones(2, 4)), r"mask .*\(2, 4\).*|\(2, 5\)"),
         (lambda h: retain_loss(h, h, retain_reduction="some"), "all, unmasked"),
         (lambda h: circuit_breaker_loss(h, h, relu_scope="row"), "token, total"),
@@ -668,6 +668,9 @@ def test_layers_by_default_are_the_published_ones_in_proportion() -> None:
     ("lorra", "lora", "message"),
     [
         ({"target_layers": "ten"}, {}, "target_layers must be whole numbers"),
+        ({"target_layers": "9"}, {}, "target_layers must be numbers from 0 to 4"),
+        ({"target_layers": "0"}, {}, "one of them above 0"),
+        ({"target_layers": "2", "transform_layers": "2"}, {}, "lie above the target layers"),
         ({"transform_layers": "0,9"}, {}, "transform_layers must be from 0 to 3"),
         ({}, {"lora_target_modules": ["q_proj", "wq"]}, "no wq in the blocks"),
     ],
@@ -677,3 +680,39 @@ def test_adapters_that_do_not_fit(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         lora_config(llama(), LoraArguments(**lora), LorraArguments(**lorra))
+
+
+def test_blocks_of_two_kinds_all_get_their_lora() -> None:
+    """Hybrid models have attention in some blocks only."""
+    model = llama()
+    model.model.layers[2].self_attn.extra_proj = nn.Linear(4, 4)
+    config = lora_config(model, LoraArguments(), LorraArguments(target_layers="2,3"))
+    assert "extra_proj" in config.target_modules
+
+
+def test_jitter_leaves_an_adapter_that_is_not_trained_alone() -> None:
+    model = adapted(llama(), moved=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.add_adapter("other", model.peft_config["default"])
+    jitter(model, 1e-4)
+    moved = {n for n, p in model.named_parameters() if "lora_B" in n and p.any()}
+    assert moved and not any("other" in name for name in moved)
+
+
+def test_the_reference_is_a_constant() -> None:
+    hidden = [torch.randn(1, 3, 8, requires_grad=True)]
+    original = [torch.randn(1, 3, 8, requires_grad=True)]
+    (retain_loss(hidden, original) + circuit_breaker_loss(hidden, original)).backward()
+    assert hidden[0].grad is not None and original[0].grad is None
+
+
+def test_watching_a_term_without_a_coefficient_draws_nothing() -> None:
+    model, inputs = adapted(llama(), dropout=0.5), batch()
+    model.train()
+    draws = []
+    for monitor in (False, True):
+        torch.manual_seed(0)
+        rerouting_loss(model, inputs, (1.0, 0.0), Rerouting((2,)), monitor=monitor)
+        draws.append(torch.rand(1).item())
+    assert draws[0] == draws[1]

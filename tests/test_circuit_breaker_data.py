@@ -26,6 +26,8 @@ def example(record: Any, template: str | None = None) -> Example:
         ("just text", "", "just text"),
         ({"text": "just text"}, "", "just text"),
         ({"prompt": "ask"}, "", "ask"),
+        ({"original_prompt": "ask"}, "", "ask"),
+        ({"sanitized_prompt": "ask", "category": "x"}, "", "ask"),
         ({"prompt": "ask", "completion": "answer"}, "ask", "answer"),
         ({"prompt": "ask", "response": "answer"}, "ask", "answer"),
         ({"prompt": "ask", "output": "answer", "category": "x"}, "ask", "answer"),
@@ -55,7 +57,19 @@ def test_a_chat_template_writes_requests_and_answers() -> None:
     assert example({"text": "plain"}, CHAT) == Example("", "plain")
 
 
-@pytest.mark.parametrize("record", [{"messages": []}, {"messages": [{"role": "user"}]}, {"id": 3}])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": []},
+        {"messages": [{"role": "user"}]},
+        {"messages": "hi"},
+        {"id": 3},
+        {"text": None},
+        {"prompt": "a", "completion": 3},
+        {"prompt": "a", "completion": None},
+        {"prompt": 3},
+    ],
+)
 def test_a_record_that_is_none_of_these_is_named(record: Any) -> None:
     with pytest.raises(ValueError, match="test:1: wanted text, messages, or prompt"):
         example(record)
@@ -191,3 +205,21 @@ def test_the_collator_takes_numbers_and_refuses_the_rest() -> None:
         data_collator([{"n": "a"}, {"n": "b"}])
     with pytest.raises(ValueError, match="one has no 'n'"):
         data_collator([{"n": 1}, {}])
+
+
+def test_a_prompt_beside_a_text_is_not_dropped_in_silence() -> None:
+    with pytest.raises(ValueError, match="text and prompt exclude each other"):
+        example({"text": "a", "prompt": "b"})
+
+
+def test_a_chat_template_that_refuses_names_the_record() -> None:
+    with pytest.raises(ValueError, match="test:1: the chat template refuses it: no system"):
+        example(
+            {"messages": [{"role": "system", "content": "a"}]},
+            "{{ raise_exception('no system') }}",
+        )
+
+
+def test_examples_that_are_cut_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    tokens_of(tokenizer(), [Example("", "b" * 50), Example("", "b")], max_length=20)
+    assert "1 of 2 examples have a side of more than 20 tokens" in caplog.text

@@ -19,6 +19,8 @@ from onepass.circuit_breaker import (
     LoraArguments,
     LorraArguments,
     Rerouting,
+    compute_loss,
+    data_collator,
     lora_config,
     precompute,
     schedule,
@@ -206,7 +208,8 @@ def test_the_adapter_loads_with_plain_peft(tmp_path: Path) -> None:
     ours.train()
     ours.save_model(str(tmp_path / "adapter"))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-    assert not list((tmp_path / "adapter").glob("*.bin.pt"))
+    names = {file.name for file in (tmp_path / "adapter").iterdir()} - {"training_args.bin"}
+    assert not [name for name in names if name.endswith((".pt", ".bin", ".pkl"))], names
     loaded = peft.PeftModel.from_pretrained(model(), str(tmp_path / "adapter")).eval()
     ids = torch.arange(4, 24)[None]
     with torch.no_grad():
@@ -240,6 +243,18 @@ def test_bf16_autocast_trains(tmp_path: Path) -> None:
         ({"lorra_args": LorraArguments(target_layers="x")}, "whole numbers"),
         ({"reference": "off"}, "adapter_off, precomputed"),
         ({"lorra_args": LorraArguments(relu_scope="row")}, "token, total"),
+        (
+            {"peft_config": peft.LoraConfig(target_modules=["q_proj"], bias="all")},
+            "biases that stay on",
+        ),
+        (
+            {
+                "peft_config": peft.LoraConfig(
+                    target_modules=["q_proj"], modules_to_save=["lm_head"]
+                )
+            },
+            "head is among what the adapter trains",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(
@@ -303,3 +318,23 @@ def test_the_state_of_a_training_is_json(tmp_path: Path) -> None:
     ours.train()
     state = json.loads((tmp_path / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     assert state["log_history"][-1]["circuit_breaker/cb_cosine"] < 1
+
+
+def test_the_published_function_and_a_schedule_of_ones_own_work_in_a_subclass(
+    tmp_path: Path,
+) -> None:
+    class Ours(CircuitBreakerTrainer):
+        def get_training_progress(self) -> float:
+            return 1.0
+
+    base = model()
+    lorra = LorraArguments(lorra_alpha=10.0)
+    ours = Ours(
+        base, arguments(tmp_path), train_dataset=data(), lorra_args=lorra,
+        peft_config=lora_config(base, LoraArguments(lora_r=4), lorra),
+    )  # fmt: skip
+    assert ours.coefficients() == (10.0, 0.0)
+    batch = data_collator([data()[0], data()[1]])
+    before = ours.current_training_step
+    loss = compute_loss(ours, ours.model, batch, [2, 3], 10.0)
+    assert isinstance(loss, Tensor) and ours.current_training_step == before + 1

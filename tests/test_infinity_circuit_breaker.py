@@ -525,7 +525,7 @@ def test_training_turns_the_harmful_prompts(tmp_path: Path) -> None:
     for name, weight in base.items():
         if ".lora_" not in name:
             assert torch.equal(weight, before[name.replace(".base_layer", "")]), name
-    assert (ours.prog_it, ours.max_it) == (61, 120)
+    assert (ours.prog_it, ours.max_it) == (60, 120)
 
 
 @needs_training

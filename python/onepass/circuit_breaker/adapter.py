@@ -19,7 +19,8 @@ def lora_config(model: nn.Module, lora: LoraArguments, lorra: LorraArguments) ->
     from peft import LoraConfig
 
     blocks = blocks_of(model)
-    known = linear_names(blocks)
+    transformed = lorra.blocks_of(len(blocks))
+    known = linear_names([blocks[n] for n in transformed])
     modules = list(lora.lora_target_modules) or known
     if unknown := [name for name in modules if name not in known]:
         raise ValueError(
@@ -35,16 +36,16 @@ def lora_config(model: nn.Module, lora: LoraArguments, lorra: LorraArguments) ->
         modules_to_save=list(lora.lora_modules_to_save) or None,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
-        layers_to_transform=lorra.blocks_of(len(blocks)),
+        layers_to_transform=transformed,
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in blocks[0].modules()),
         task_type="CAUSAL_LM" if hasattr(model, "get_output_embeddings") else None,
     )
 
 
 def linear_names(blocks: Any) -> list[str]:
-    """The names of the linear layers in a model's blocks, without their path."""
+    """The names of the linear layers in a model's blocks, without their path; blocks may differ."""
     found: dict[str, None] = {}
-    for name, module in blocks[0].named_modules():
+    for name, module in (named for block in blocks for named in block.named_modules()):
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             found[name.rpartition(".")[2]] = None
     return list(found)
@@ -66,7 +67,7 @@ def jitter(model: nn.Module, relative: float, seed: int = 0) -> int:
             continue
         for name, lora_b in pairs[1].items():  # type: ignore[union-attr]
             weight = lora_b.weight
-            if not weight.any():
+            if weight.requires_grad and not weight.any():
                 deviation = pairs[0][name].weight.float().std().item()  # type: ignore[index]
                 noise = torch.randn(weight.shape, generator=generator)
                 weight.copy_(noise * (relative * deviation))

@@ -44,6 +44,13 @@ class LorraArguments:
             "advanced": True,
         },
     )
+    sc_train_seq_type: str = field(
+        default="all_text",
+        metadata={"help": "tokens that count", "choices": ["all_text"], "advanced": True},
+    )
+    log_every: int | None = field(
+        default=None, metadata={"help": "another name of --logging_steps", "advanced": True}
+    )
     model_max_length: int = field(default=1024, metadata={"help": "tokens of an example at most"})
     reference: str = field(
         default=ADAPTER_OFF,
@@ -89,8 +96,19 @@ class LorraArguments:
         """The blocks that get an adapter, for a model of `n_blocks` blocks."""
         chosen = numbers("transform_layers", self.transform_layers)
         n_reached = min(max(self.layers_of(n_blocks)) + 1, n_blocks)
+        top = max(self.layers_of(n_blocks))
+        if not 0 < top <= n_blocks or min(self.layers_of(n_blocks)) < 0:
+            raise ValueError(
+                f"target_layers must be numbers from 0 to {n_blocks} ({n_blocks} blocks), one of"
+                f" them above 0: got {self.target_layers}"
+            )
         if -1 in chosen:
             return list(range(n_reached))
+        if min(chosen) >= top:
+            raise ValueError(
+                f"transform_layers {self.transform_layers} lie above the target layers: an adapter"
+                f" below {top} is wanted"
+            )
         n_run = n_blocks if self.full_layers else n_reached
         wrong = [block for block in chosen if not 0 <= block < n_run]
         if wrong:
@@ -110,7 +128,7 @@ class LoraArguments(LoraFlags):
         default="none",
         metadata={
             "help": "biases to train",
-            "choices": ["none", "all", "lora_only"],
+            "choices": ["none"],  # others are not switched off with the adapter
             "advanced": True,
         },
     )

@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cli.errors import Failed, UsageError, one_line
+from ..cli.errors import UsageError, one_line
 from ..training.flags import Flags, ModelFlags, RunFlags, flag, training_arguments
 from ..training.prompts import Prompt, read_prompts
 from ..training.run_folder import RunFolder, tell
 from .arguments import LoraArguments, LorraArguments, numbers
-from .examples import example_of, split
+from .examples import REFUSAL, example_of, split
 from .options import ADAPTER_OFF, FROZEN_COPY, PRECOMPUTED
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 16,
 }
 REFERENCE = "reference"
+STILL = 0.9  # a mean cosine above it is no circuit breaker
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "lorra_config.json", "README.md")
 PANELS = [
     (
@@ -54,7 +57,7 @@ PANELS = [
             "circuit_breaker/cb_cosine": "circuit breaker",
             "circuit_breaker/val_cosine": "validation",
         },
-        {"ylim": (-0.3, 1.05)},
+        {"ylim": (-1.05, 1.05)},
     ),
     (
         "Coefficients",
@@ -112,9 +115,29 @@ def check(flags: Flags) -> None:
             owner = next((v for v in flags.values if hasattr(v, name)), None)
             if owner is not None and name not in flags.given:
                 setattr(owner, name, value)
+        from ..demo import settings
+
+        size = settings.FAST if data.fast else settings.FULL
+        try:
+            lorra.blocks_of(size.n_layers)
+        except ValueError as error:
+            raise UsageError(f"--{error}") from error
+    if model.load_in_8bit and model.load_in_4bit:
+        raise UsageError("--load_in_8bit and --load_in_4bit exclude each other")
+    if flags.overrides.get("eval_strategy", "no") != "no" or flags.overrides.get("do_eval"):
+        raise UsageError("--eval_strategy: held-out text is measured at the end; leave it out")
+    if lorra.log_every is not None:
+        flags[RunFlags].logging_steps = lorra.log_every
     _check_numbers(data, lorra, flags[LoraArguments])
     if not missing:
-        read_data(data)
+        for name in ("retain", "harmful", "retain_val", "harmful_val"):
+            if (path := getattr(data, name)) is not None:  # resumed from anywhere
+                setattr(data, name, str(Path(path).absolute()))
+        found = read_data(data)
+        if lorra.use_refusal_retain and not any(
+            isinstance(prompt.record.get(REFUSAL), str) for prompt in found["harmful"]
+        ):
+            raise UsageError(f"--use_refusal_retain: no entry of {data.harmful} has {REFUSAL!r}")
 
 
 def _check_numbers(data: DataFlags, lorra: LorraArguments, lora: LoraArguments) -> None:
@@ -183,8 +206,11 @@ def train(flags: Flags, run: RunFolder) -> int:
     data, lorra = flags[DataFlags], flags[LorraArguments]
     tell("loading the libraries")
     args = training_arguments(flags)
-    run.begin(fingerprints(data), writes=(*ADAPTER, REFERENCE, small_model.MODEL, small_model.DATA))
+    writes = (*ADAPTER, REFERENCE, small_model.MODEL, small_model.DATA)
+    begin = partial(run.begin, fingerprints(data), writes=writes)
     if flags[ModelFlags].model_name_or_path is None:
+        begin()
+        begin = partial(lambda: None)
         folder = small_model.small_language_model(run, args.seed, data.fast)
         flags[ModelFlags].model_name_or_path = str(folder)
         if data.retain is None:
@@ -195,7 +221,7 @@ def train(flags: Flags, run: RunFolder) -> int:
     from ..cli.terminal import quiet_libraries
 
     with quiet_libraries():
-        return _train(flags, run, args, read_data(data), lorra)
+        return _train(flags, run, args, read_data(data), lorra, begin)
 
 
 def _train(
@@ -204,10 +230,12 @@ def _train(
     args: Any,
     prompts: dict[str, list[Prompt]],
     lorra: LorraArguments,
+    begin: Callable[[], None],
 ) -> int:
     from ..training.curves import write_curves, write_summary
     from ..training.models import load_language_model
     from ..training.monitor import fit
+    from ..training.push import push
     from .adapter import lora_config
     from .data import CircuitBreakerDataset, tokens_of
     from .evaluate import cosines, nats_per_token
@@ -215,20 +243,21 @@ def _train(
     from .trainer import CircuitBreakerTrainer
 
     model, tokenizer = load_language_model(flags[ModelFlags], args)
-    measured = {
-        side: tokens_of(
-            tokenizer,
-            [example_of(p, tokenizer) for p in prompts.get(f"{side}_val", prompts[side])],
-            lorra.model_max_length,
-        )
-        for side in ("retain", "harmful")
-    }
+    lorra = replace(lorra, model_max_length=_length(model, lorra))
     reference: str | torch.nn.Module = lorra.reference
     if reference == FROZEN_COPY:
         import copy
 
         reference = copy.deepcopy(model).requires_grad_(False)
     try:
+        measured = {
+            side: tokens_of(
+                tokenizer,
+                [example_of(p, tokenizer) for p in prompts.get(f"{side}_val", prompts[side])],
+                lorra.model_max_length,
+            )
+            for side in ("retain", "harmful")
+        }
         dataset: Any = CircuitBreakerDataset(
             tokenizer,
             flags[DataFlags].num_examples,
@@ -247,7 +276,8 @@ def _train(
             peft_config=lora_config(model, flags[LoraArguments], lorra),
         )
     except ValueError as error:
-        raise Failed(one_line(error, 1000)) from error
+        raise UsageError(one_line(error, 1000)) from error
+    begin()
     size = args.per_device_eval_batch_size
     original = {
         s: nats_per_token(trainer.model, t, size, adapter=False) for s, t in measured.items()
@@ -255,8 +285,10 @@ def _train(
     if lorra.reference == PRECOMPUTED:
         before = trainer.rerouting_of(ADAPTER_OFF)
         tell(f"precomputing the hidden states of {len(dataset)} examples in {run.path / REFERENCE}")
-        trainer.train_dataset = precompute(trainer.model, dataset, before, run.path / REFERENCE)
+        with trainer.compute_loss_context_manager():  # in the dtype that training sees
+            trainer.train_dataset = precompute(trainer.model, dataset, before, run.path / REFERENCE)
     fit(trainer, run)
+    save(run, trainer, lorra, flags)
     after = {s: nats_per_token(trainer.model, t, size) for s, t in measured.items()}
     turned = cosines(
         trainer.model,
@@ -265,7 +297,6 @@ def _train(
         trainer.rerouting_of(ADAPTER_OFF),
         size,
     )
-    save(run, trainer, lorra, flags)
     write_curves(run, "Circuit breaker", PANELS)
     rows = [
         [side, *(f"{x:.3f}" for x in (original[side], after[side])),
@@ -282,11 +313,39 @@ def _train(
         cosine=turned,
         target_layers=list(trainer.rerouting.target_layers),
     )
+    save(
+        run,
+        trainer,
+        lorra,
+        flags,
+        {row[0]: " -> ".join(row[1:3]) + f", cosine {row[4]}" for row in rows},
+    )
+    push(run, trainer, (*ADAPTER, "metrics.jsonl", "curves.png", "summary.json"))
     tell(f"wrote {run.path}: {', '.join(ADAPTER[:2])}, metrics.jsonl, curves.png, summary.json")
+    if turned["harmful"] > STILL:
+        tell(
+            f"the states of the harmful text have hardly turned (cosine {turned['harmful']:.2f}):"
+            " train longer (--max_steps), or raise --learning_rate or --lorra_alpha"
+        )
     return 0
 
 
-def save(run: RunFolder, trainer: Any, lorra: LorraArguments, flags: Flags) -> None:
+def _length(model: Any, lorra: LorraArguments) -> int:
+    """`model_max_length`, or what the model has positions for where that is less."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions >= lorra.model_max_length:
+        return lorra.model_max_length
+    tell(f"the model has {positions} positions: examples are cut there")
+    return positions
+
+
+def save(
+    run: RunFolder,
+    trainer: Any,
+    lorra: LorraArguments,
+    flags: Flags,
+    results: dict[str, str] | None = None,
+) -> None:
     """The adapter as PEFT keeps it, with the card and what it was made with."""
     from ..training.card import model_card
 
@@ -309,7 +368,11 @@ def save(run: RunFolder, trainer: Any, lorra: LorraArguments, flags: Flags) -> N
             text="A LoRA adapter that turns the hidden states of harmful text away from where they"
             " were, and holds those of all other text in place (Zou et al. 2024, arXiv 2406.04313)."
             " Load it with PEFT: `PeftModel.from_pretrained(base_model, folder)`.",
-            facts={"rerouting": asdict(used), "adapter": asdict(flags[LoraArguments])},
+            facts={
+                "nats per token": results or {},
+                "rerouting": asdict(used),
+                "adapter": asdict(flags[LoraArguments]),
+            },
         )
         with contextlib.suppress(FileNotFoundError):
             (folder / "README.md").unlink()  # PEFT's unfilled form

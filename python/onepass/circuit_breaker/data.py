@@ -6,6 +6,7 @@ the right, so that they meet at one column of every batch.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from .arguments import LorraArguments
 from .examples import REFUSAL, Example, Source, example_of, read_source, refused
 
 MULTIPLE = 8  # of a padded length
+logger = logging.getLogger("onepass")
 
 
 class CircuitBreakerDataset(Dataset[dict[str, Tensor]]):
@@ -105,6 +107,14 @@ def tokens_of(
     answers = _encoded(tokenizer, [e.answer for e in examples], begins)
     both = any(requests) and any(answers)
     at_most = max_length // 2 if both else max_length
+    n_cut = sum(
+        len(r) > at_most or len(a) > at_most for r, a in zip(requests, answers, strict=True)
+    )
+    if n_cut:
+        logger.warning(
+            "%d of %d examples have a side of more than %d tokens and lose its end",
+            *(n_cut, len(examples), at_most),
+        )
     left, right = (_padded_length(side, at_most) for side in (requests, answers))
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     ids = torch.full((len(examples), left + right), pad)

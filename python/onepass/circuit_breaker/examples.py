@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..cli.errors import one_line
 from ..training.prompts import Prompt, read_prompts
 
+ASKS = ("text", "messages", "prompt", "original_prompt", "sanitized_prompt")
 ANSWERS = ("completion", "response", "output", "answer")
 REFUSAL = "llama3_output"
 
@@ -56,21 +58,27 @@ def example_of(prompt: Prompt, tokenizer: Any = None) -> Example:
         ValueError: none of these, with file and line.
     """
     record = prompt.record
-    if isinstance(record.get("text"), str):
-        return Example("", record["text"])
-    turns = record.get("messages")
-    if turns is None and "prompt" in record:
-        answer = next((record[name] for name in ANSWERS if name in record), None)
-        if answer is None and isinstance(record["prompt"], str):
-            return Example("", record["prompt"])
+    where = f"{prompt.file}:{prompt.line}" if prompt.line else str(prompt.file)
+    asks = [name for name in ASKS if name in record]
+    if len(asks) > 1 and {"text", "messages"} & set(asks):
+        raise ValueError(f"{where}: {' and '.join(asks)} exclude each other: leave one out")
+    ask = record[asks[0]] if asks else None
+    if asks[:1] == ["text"] and isinstance(ask, str):
+        return Example("", ask)
+    if asks[:1] == ["messages"]:
+        turns = ask
+    else:
+        answers = [record[name] for name in ANSWERS if name in record]
         plain = getattr(tokenizer, "chat_template", None) is None
-        if plain and isinstance(record["prompt"], str) and isinstance(answer, str):
-            return Example(record["prompt"], answer)
-        turns = _turns(record["prompt"], "user") + _turns(answer or [], "assistant")
+        if isinstance(ask, str) and not answers:
+            return Example("", ask)
+        if plain and isinstance(ask, str) and isinstance(answers[0], str):
+            return Example(ask, answers[0])
+        turns = _turns(ask, "user") + _turns(answers[0] if answers else [], "assistant")
     if not isinstance(turns, list) or not turns or not all(map(_is_turn, turns)):
-        where = f"{prompt.file}:{prompt.line}" if prompt.line else str(prompt.file)
         raise ValueError(
-            f"{where}: wanted text, messages, or prompt with one of {', '.join(ANSWERS)}:"
+            f"{where}: wanted text, messages, or prompt with one of {', '.join(ANSWERS)}, each a"
+            ' string or a list of {"role", "content"} with strings in them:'
             f" got {', '.join(sorted(record)) or 'nothing'}"
         )
     answered = turns[-1]["role"] == "assistant"
@@ -79,15 +87,21 @@ def example_of(prompt: Prompt, tokenizer: Any = None) -> Example:
     if getattr(tokenizer, "chat_template", None) is None:
         return Example("\n".join(t["content"] for t in asked) + "\n" * bool(asked), last)
     template = tokenizer.apply_chat_template
-    request = template(asked, tokenize=False, add_generation_prompt=True) if asked else ""
-    whole = template(turns, tokenize=False)
+    try:
+        request = template(asked, tokenize=False, add_generation_prompt=True) if asked else ""
+        whole = template(turns, tokenize=False)
+    except Exception as error:  # a template raises what its language has
+        raise ValueError(f"{where}: the chat template refuses it: {one_line(error)}") from error
     if answered and whole.startswith(request):
         last = whole[len(request) :]
     return Example(request, last, templated=True)
 
 
 def _turns(value: Any, role: str) -> list[Any]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
+    """A string as one turn, a list of turns as it is, anything else as what is none."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return value if isinstance(value, list) else [None]
 
 
 def _is_turn(turn: Any) -> bool:
@@ -97,7 +111,11 @@ def _is_turn(turn: Any) -> bool:
 
 
 def refused(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {"prompt": record["prompt"], ANSWERS[0]: record[REFUSAL]}
+    """The record with the refusal in the place of its answer."""
+    if isinstance(record.get("messages"), list):
+        asked = [turn for turn in record["messages"] if turn.get("role") != "assistant"]
+        return {"prompt": asked, ANSWERS[0]: record[REFUSAL]}
+    return {"prompt": record.get("prompt"), ANSWERS[0]: record[REFUSAL]}
 
 
 def split(prompts: list[Prompt], ratio: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:

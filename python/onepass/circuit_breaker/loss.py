@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,13 +27,14 @@ from .hidden_states import (
     training_mode,
 )
 from .losses import (
+    at_progress,
     circuit_breaker_of,
     layer_moments,
     monitored,
     retain_of,
     schedule,
 )
-from .options import ADAPTER_OFF, PRECOMPUTED, RELU_SCOPES, RETAIN_REDUCTIONS
+from .options import ADAPTER_OFF, PRECOMPUTED, RELU_SCOPES, RETAIN_REDUCTIONS, SCHEDULES
 
 RETAIN, BREAK, VALIDATE = "", "_circuit_breaker", "_val"  # how the keys of a batch end
 PUBLISHED_STEPS = 150  # of a training; the published method divides its step counter by twice that
@@ -51,8 +53,8 @@ class Rerouting:
         reference: the model before training: "adapter_off" (PEFT's disable_adapter), a frozen
             copy, or "precomputed" (the batch has `reference_hidden_states` [B, L, S, D] and
             `reference_hidden_states_circuit_breaker`, see `reference_hidden_states`).
-        full_layers: whether retain looks at all layers, or ends one block beyond the last target
-            layer, as published, with the blocks after it not run.
+        full_layers: whether retain looks at all layers. Else the model ends at the block of the
+            number of the last target layer, as the published script cuts it, and no later one runs.
         retain_reduction, relu_scope, eps, impl: of `retain_loss` and `circuit_breaker_loss`.
     """
 
@@ -203,7 +205,7 @@ def _compare(
     """Moments [L, B, S] of a part's hidden states and the reference's, and the part's mask."""
     before = _reference_states(model, inputs, ending, layers, options, runs)
     with ExitStack() as stack:
-        if ending == VALIDATE:
+        if ending == VALIDATE or not graph:  # looked at only
             stack.enter_context(training_mode(model, False))
             stack.enter_context(same_draws(model))
         stack.enter_context(torch.set_grad_enabled(graph))
@@ -214,7 +216,10 @@ def _compare(
                 " runs with use_reentrant=True; set it to False"
             )
         mask = runs.mask(inputs, ending, after[0])
-        # A copy in another dtype, or states that were stored outside of autocast.
+        # Autocast makes a norm's output wider than the layers before it; a copy may have another
+        # dtype, and stored states come from outside of autocast.
+        widest = functools.reduce(torch.promote_types, (state.dtype for state in after))
+        after = [state.to(widest) for state in after]
         before = [b.to(a.dtype) for a, b in zip(after, before, strict=True)]
         return layer_moments(after, before, mask, options.impl, want), mask
 
@@ -307,8 +312,8 @@ def compute_loss(
         model, inputs: as in `rerouting_loss`.
         target_layers: hidden_states indices; alpha: the largest value of either coefficient.
         return_outputs: (loss,) instead of loss.
-        tokenizer: not looked at. kwargs: the fields of `Rerouting` by name; what else a Trainer
-            passes is not looked at.
+        tokenizer: not looked at. kwargs: the fields of `Rerouting` by name, `full_layers` True
+            unless given; what else a Trainer passes is not looked at.
 
     Every tenth step the facts of `rerouting_loss` go to `self.log`, named circuit_breaker/*.
 
@@ -318,10 +323,10 @@ def compute_loss(
     step = getattr(self, "current_training_step", 0) + 1
     self.current_training_step = step
     ours = {name: v for name, v in kwargs.items() if name in Rerouting.__dataclass_fields__}
-    options = Rerouting(target_layers=tuple(target_layers), **ours)
+    # The published script cuts its model itself, where it does.
+    options = Rerouting(**{"full_layers": True, **ours, "target_layers": tuple(target_layers)})
     if hasattr(self, "get_training_progress"):
-        progress = min(max(float(self.get_training_progress()), 0.0), 1.0)
-        coefficients = (alpha * progress, alpha * (1 - progress))
+        coefficients = at_progress(self.get_training_progress(), alpha, SCHEDULES[0])
     else:
         coefficients = schedule(step, PUBLISHED_STEPS, alpha)
     monitor = step % LOG_EVERY == 0 and hasattr(self, "log")

@@ -86,12 +86,16 @@ def circuit_breaker_loss(
 def layer_moments(
     hidden_states: Layers, reference: Layers, mask: Tensor | None, impl: str, want: tuple[str, ...]
 ) -> RowMoments:
-    """row_moments of all layers, `want` of them; the mask is one layer's."""
+    """`want` of the moments of all layers; the mask is one layer's, the reference constant."""
     first = hidden_states if isinstance(hidden_states, Tensor) else None
     if first is None and isinstance(hidden_states, Sequence) and len(hidden_states):
         first = hidden_states[0]
     if isinstance(first, Tensor):
         check_weights("mask", mask, first.shape[:-1])
+    if isinstance(reference, Tensor):
+        reference = reference.detach()
+    elif isinstance(reference, Sequence):
+        reference = [r.detach() if isinstance(r, Tensor) else r for r in reference]
     return row_moments(hidden_states, reference, mask, want=want, impl=impl)
 
 
@@ -146,13 +150,18 @@ def schedule(
 
     Formula: p = clamp(step / (2 max_steps), 0, 1); (alpha p, alpha (1 - p)).
     """
-    check_choice("kind", kind, SCHEDULES)
     if max_steps < 1 or step < 0:
         raise ValueError(
             f"a step from 0 of at least 1 is wanted: got step {step} of max_steps {max_steps}"
         )
+    return at_progress(step / (2 * max_steps), alpha, kind)
+
+
+def at_progress(progress: float, alpha: float, kind: str) -> tuple[float, float]:
+    """`schedule` where p is known."""
+    check_choice("kind", kind, SCHEDULES)
     if not math.isfinite(alpha) or alpha < 0:
         raise ValueError(f"alpha must be a finite number from 0: got {alpha}")
-    progress = 0.5 if kind == "constant" else min(step / (2 * max_steps), 1.0)
+    progress = 0.5 if kind == "constant" else min(max(progress, 0.0), 1.0)
     coefficients = (alpha * progress, alpha * (1 - progress))
     return coefficients[::-1] if kind == "readme_text" else coefficients

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -55,12 +57,14 @@ def precompute(
     frozen copy that `options.reference` is), one item at a time.
 
     Args:
+        options: with the reference to make them with: "adapter_off" or a frozen copy. Training then
+            takes the same options with "precomputed".
         folder: gets an `<item>.safetensors` each; what is complete there is not made again, so an
-            interrupted call can be repeated. It must be of the same model, data and layers.
+            interrupted call can be repeated. It must be of the same model.
         after_item: called after each item, for a progress bar.
 
     Raises:
-        ValueError: the folder holds hidden states of other layers or of another number of items.
+        ValueError: the folder holds hidden states of other layers or of other data.
     """
     from safetensors.torch import save_file
 
@@ -71,13 +75,18 @@ def precompute(
         "target_layers": list(options.target_layers),
         "layer_convention": options.layer_convention,
         "full_layers": options.full_layers,
+        "data": _digest(dataset),
     }
     meta = folder / META
     if meta.exists() and json.loads(meta.read_text(encoding="utf-8")) != described:
         raise ValueError(f"{folder} holds other hidden states than wanted ({described}): remove it")
     replace(meta, lambda new: new.write_text(json.dumps(described) + "\n", encoding="utf-8"))
     device = next(model.parameters()).device
-    for index in range(len(dataset)):
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, n_ranks = 0, 1
+    if together:
+        rank, n_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for index in range(rank, len(dataset), n_ranks):
         path = folder / f"{index}.safetensors"
         if not path.exists():
             item = {name: value.to(device) for name, value in dataset[index].items()}
@@ -86,4 +95,15 @@ def precompute(
             replace(path, partial(save_file, stored))
         if after_item is not None:
             after_item()
+    if together:
+        torch.distributed.barrier()
     return WithReference(dataset, folder)
+
+
+def _digest(dataset: Any) -> str:
+    """Of all that the hidden states depend on but the model."""
+    digest = hashlib.sha256()
+    for index in range(len(dataset)):
+        for name, value in sorted(dataset[index].items()):
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -16,7 +16,7 @@ from .arguments import LorraArguments
 from .data import data_collator
 from .hidden_states import blocks_of
 from .loss import Rerouting, Terms, log_of, rerouting_loss
-from .losses import schedule
+from .losses import at_progress
 from .options import ADAPTER_OFF
 
 
@@ -63,6 +63,7 @@ class CircuitBreakerTrainer(Trainer):
             set_seed(42 if args is None else args.seed)  # the Trainer does so only later
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
         inner = unwrapped(model)
+        _check_trained(inner, reference)
         if (
             self.needs_adapter
             and reference == ADAPTER_OFF
@@ -92,6 +93,7 @@ class CircuitBreakerTrainer(Trainer):
             jitter_weights(inner, lorra.init_jitter, self.args.seed)
         elif lorra.init_jitter:
             jitter(inner, lorra.init_jitter, self.args.seed)
+        self.current_training_step = 1
         self._noted: dict[str, list[Tensor]] = defaultdict(list)
 
     def make_rerouting(
@@ -110,23 +112,18 @@ class CircuitBreakerTrainer(Trainer):
         """The trainer's `rerouting` against another reference."""
         return replace(self.rerouting, reference=reference)
 
-    @property
-    def current_training_step(self) -> int:
-        """The optimizer step under way, from 1."""
-        return self.state.global_step + 1
-
     def get_training_progress(self) -> float:
         """Where the schedule stands: 1/2 at the end of the training."""
-        return min(self.current_training_step / (2 * max(self.state.max_steps, 1)), 1.0)
+        return min(self.current_training_step / (2 * max(self.state.max_steps, 1)), 0.5)
 
-    def coefficients(self, step: int) -> tuple[float, float]:
-        """(retain_coeff, cb_coeff) of a step."""
-        n_steps, lorra = max(self.state.max_steps, 1), self.lorra_args
-        return schedule(min(step, n_steps), n_steps, lorra.lorra_alpha, lorra.coeff_schedule)
+    def coefficients(self) -> tuple[float, float]:
+        """(retain_coeff, cb_coeff) at the progress made."""
+        lorra = self.lorra_args
+        return at_progress(self.get_training_progress(), lorra.lorra_alpha, lorra.coeff_schedule)
 
     def terms(self, model: nn.Module, inputs: dict[str, Any], monitor: bool) -> Terms:
         """The loss of a batch, and what to log of it."""
-        coefficients = self.coefficients(self.current_training_step)
+        coefficients = self.coefficients()
         return rerouting_loss(model, inputs, coefficients, self.rerouting, monitor=monitor)
 
     def compute_loss(  # type: ignore[override]
@@ -138,6 +135,8 @@ class CircuitBreakerTrainer(Trainer):
         **kwargs: Any,
     ) -> Any:
         """The loss of a batch; with `return_outputs` also a dict of its detached terms."""
+        if model.training:
+            self.current_training_step = self.state.global_step + 1  # optimizer steps, not batches
         terms = self.terms(model, inputs, model.training and self._logs_this_step())
         if model.training:
             for name, value in terms.facts.items():
@@ -170,5 +169,24 @@ class CircuitBreakerTrainer(Trainer):
             means = torch.stack([torch.stack(values).float().mean() for values in noted.values()])
             means = self.accelerator.reduce(means, reduction="mean")
             facts = dict(zip(noted, means.tolist(), strict=True))
-            logs = {**logs, **log_of(facts, self.coefficients(self.state.global_step))}
+            logs = {**logs, **log_of(facts, self.coefficients())}
         super().log(logs, *args, **kwargs)
+
+
+def _check_trained(model: Any, reference: str | nn.Module) -> None:
+    """ValueError for trained weights that no step reaches, or that no switch turns off."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if isinstance(head, nn.Module) and any(p.requires_grad for p in head.parameters()):
+        if hasattr(model, "peft_config"):
+            raise ValueError(
+                "the output head is among what the adapter trains, but never runs: leave it out of"
+                " lora_modules_to_save and target_modules"
+            )
+    configs = getattr(model, "peft_config", {})
+    biases = {getattr(config, "bias", "none") for config in configs.values()} - {"none"}
+    if biases and reference == ADAPTER_OFF:
+        raise ValueError(
+            f"bias={sorted(biases)[0]!r} trains biases that stay on with the adapter off: use"
+            ' bias="none", or a frozen copy as reference'
+        )

@@ -157,6 +157,8 @@ def _told(error: Exception) -> str:
 def _missing(error: ModuleNotFoundError) -> str:
     """One line that says what to install for a module that is not there."""
     name = (error.name or "").partition(".")[0]
+    if not name.isidentifier():  # raised by hand, with a sentence for a name
+        return one_line(error)
     if name == "onepass":
         return f"{error.name} is not in this installation: pip install --force-reinstall onepass"
     wanted = f"'onepass[{EXTRAS[name]}]'" if name in EXTRAS else name

@@ -35,6 +35,8 @@ def model_card(
     if not on_the_hub:
         lines += [f"Base model: a local folder, `{Path(base_model).name}`.", ""]
     for name, group in {**facts, "versions": versions()}.items():
+        if not group:
+            continue
         lines += [f"| {name} | |", "|---|---|"]
         lines += [f"| {key} | {value} |" for key, value in group.items()] + [""]
     return "\n".join(lines)

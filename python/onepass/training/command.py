@@ -103,6 +103,8 @@ def _train(name: str, tokens: Sequence[str]) -> int:
         description=f"onepass train {name}: {system.summary}.",
         recorded=recorded_flags,
     )
+    if "num_train_epochs" in flags.given and "max_steps" not in flags.given:
+        flags[RunFlags].max_steps = -1  # a system's default would win over what was typed
     try:
         check_run_flags(flags[RunFlags])
         launch = _launch_flags(flags)

@@ -238,7 +238,7 @@ def parse(
     typed, rest = _split(tokens, ours, aliases)
     first = parser.parse_args(typed)
     mapping = _read_config(Path(first.config)) if first.config else {}
-    file_tokens, file_rest = _config_tokens(first.config, mapping, ours)
+    file_tokens, file_rest = _config_tokens(first.config, mapping, ours, aliases)
     try:
         parser.parse_args(file_tokens)
     except UsageError as error:
@@ -324,16 +324,17 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _config_tokens(
-    file: str | None, mapping: Mapping[str, Any], ours: set[str]
+    file: str | None, mapping: Mapping[str, Any], ours: set[str], aliases: Mapping[str, str]
 ) -> tuple[list[str], list[str]]:
     """The file's keys as flags: (ours, others)."""
     mine: list[str] = []
     rest: list[str] = []
-    for key, value in mapping.items():
+    for spelt, value in mapping.items():
+        key = aliases.get(f"--{spelt}", spelt).removeprefix("--").replace("-", "_")
         if key == "config" or (key not in ours and key not in training_fields()):
             names = [*ours - {"config"}, *training_fields()]
             meant = nearest(key, names)
-            raise UsageError(f"{file}: unknown key {key!r}", meant=meant, hint="keys are flags")
+            raise UsageError(f"{file}: unknown key {spelt!r}", meant=meant, hint="keys are flags")
         if value is None:
             continue
         if isinstance(value, list):

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from ..cli.errors import Failed, one_line
+from ..cli.errors import Failed, UsageError, one_line
 from .flags import ModelFlags
+
+
+def _check_folder(name: str) -> None:
+    """UsageError for a path that holds no model, which transformers would look for on the Hub."""
+    path = Path(name).expanduser()
+    looks_local = name.startswith((".", "~", "/")) or name.count("/") > 1
+    if path.is_file():
+        raise UsageError(f"--model: {name!r} is a file, wanted the folder it lies in")
+    if not path.exists():
+        if looks_local:
+            raise UsageError(f"--model: no such folder: {name!r}")
+        return
+    if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise UsageError(f"--model: {name!r} is an adapter, wanted the model it is of")
+        raise UsageError(f"--model: no config.json in {name!r}, wanted a model of transformers")
+
+
+def _why(error: Exception) -> str:
+    return one_line(error) or type(error).__name__
 
 
 def load_language_model(flags: ModelFlags, args: Any) -> tuple[Any, Any]:
@@ -36,11 +57,24 @@ def load_language_model(flags: ModelFlags, args: Any) -> tuple[Any, Any]:
             bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else torch.float16,
         )
         options["device_map"] = {"": args.device}
+    _check_folder(str(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
-        model = AutoModelForCausalLM.from_pretrained(name, **where, **options)
+    except Exception as error:  # each kind of tokenizer file has errors of its own
+        raise Failed(f"--model: no tokenizer can be made from {name!r}: {_why(error)}") from error
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, **where, **options, output_loading_info=True
+        )
     except (OSError, ValueError, ImportError) as error:
-        raise Failed(f"--model: cannot load {name!r}: {one_line(error)}") from error
+        raise Failed(
+            f"--model: cannot load {name!r} as a causal language model: {_why(error)}"
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise Failed(
+            f"--model: {name!r} has no weights for {len(missing)} parameters of"
+            f" {type(model).__name__} ({missing[0]}, ...): not a causal language model, or damaged"
+        )
     model.config.use_cache = False
     if flags.load_in_4bit or flags.load_in_8bit:
         from peft import prepare_model_for_kbit_training

@@ -11,7 +11,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..cli.files import replace_text, strict_json
 from ..cli.terminal import StopRequest, progress_bar, quiet_libraries
-from .run_folder import METRICS, RunFolder, latest_checkpoint
+from .run_folder import METRICS, STATE, RunFolder, latest_checkpoint, tell
 
 
 class Stopped(Exception):
@@ -30,12 +30,22 @@ def fit(trainer: Any, run: RunFolder) -> None:
     """
     for theirs in (PrinterCallback, ProgressCallback):  # they print to stdout
         trainer.remove_callback(theirs)
+    if run.checkpoint is not None and _is_finished(run.checkpoint):
+        tell(f"the training had come to its end at {run.checkpoint.name}")
+        trainer._load_from_checkpoint(str(run.checkpoint))
+        return
     with quiet_libraries(), StopRequest() as stop:
         trainer.add_callback(Monitor(run, stop))
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
         step, n_steps = trainer.state.global_step, trainer.state.max_steps
         if stop.made and step < n_steps:
             raise Stopped(step, n_steps, latest_checkpoint(run.path))
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    """Whether it is of the last step; transformers would train one more."""
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return bool(state["global_step"] >= state["max_steps"])
 
 
 class Monitor(TrainerCallback):
@@ -46,6 +56,7 @@ class Monitor(TrainerCallback):
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # a resumed state has those of its first run
         if self.run.is_main:
             drop_after(self.file, state.global_step)
             self.bar = progress_bar(state.max_steps, state.global_step)

@@ -43,6 +43,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def n_processes() -> int:
+    """How many processes a launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def tell(line: str) -> None:
     """A line to stderr, from the main process."""
     if is_main_process():
@@ -136,6 +141,11 @@ class RunFolder:
         if earlier.get("schema") != SCHEMA:
             text = f"{str(self.path)!r} was written by another version of onepass"
             raise UsageError(f"--resume_from_checkpoint: {text}")
+        if earlier.get("processes", 1) != n_processes():
+            raise UsageError(
+                f"--resume_from_checkpoint: {n_processes()} processes, but the run was begun with"
+                f" {earlier.get('processes', 1)}: batches would differ"
+            )
         before = earlier.get("flags", {})
         now = json.loads(strict_json(self.flags))
         for name in sorted({*before, *now} - FREE):
@@ -163,9 +173,15 @@ class RunFolder:
             data: fingerprints; a resumed run must have the same.
             writes: names of files and folders that the system will make here, for --overwrite.
         """
-        data = dict(data or {})
-        if not self.is_main:
-            return
+        if self.is_main:
+            self._begin(dict(data or {}), writes)
+        if n_processes() > 1:  # none takes what the main one is about to remove for its own
+            from torch import distributed
+
+            if distributed.is_initialized():
+                distributed.barrier()
+
+    def _begin(self, data: dict[str, str], writes: Sequence[str]) -> None:
         if self.resumes and self.earlier is not None:
             self._begin_again(data, self.earlier)
             return
@@ -179,6 +195,7 @@ class RunFolder:
             "system": self.system,
             "flags": self.flags,
             "data": data,
+            "processes": n_processes(),
             "writes": sorted({METRICS, SUMMARY, CURVES, *writes}),
             "versions": versions(),
             "started": datetime.datetime.now().isoformat(" ", "seconds"),
@@ -254,6 +271,8 @@ class RunFolder:
                 temporary.rename(self.path / folder)
                 return
             for file in sorted(temporary.iterdir()):
+                if file.is_file():  # safetensors makes files for the owner alone
+                    file.chmod(self.path.stat().st_mode & 0o666)
                 file.replace(self.path / file.name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -89,9 +89,9 @@ class InfinityCircuitBreakerTrainer(CircuitBreakerTrainer):
         for language models. Up to 1 the harmful side would be left alone at the end, and return."""
         return 2 * max(self.state.max_steps, 1)
 
-    def coefficients(self, step: int) -> tuple[float, float]:
-        """(retain_coeff, cb_coeff) of a step."""
-        return super().coefficients(step) if self.infinity_args.breaks else (0.0, 0.0)
+    def coefficients(self) -> tuple[float, float]:
+        """(retain_coeff, cb_coeff) at the progress made."""
+        return super().coefficients() if self.infinity_args.breaks else (0.0, 0.0)
 
     def terms(self, model: nn.Module, inputs: dict[str, Any], monitor: bool) -> Terms:
         """The loss of a batch, and what to log of it."""
@@ -104,7 +104,7 @@ class InfinityCircuitBreakerTrainer(CircuitBreakerTrainer):
             loss, facts = infinity_rerouting_loss(
                 model,
                 prompts,
-                self.coefficients(self.current_training_step),
+                self.coefficients(),
                 self.rerouting,
                 scale_schedule=scales,
                 seed=self.args.seed + self.prog_it,
