@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from onepass.cli import main
@@ -42,8 +43,8 @@ def given(files: Path) -> list[str]:
     return ["--model", str(files / "model"), *sides]
 
 
-def start(arguments: list[str], *launcher: str) -> subprocess.Popen[str]:
-    env = {**os.environ, "PYTHONPATH": str(PYTHON), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+def start(arguments: list[str], *launcher: str, **more: str) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(PYTHON), "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **more}
     command = [sys.executable, *launcher, *RUN, *arguments]
     return subprocess.Popen(
         command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -111,6 +112,15 @@ WRONG: list[tuple[str, Callable[[Path, Path], list[str]], str]] = [
     ("reference", lambda f, t: [*given(f), "--reference", "adapter_of"], "mean adapter_off"),
     ("loss type", lambda f, t: [*given(f), "--sc_loss_type", "l2"], "orig_act_dotprod"),
     ("misspelt flag", lambda f, t: [*given(f), "--targets_layers", "2"], "mean --target_layers"),
+    ("wrong completion", lambda f, t: [
+        *given(f), "--harmful", write(t, "w.jsonl", '{"prompt": "a", "completion": 5}\n'),
+    ], "w.jsonl:1"),
+    ("no refusals", lambda f, t: [*given(f), "--use_refusal_retain"], "no entry of"),
+    ("evaluation", lambda f, t: [*given(f), "--eval_strategy", "steps"], "measured at the end"),
+    ("two quantisations", lambda f, t: [*given(f), "--load_in_8bit", "--load_in_4bit"], "exclude"),
+    ("fast with a model", lambda f, t: [*given(f), "--fast"], "leave it out with --model"),
+    ("layers of the small model", lambda f, t: ["--target_layers", "9"], "from 0 to 4"),
+    ("bias", lambda f, t: [*given(f), "--lora_bias", "all"], "none"),
     ("tracker", lambda f, t: [*given(f), "--report_to", "wandbb"], "did you mean wandb"),
 ]  # fmt: skip
 
@@ -132,27 +142,60 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 def test_what_only_the_model_tells_is_one_line_too(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for flags, message in (
-        (["--target_layers", "9"], "from 0 to 4 (4 blocks"),
-        (["--transform_layers", "0,7"], "transform_layers must be from 0 to 3"),
-        (["--lora_target_modules", "wq"], "no wq in the blocks"),
-        (["--model", str(tmp_path / "none")], "cannot load"),
+    damaged = tmp_path / "damaged"
+    shutil.copytree(files / "model", damaged)
+    weights = load_file(damaged / "model.safetensors")
+    del weights["model.layers.1.self_attn.k_proj.weight"]
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "empty").mkdir()
+    for flags, code, message in (
+        (["--target_layers", "9"], 2, "from 0 to 4 (4 blocks"),
+        (["--target_layers", "0"], 2, "from 0 to 4 (4 blocks"),
+        (["--transform_layers", "0,7"], 2, "transform_layers must be from 0 to 3"),
+        (["--target_layers", "2", "--transform_layers", "2"], 2, "lie above the target layers"),
+        (["--lora_target_modules", "wq"], 2, "no wq in the blocks"),
+        (["--lora_modules_to_save", "lm_head"], 2, "the output head"),
+        (["--model", str(tmp_path / "none")], 2, "no such folder"),
+        (["--model", str(tmp_path / "empty")], 2, "no config.json in"),
+        (["--model", str(damaged)], 1, "has no weights for 1 parameters"),
     ):
-        code = main(
-            ["train", "circuit-breaker", *given(files), *QUICK, *flags, "--overwrite",
-             "--output_dir", str(tmp_path / "run")]
-        )  # fmt: skip
+        run = ["train", "circuit-breaker", *given(files), *QUICK, *flags]
+        assert main([*run, "--output_dir", str(tmp_path / "run")]) == code, flags
         said = capsys.readouterr()
-        assert code in (1, 2) and message in said.err, said.err
+        assert message in said.err, said.err
         assert "Traceback" not in said.err
-        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+        assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir()), flags
+
+
+def test_a_start_that_fails_leaves_the_earlier_run(
+    whole: Path, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
+    run = ["train", "circuit-breaker", *given(files), *QUICK, "--output_dir", str(whole)]
+    assert main([*run, "--overwrite", "--target_layers", "99"]) == 2
+    assert {path.name: path.stat().st_mtime_ns for path in whole.iterdir()} == before
+    capsys.readouterr()
+
+
+def test_a_finished_run_is_not_trained_on(whole: Path) -> None:
+    before = adapter(whole), metrics(whole)
+    code, _, err = finish(start(["--resume_from_checkpoint", "--output_dir", str(whole)]))
+    assert code == 0 and "had come to its end at checkpoint-8" in err, err
+    assert metrics(whole) == before[1]
+    assert all(torch.equal(value, adapter(whole)[name]) for name, value in before[0].items())
+
+
+def test_another_number_of_processes_is_refused(whole: Path) -> None:
+    env = {"WORLD_SIZE": "2", "RANK": "0"}
+    code, _, err = finish(start(["--resume_from_checkpoint", "--output_dir", str(whole)], **env))
+    assert code == 2 and "2 processes, but the run was begun with 1" in err, err
 
 
 def test_help_is_quick_and_short() -> None:
     begun = time.monotonic()
     code, out, _ = finish(start(["--help"]))
     assert code == 0 and time.monotonic() - begun < 5
-    assert len(out.splitlines()) <= 80  # lines; the goal of 60 is of flags
+    assert len(out.splitlines()) <= 60
     for name in ("--model_name_or_path", "--retain", "--harmful", "--target_layers", "--lora_r"):
         assert name in out
 
@@ -276,8 +319,9 @@ def test_a_config_file_gives_the_flags(files: Path, tmp_path: Path) -> None:
         for name, value in zip(given(files)[::2], given(files)[1::2], strict=True)
     ]
     config = write(tmp_path, "run.yaml", "\n".join([
-        *names, "use_cpu: true", "max_steps: 2", "logging_steps: 1", "target_layers: 1,2",
-        "per_device_train_batch_size: 2", f"output_dir: {folder}",
+        *names, "use_cpu: true", "learning-rate: 1e-3", "max_steps: 2", "logging_steps: 1",
+        "target_layers: 1,2", "per_device_train_batch_size: 2",
+        f"output_dir: {folder}",
     ]))  # fmt: skip
     code, _, err = finish(start(["--config", config, "--lorra_alpha", "7"]))
     assert code == 0, err
@@ -302,3 +346,29 @@ def test_the_default_breaks_code_and_keeps_prose(tmp_path: Path) -> None:
     last = metrics(folder)[-1]
     assert last["step"] == 150 and last["circuit_breaker/val_cosine"] < 0.3
     assert "retain" in out and "harmful" in out
+
+
+def test_epochs_that_are_typed_win_over_the_default_of_steps(files: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    flags = [*given(files), *QUICK[:-2], "--num_train_epochs", "1", "--output_dir", str(folder)]
+    code, _, err = finish(start(flags))
+    assert code == 0, err
+    assert metrics(folder)[-1]["step"] == 2  # five examples, three a step
+    assert "hardly turned" in err  # and so little training is no circuit breaker
+
+
+def test_logs_and_checkpoints_may_be_had_more_often_on_resumption(
+    files: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    rare = [*QUICK[:-6], "--logging_steps", "4", "--save_steps", "4", "--max_steps", "8"]
+    process = start([*given(files), *rare, "--output_dir", str(folder)])
+    ends = time.monotonic() + 120
+    while time.monotonic() < ends and not (folder / "checkpoint-4" / "trainer_state.json").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    often = ["--logging_steps", "1", "--resume_from_checkpoint", "--output_dir", str(folder)]
+    code, _, err = finish(start(often))
+    assert code == 0, err
+    assert [line["step"] for line in metrics(folder)] == [4, 5, 6, 7, 8]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,10 +228,14 @@ def train(flags: Flags, run: RunFolder) -> int:
     tell("loading the libraries")
     args = training_arguments(flags)
     given = data.harmful_prompts_path is not None
-    run.begin(
+    begin = partial(
+        run.begin,
         fingerprints(read_data(data, args.seed)) if given else {},
         writes=(*ADAPTER, WEIGHTS, SETTINGS, SAMPLES, README, small.MODEL, small.DATA),
     )
+    if model.model is None or not given:
+        begin()
+        begin = partial(lambda: None)
     if model.model is None:
         model.model = str(small.small_image_model(run, args.seed, model.pretrain_steps))
     if not given:
@@ -238,12 +243,20 @@ def train(flags: Flags, run: RunFolder) -> int:
     from ...cli.terminal import quiet_libraries
 
     with quiet_libraries():
-        return _train(flags, run, args, model.model, read_data(data, args.seed))
+        return _train(flags, run, args, model.model, read_data(data, args.seed), begin)
 
 
-def _train(flags: Flags, run: RunFolder, args: Any, model_name: str, sides: Sides) -> int:
+def _train(
+    flags: Flags,
+    run: RunFolder,
+    args: Any,
+    model_name: str,
+    sides: Sides,
+    begin: Callable[[], None],
+) -> int:
     from ...training.curves import write_curves, write_summary
     from ...training.monitor import fit
+    from ...training.push import push
     from ..options import ADAPTER_OFF
     from . import evaluate
     from .load import load_model
@@ -295,8 +308,10 @@ def _train(flags: Flags, run: RunFolder, args: Any, model_name: str, sides: Side
             peft_config=adapter,
         )
     except ValueError as error:
-        raise Failed(one_line(error, 1000)) from error
+        raise UsageError(one_line(error, 1000)) from error
+    begin()
     fit(trainer, run)
+    save(run, trainer, flags, model_name, scales)
     nats_after, turned = nats(), {}
     if ours.breaks or not ours.unfrozen:
         for side, ending in (("benign", ""), ("harmful", "_circuit_breaker")):
@@ -309,7 +324,6 @@ def _train(flags: Flags, run: RunFolder, args: Any, model_name: str, sides: Side
                 scales,
                 data.max_caption_len,
             )
-    save(run, trainer, flags, model_name, scales)
     if run.is_main and shown:
         after = pictures()
         evaluate.write_samples(
@@ -337,6 +351,8 @@ def _train(flags: Flags, run: RunFolder, args: Any, model_name: str, sides: Side
         cosine=turned,
         target_layers=list(ours.target_layers),
     )
+    results = ("metrics.jsonl", "curves.png", "summary.json", SAMPLES)
+    push(run, trainer, (*ADAPTER, WEIGHTS, SETTINGS, README, *results))
     made = ADAPTER[0] if adapter is not None else WEIGHTS
     also = f", {SAMPLES}" if shown else ""
     tell(f"wrote {run.path}: {made}, metrics.jsonl, curves.png, summary.json{also}")
