@@ -417,9 +417,9 @@ def test_bytes_that_must_move() -> None:
     assert cases.case("shared_teacher").bytes_moved(shared, "full") == 2 * (2 * 4 + 3) * row
     layers = Size(100, D=1000, layers=4)
     assert cases.case("hidden_losses").bytes_moved(layers, "full") == 2 * (4 * 4 + 4) * row
-    padded = Size(100, D=1000, layers=9, masked=0.2)  # two layers are read by both losses
+    padded = Size(100, D=1000, layers=9, masked=0.2)  # and two layers of harmful prompts
     rerouting = cases.case("circuit_breaker").bytes_moved(padded, "full")
-    assert rerouting == 2 * (4 * 11 * 4 * row // 5 + 9 * row)
+    assert rerouting == 2 * (4 * 11 * 4 * row // 5 + 11 * row)
     assert cases.case("head_cross_entropy").bytes_moved(Size(1, 2, 3), "full") is None
 
 
