@@ -333,10 +333,8 @@ def _train(
 def _length(model: Any, lorra: LorraArguments) -> int:
     """`model_max_length`, or what the model has positions for where that is less."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions >= lorra.model_max_length:
-        return lorra.model_max_length
-    tell(f"the model has {positions} positions: examples are cut there")
-    return positions
+    longest = lorra.model_max_length
+    return min(positions, longest) if isinstance(positions, int) else longest
 
 
 def save(
