@@ -487,15 +487,16 @@ def made(folder: Path, dataset: Any = None, steps: int = 12, **options: Any) -> 
         use_cpu=True, disable_tqdm=True, seed=0, dataloader_pin_memory=False,
     )  # fmt: skip
     torch.manual_seed(1)  # of lora_A
+    model = options.pop("model", None) or tiny()
     return infinity.InfinityCircuitBreakerTrainer(
-        options.pop("model", None) or tiny(),
+        model,
         arguments,
         train_dataset=prompts(folder) if dataset is None else dataset,
         infinity_args=InfinityArguments(
             **{"circuit_breaker_target_layers": "1,2", **options.pop("infinity_args", {})}
         ),
         scale_schedule=SCALES,
-        peft_config=peft.LoraConfig(r=4, target_modules=lora_target_modules(range(3)))
+        peft_config=peft.LoraConfig(r=4, target_modules=lora_target_modules(model, range(3)))
         if options.pop("adapter", True)
         else None,
         **options,
@@ -513,7 +514,7 @@ def test_training_turns_the_harmful_prompts(tmp_path: Path) -> None:
     ours.train()
     first, *_, last = logged(ours)
     assert last["circuit_breaker/cb_cosine"] < 0.5 < last["circuit_breaker/retain_cosine"]
-    assert last["circuit_breaker/cb_cosine"] < first["circuit_breaker/cb_cosine"] + 0.5
+    assert last["circuit_breaker/retain_cosine"] > 0.9
     facts = {name.removeprefix("circuit_breaker/") for name in last if "/" in name}
     assert facts == {
         *("retain_coeff", "cb_coeff", "retain_loss", "cb_loss"),
@@ -574,3 +575,56 @@ def test_public_names_load() -> None:
         assert getattr(infinity, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = infinity.nothing
+
+
+def test_lora_finds_blocks_in_chunks() -> None:
+    peft = pytest.importorskip("peft")
+    model = published()
+    names = lora_target_modules(model, [1, 2], ["mat_qkv", "fc1", "linear", "proj"])
+    assert names and all(n.startswith(("block_chunks.0.", "block_chunks.1.")) for n in names)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names))
+    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == len(names)
+
+
+@needs_training
+def test_lora_that_the_model_passes_by_is_refused(tmp_path: Path) -> None:
+    """FoundationVision's attention multiplies by a layer's weight and never calls the layer."""
+    model = tiny()
+    for block in model.blocks:
+        layer = block.ffn.fc1
+
+        def by_weight(x: Tensor, layer: Any = layer, ffn: Any = block.ffn) -> Tensor:
+            hidden = nn.functional.linear(x, layer.weight, layer.bias)
+            return ffn.fc2(nn.functional.gelu(hidden, approximate="tanh"))
+
+        block.ffn.forward = by_weight
+    with pytest.raises(RuntimeError, match=r"get no gradient .*fc1.*lora_target_modules"):
+        made(tmp_path, model=model, steps=2).train()
+
+
+@needs_training
+def test_the_trainer_unfreezes_what_it_is_told(tmp_path: Path) -> None:
+    model = tiny()
+    told = {"unfreeze_mlp": True, "selective_layers": "0"}
+    made(tmp_path, model=model, adapter=False, reference=copy.deepcopy(model), infinity_args=told)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained and all(name.startswith("blocks.0.ffn.") for name in trained)
+
+
+@needs_training
+def test_the_data_set_is_told_its_epoch(tmp_path: Path) -> None:
+    """accelerate tells the sampler instead where it shards batches over processes."""
+    ours = made(tmp_path, steps=6)
+    watch = next(c for c in ours.callback_handler.callbacks if type(c).__name__ == "_Watch")
+    ours.state.epoch = 2.0
+    watch.on_epoch_begin(ours.args, ours.state, ours.control)
+    assert ours.train_dataset.epoch == 2
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), -1.0, float("inf")])
+def test_an_alpha_that_is_no_weight_is_refused(alpha: float) -> None:
+    original = tiny()
+    with pytest.raises(ValueError, match="alpha"):
+        compute_infinity_circuit_breaker_loss(
+            trainer(original), moved(original), batch(), [1], alpha, scale_schedule=SCALES
+        )

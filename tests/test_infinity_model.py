@@ -296,7 +296,7 @@ def test_lora_by_name(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model, condition, x = tiny(), batch_text_cond_tuples(conditions()), inputs()
     before = model(condition, x, SCHEDULE)
-    config = peft.LoraConfig(r=2, target_modules=infinity_model.lora_target_modules([0, 1]))
+    config = peft.LoraConfig(r=2, target_modules=infinity_model.lora_target_modules(model, [0, 1]))
     adapted = peft.get_peft_model(model, config)
     names = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert len(names) == 2 * 2 * 7  # A and B, two blocks, sa: 2, ca: 3, ffn: 2

@@ -34,7 +34,7 @@ FREE = frozenset(
     " logging_first_step save_steps save_total_limit report_to run_name project trackio_space_id"
     " push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision log_level"
     " log_level_replica disable_tqdm dataloader_num_workers dataloader_pin_memory"
-    " dataloader_prefetch_factor dataloader_persistent_workers skip_memory_metrics".split()
+    " dataloader_prefetch_factor skip_memory_metrics".split()
 )
 
 

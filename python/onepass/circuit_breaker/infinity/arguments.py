@@ -15,11 +15,12 @@ CIRCUIT_BREAKER = "circuit_breaker"
 # The weights that each switch trains, by what follows blocks.N. in their names.
 UNFROZEN = {
     "unfreeze_attention": ("sa.mat_qkv", "sa.mat_q", "sa.mat_k", "sa.mat_v", "sa.q_bias",
-                           "sa.v_bias", "sa.scale_mul"),
+                           "sa.v_bias", "sa.scale_mul", "sa.scale_mul_1H11"),
     "unfreeze_output": ("sa.proj", "ca.proj"),
     "unfreeze_layernorm": ("ca_norm", "ada_gss", "ada_lin", "norm"),
     "unfreeze_mlp": ("ffn",),
-    "unfreeze_cross_attention": ("ca.mat_q", "ca.mat_kv", "ca.mat_k", "ca.mat_v", "ca.scale_mul"),
+    "unfreeze_cross_attention": ("ca.mat_q", "ca.mat_kv", "ca.mat_k", "ca.mat_v", "ca.q_bias",
+                                "ca.v_bias", "ca.scale_mul", "ca.scale_mul_1H1"),
 }  # fmt: skip
 EMBEDDINGS = ("word_embed", "lvl_embed", "pos_embed", "pos_start", "pos_1LC", "norm0_ve")
 
@@ -102,7 +103,7 @@ class InfinityArguments:
             coeff_schedule=self.coeff_schedule,
             retain_reduction=self.retain_reduction,
             relu_scope=self.relu_scope,
-            init_jitter=self.init_jitter,
+            init_jitter=self.init_jitter if self.breaks else 0.0,
         )
 
 

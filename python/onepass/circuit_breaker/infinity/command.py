@@ -116,7 +116,11 @@ def check(flags: Flags) -> None:
     _check_arguments(flags, args)
     if not args.breaks and data.pictures is None:
         data.pictures = True  # there is nothing else to train on
-    _check_model(model, args, bool(data.pictures))
+    _check_model(model, args, data, "max_caption_len" in flags.given)
+    if flags.overrides.get("dataloader_persistent_workers"):
+        raise UsageError(
+            "--dataloader_persistent_workers: workers that stay do not see later epochs' prompts"
+        )
     if not missing:
         sides = read_data(data, flags[RunFlags].seed)
         if data.pictures:
@@ -166,9 +170,12 @@ def _check_arguments(flags: Flags, args: InfinityArguments) -> None:
         raise UsageError(f"--{given[0]} is of an adapter: there is none with --{args.unfrozen[0]}")
 
 
-def _check_model(model: InfinityModelFlags, args: InfinityArguments, pictures: bool) -> None:
+def _check_model(
+    model: InfinityModelFlags, args: InfinityArguments, data: InfinityDataFlags, given: bool
+) -> None:
     from .config import InfinityConfig
 
+    pictures = bool(data.pictures)
     config: InfinityConfig | None = InfinityConfig()
     if model.model is not None:
         config = check_model(model.model)
@@ -179,6 +186,11 @@ def _check_model(model: InfinityModelFlags, args: InfinityArguments, pictures: b
             wanted = "" if args.breaks else f"; --task_type {CIRCUIT_BREAKER} needs none"
             raise UsageError(f"--pictures are those of the small model, not of --model's{wanted}")
         return
+    if given and data.max_caption_len > config.text_maxlen:
+        raise UsageError(
+            f"--max_caption_len: got {data.max_caption_len}, the model takes {config.text_maxlen}"
+        )
+    data.max_caption_len = min(data.max_caption_len, config.text_maxlen)
     try:
         args.check_layers(config.depth, pictures)
     except ValueError as error:
@@ -375,6 +387,8 @@ def _check_checkpointing(flags: Flags, model: Any, args: Any) -> None:
             f"--gradient_checkpointing: {type(model).__name__} has no method {names[0]}_enable:"
             " leave the flag out"
         )
+    if flags[RunFlags].gradient_checkpointing:
+        tell(f"no gradient checkpointing: {type(model).__name__} has no {names[0]}_enable")
     for name in names:
         if hasattr(args, name):
             setattr(args, name, False)
@@ -445,7 +459,7 @@ def _lora(lora: LoraFlags, ours: InfinityArguments, model: Any) -> Any:
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        target_modules=lora_target_modules(ours.trained_layers, modules),
+        target_modules=lora_target_modules(model, ours.trained_layers, modules),
         modules_to_save=list(lora.lora_modules_to_save) or None,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,

@@ -25,7 +25,8 @@ from ..hidden_states import (
     without_adapter,
 )
 from ..loss import Rerouting, Runs, Terms, loss_of_parts
-from ..options import ADAPTER_OFF
+from ..losses import at_progress
+from ..options import ADAPTER_OFF, SCHEDULES
 
 TARGET_LAYERS = (0, 1, 2, 3, 4, 5)
 EPS = 1e-8
@@ -79,11 +80,11 @@ def compute_infinity_circuit_breaker_loss(
         reference = getattr(trainer, "reference_model", None) or ADAPTER_OFF
     rerouting = infinity_rerouting(target_layers, reference, **options)
     done, of_all = getattr(trainer, "prog_it", None), getattr(trainer, "max_it", None)
-    progress = min(max(done / of_all, 0.0), 1.0) if done is not None and of_all else 0.5
+    progress = done / of_all if done is not None and of_all else 0.5
     terms = infinity_rerouting_loss(
         model,
         inputs,
-        (alpha * progress, alpha * (1 - progress)),
+        at_progress(progress, alpha, SCHEDULES[0]),
         rerouting,
         scale_schedule=scale_schedule,
         seed=seed + int(done or 0),
@@ -162,6 +163,8 @@ def _states(
         raise ValueError(f"the batch has no {key}: it has {sorted(inputs)}")
     text, lens, cu_seqlens, longest = inputs[key]
     images = inputs.get("x_BLC_wo_prefix")
+    if images is not None and not ending and len(images) != len(lens):
+        raise ValueError(f"x_BLC_wo_prefix has {len(images)} images for {len(lens)} prompts")
     # The same images under either side's prompts: nothing but the prompt tells the sides apart.
     if images is None or len(images) != len(lens):
         images = noise(model, len(lens), schedule, seed)

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..hidden_states import blocks_of
 from .config import CONFIG, WEIGHTS, InfinityConfig, read_config
 from .quantizer import BitQuantizer
 from .text import TextCondTuple
 
-LORA_MODULES = ("mat_qkv", "mat_q", "mat_kv", "proj", "fc1", "fc2")
+LORA_MODULES = ("mat_qkv", "mat_q", "mat_kv", "proj", "fc1", "fc2", "fcg")
 POSITION_OCTAVES = 4
 
 ScaleSchedule = Sequence[tuple[int, int, int]]
@@ -306,13 +307,23 @@ class Infinity(nn.Module):
         return model.eval()
 
 
-def lora_target_modules(layers: Iterable[int], modules: Iterable[str] = LORA_MODULES) -> str:
-    """`target_modules` for peft: these modules of these blocks, and not the text pool's.
+def lora_target_modules(
+    model: nn.Module, layers: Iterable[int], modules: Iterable[str] = LORA_MODULES
+) -> list[str]:
+    """`target_modules` for peft: the whole names of these linear layers in these blocks, wherever
+    the model keeps its blocks (in chunks, too).
 
     peft's own layers_to_transform finds no block of a model whose `blocks` are at the top.
     """
-    numbers = "|".join(str(layer) for layer in layers)
-    return rf"(.*\.)?blocks\.({numbers})\.(.*\.)?({'|'.join(modules)})"
+    blocks, wanted = blocks_of(model), set(modules)
+    chosen = {id(blocks[layer]) for layer in layers}
+    return [
+        f"{path}.{name}"
+        for path, block in model.named_modules()
+        if id(block) in chosen
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in wanted
+    ]
 
 
 @torch.no_grad()

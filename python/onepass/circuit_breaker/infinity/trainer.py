@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from ..arguments import LorraArguments
 from ..loss import Rerouting, Terms
@@ -15,6 +16,32 @@ from .arguments import InfinityArguments
 from .data import data_collator_infinity
 from .loss import infinity_rerouting, infinity_rerouting_loss, schedule_of
 from .task import task_loss
+from .weights import unfreeze
+
+
+class _Watch(TrainerCallback):
+    """Tells the data set its epoch, which launchers do not; looks whether all that is to be trained
+    is reached."""
+
+    def __init__(self, trainer: InfinityCircuitBreakerTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if hasattr(self.trainer.train_dataset, "set_epoch"):
+            self.trainer.train_dataset.set_epoch(int(state.epoch + 1e-6))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step or args.deepspeed:
+            return
+        weights = self.trainer.model.named_parameters()
+        if idle := [
+            name for name, weight in weights if weight.requires_grad and weight.grad is None
+        ]:
+            raise RuntimeError(
+                f"{len(idle)} weights are to be trained and get no gradient ({idle[0]}): a layer"
+                " whose weight the model uses without calling the layer has no use for LoRA; name"
+                " others in lora_target_modules, or train it itself (unfreeze_*)"
+            )
 
 
 class InfinityCircuitBreakerTrainer(CircuitBreakerTrainer):
@@ -51,6 +78,8 @@ class InfinityCircuitBreakerTrainer(CircuitBreakerTrainer):
         self.needs_adapter = self.infinity_args.breaks
         self.scale_schedule = scale_schedule
         lorra = self.infinity_args.lorra()
+        if self.infinity_args.unfrozen:
+            unfreeze(model, self.infinity_args)
         super().__init__(
             model,
             args,
@@ -60,6 +89,7 @@ class InfinityCircuitBreakerTrainer(CircuitBreakerTrainer):
             reference=reference,
             **others,
         )
+        self.add_callback(_Watch(self))
 
     def make_rerouting(
         self, model: nn.Module, lorra: LorraArguments, reference: str | nn.Module

@@ -41,9 +41,13 @@ def unfreeze(model: nn.Module, arguments: InfinityArguments) -> list[str]:
         for weight in chosen:
             weight.requires_grad_(True)
     if not arguments.freeze_embeddings:
-        for name, weight in model.named_parameters():
-            if name.partition(".")[0] in EMBEDDINGS:
-                weight.requires_grad_(True)
+        embeddings = [w for n, w in model.named_parameters() if set(n.split(".")) & set(EMBEDDINGS)]
+        if not embeddings:
+            raise ValueError(
+                f"freeze_embeddings: {type(model).__name__} has none of {', '.join(EMBEDDINGS)}"
+            )
+        for weight in embeddings:
+            weight.requires_grad_(True)
     return [name for name, weight in model.named_parameters() if weight.requires_grad]
 
 
