@@ -80,9 +80,7 @@ def _kept_slabs(mask: Tensor | None, like: Tensor) -> list[_Slab]:
     on_cpu = like.device.type == "cpu"
     parts = max(FEWEST_PARTS, torch.get_num_threads()) if on_cpu else 8 * FEWEST_PARTS
     if like.dtype != accumulation_dtype(like.dtype):
-        parts = max(
-            1, parts // 2
-        )  # both sides are copied to be cast: three slabs at a time, not one
+        parts = max(1, parts // 2)  # both sides are cast: three slabs at a time, not one
     step = max(1, parts * SLAB_NUMEL // hidden_size)
     spans = [(0, n_rows, n_rows)]  # first row, row after the last, rows that count
     if mask is not None and not mask.all():

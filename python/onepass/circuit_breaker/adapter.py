@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ..training.flags import LoraFlags
 from .arguments import LoraArguments, LorraArguments
 from .hidden_states import blocks_of
 
@@ -20,26 +22,39 @@ def lora_config(model: nn.Module, lora: LoraArguments, lorra: LorraArguments) ->
 
     blocks = blocks_of(model)
     transformed = lorra.blocks_of(len(blocks))
-    known = linear_names([blocks[n] for n in transformed])
-    modules = list(lora.lora_target_modules) or known
+    return LoraConfig(
+        **lora_settings(lora),
+        bias=lora.lora_bias,
+        target_modules=chosen_modules(lora, [blocks[n] for n in transformed]),
+        layers_to_transform=transformed,
+        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in blocks[0].modules()),
+        task_type="CAUSAL_LM" if hasattr(model, "get_output_embeddings") else None,
+    )
+
+
+def lora_settings(lora: LoraFlags) -> dict[str, Any]:
+    """What of the flags goes into peft's LoraConfig under any model."""
+    return {
+        "r": lora.lora_r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "modules_to_save": list(lora.lora_modules_to_save) or None,
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
+    }
+
+
+def chosen_modules(lora: LoraFlags, blocks: Any, usual: Sequence[str] = ()) -> list[str]:
+    """The linear layers in these blocks that get LoRA, by name: those of the flags, else those of
+    the `usual` that there are, else all."""
+    known = linear_names(blocks)
+    modules = lora.lora_target_modules or [name for name in usual if name in known] or known
     if unknown := [name for name in modules if name not in known]:
         raise ValueError(
             f"lora_target_modules: no {', '.join(unknown)} in the blocks of this model;"
             f" it has {', '.join(known)}"
         )
-    return LoraConfig(
-        r=lora.lora_r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        bias=lora.lora_bias,
-        target_modules=modules,
-        modules_to_save=list(lora.lora_modules_to_save) or None,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        layers_to_transform=transformed,
-        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in blocks[0].modules()),
-        task_type="CAUSAL_LM" if hasattr(model, "get_output_embeddings") else None,
-    )
+    return list(modules)
 
 
 def linear_names(blocks: Any) -> list[str]:
@@ -62,13 +77,15 @@ def jitter(model: nn.Module, relative: float, seed: int = 0) -> int:
     generator = torch.Generator().manual_seed(seed)
     n_moved = 0
     for module in model.modules():
-        pairs = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
-        if not all(isinstance(side, nn.ModuleDict) for side in pairs):
+        lora_a: Any = getattr(module, "lora_A", None)
+        lora_b: Any = getattr(module, "lora_B", None)
+        if not isinstance(lora_a, nn.ModuleDict) or not isinstance(lora_b, nn.ModuleDict):
             continue
-        for name, lora_b in pairs[1].items():  # type: ignore[union-attr]
-            weight = lora_b.weight
+        for name in lora_b:
+            first: Any = lora_a[name]
+            weight: Any = lora_b[name].weight
             if weight.requires_grad and not weight.any():
-                deviation = pairs[0][name].weight.float().std().item()  # type: ignore[index]
+                deviation = first.weight.float().std().item()
                 noise = torch.randn(weight.shape, generator=generator)
                 weight.copy_(noise * (relative * deviation))
                 n_moved += 1

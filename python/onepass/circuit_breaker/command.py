@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cli.errors import UsageError, one_line
-from ..training.flags import Flags, ModelFlags, RunFlags, flag, training_arguments
+from ..training.flags import (
+    Flags,
+    ModelFlags,
+    RunFlags,
+    check_above_0,
+    check_from,
+    check_lora_flags,
+    check_share,
+    flag,
+    training_arguments,
+)
 from ..training.prompts import Prompt, read_prompts
 from ..training.run_folder import RunFolder, tell
 from .arguments import LoraArguments, LorraArguments, numbers
@@ -141,24 +151,13 @@ def check(flags: Flags) -> None:
 
 
 def _check_numbers(data: DataFlags, lorra: LorraArguments, lora: LoraArguments) -> None:
-    if not 0 <= data.validation_ratio < 1:
-        raise UsageError(
-            f"--validation_ratio: got {data.validation_ratio}, wanted from 0 to below 1"
-        )
-    for name, value, least in (
-        ("num_examples", data.num_examples, 1),
-        ("model_max_length", lorra.model_max_length, 2),
-        ("lora_r", lora.lora_r, 1),
-        ("lora_alpha", lora.lora_alpha, 1),
-        ("init_jitter", lorra.init_jitter, 0),
-        ("lora_dropout", lora.lora_dropout, 0),
-    ):
-        if value is not None and not least <= value < float("inf"):
-            raise UsageError(f"--{name}: got {value}, wanted a number from {least} on")
-    if not 0 < lorra.lorra_alpha < float("inf"):
-        raise UsageError(f"--lorra_alpha: got {lorra.lorra_alpha}, wanted a number above 0")
-    if lora.lora_dropout >= 1:
-        raise UsageError(f"--lora_dropout: got {lora.lora_dropout}, wanted below 1")
+    check_share("validation_ratio", data.validation_ratio)
+    if data.num_examples is not None:
+        check_from("num_examples", data.num_examples, 1)
+    check_from("model_max_length", lorra.model_max_length, 2)
+    check_from("init_jitter", lorra.init_jitter, 0)
+    check_above_0("lorra_alpha", lorra.lorra_alpha)
+    check_lora_flags(lora)
     try:
         if lorra.target_layers is not None:
             numbers("--target_layers", lorra.target_layers)
@@ -208,9 +207,9 @@ def train(flags: Flags, run: RunFolder) -> int:
     args = training_arguments(flags)
     writes = (*ADAPTER, REFERENCE, small_model.MODEL, small_model.DATA)
     begin = partial(run.begin, fingerprints(data), writes=writes)
-    if flags[ModelFlags].model_name_or_path is None:
+    makes_model = flags[ModelFlags].model_name_or_path is None
+    if makes_model:
         begin()
-        begin = partial(lambda: None)
         folder = small_model.small_language_model(run, args.seed, data.fast)
         flags[ModelFlags].model_name_or_path = str(folder)
         if data.retain is None:
@@ -221,7 +220,7 @@ def train(flags: Flags, run: RunFolder) -> int:
     from ..cli.terminal import quiet_libraries
 
     with quiet_libraries():
-        return _train(flags, run, args, read_data(data), lorra, begin)
+        return _train(flags, run, args, read_data(data), lorra, None if makes_model else begin)
 
 
 def _train(
@@ -230,7 +229,7 @@ def _train(
     args: Any,
     prompts: dict[str, list[Prompt]],
     lorra: LorraArguments,
-    begin: Callable[[], None],
+    begin: Callable[[], None] | None,
 ) -> int:
     from ..training.curves import write_curves, write_summary
     from ..training.models import load_language_model
@@ -277,7 +276,8 @@ def _train(
         )
     except ValueError as error:
         raise UsageError(one_line(error, 1000)) from error
-    begin()
+    if begin is not None:
+        begin()
     size = args.per_device_eval_batch_size
     original = {
         s: nats_per_token(trainer.model, t, size, adapter=False) for s, t in measured.items()

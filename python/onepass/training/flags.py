@@ -455,6 +455,31 @@ def check_run_flags(run: RunFlags) -> None:
             )
 
 
+def check_from(name: str, value: float, least: float) -> None:
+    """UsageError unless a flag's number is finite and at least `least`."""
+    if not least <= value < float("inf"):
+        raise UsageError(f"--{name}: got {value}, wanted a number from {least} on")
+
+
+def check_above_0(name: str, value: float) -> None:
+    """UsageError unless a flag's number is finite and above 0."""
+    if not 0 < value < float("inf"):
+        raise UsageError(f"--{name}: got {value}, wanted a number above 0")
+
+
+def check_share(name: str, value: float) -> None:
+    """UsageError unless a flag's number is a share that leaves something."""
+    if not 0 <= value < 1:
+        raise UsageError(f"--{name}: got {value}, wanted from 0 to below 1")
+
+
+def check_lora_flags(lora: LoraFlags) -> None:
+    """UsageError for an adapter that cannot be."""
+    check_from("lora_r", lora.lora_r, 1)
+    check_from("lora_alpha", lora.lora_alpha, 1)
+    check_share("lora_dropout", lora.lora_dropout)
+
+
 OURS = ("overwrite", "resume_from_checkpoint", "config", "accelerate_config")
 
 

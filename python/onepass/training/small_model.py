@@ -8,13 +8,12 @@ reader take it. What is already complete in the folder is left as it is.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cli.errors import Failed
 from ..cli.files import replace_text
+from .made_once import wait_for
 from .run_folder import RunFolder, is_main_process, tell
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 MODEL, DATA = "base-model", "data"  # to be named in RunFolder.begin's `writes`
 SIDES = {"retain": "prose", "harmful": "code"}
-PATIENCE = 1800  # seconds that the other processes of a launch wait for the main one
 
 
 def data_files(folder: Path) -> dict[str, Path]:
@@ -42,11 +40,7 @@ def small_language_model(run: RunFolder, seed: int, fast: bool = False) -> Path:
     if is_complete():
         return model
     if not is_main_process():
-        ends = time.monotonic() + PATIENCE
-        while not is_complete():
-            if time.monotonic() > ends:
-                raise Failed(f"waited {PATIENCE} s for the main process to make {model}")
-            time.sleep(0.5)
+        wait_for(is_complete, str(model))
         return model
     import torch
 

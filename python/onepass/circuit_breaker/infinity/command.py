@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from ...cli.errors import Failed, UsageError, one_line
-from ...training.flags import Flags, LoraFlags, RunFlags, flag, training_arguments
+from ...training.flags import (
+    Flags,
+    LoraFlags,
+    RunFlags,
+    check_above_0,
+    check_from,
+    check_lora_flags,
+    check_share,
+    flag,
+    training_arguments,
+)
 from ...training.prompts import Prompt
 from ...training.run_folder import RunFolder, tell
 from ..command import PANELS as SHARED_PANELS
@@ -129,27 +139,13 @@ def check(flags: Flags) -> None:
 
 def _check_numbers(flags: Flags) -> None:
     data, args, lora = flags[InfinityDataFlags], flags[InfinityArguments], flags[LoraFlags]
-    if not 0 <= data.validation_ratio < 1:
-        raise UsageError(
-            f"--validation_ratio: got {data.validation_ratio}, wanted from 0 to below 1"
-        )
-    for name, value, least in (
-        ("num_examples", data.num_examples, 1),
-        ("max_caption_len", data.max_caption_len, 1),
-        ("pretrain_steps", flags[InfinityModelFlags].pretrain_steps, 1),
-        ("init_jitter", args.init_jitter, 0),
-        ("lora_r", lora.lora_r, 1),
-        ("lora_alpha", lora.lora_alpha, 1),
-        ("lora_dropout", lora.lora_dropout, 0),
-    ):
-        if not least <= value < float("inf"):
-            raise UsageError(f"--{name}: got {value}, wanted a number from {least} on")
-    if not 0 < args.circuit_breaker_alpha < float("inf"):
-        raise UsageError(
-            f"--circuit_breaker_alpha: got {args.circuit_breaker_alpha}, wanted a number above 0"
-        )
-    if lora.lora_dropout >= 1:
-        raise UsageError(f"--lora_dropout: got {lora.lora_dropout}, wanted below 1")
+    check_share("validation_ratio", data.validation_ratio)
+    check_from("num_examples", data.num_examples, 1)
+    check_from("max_caption_len", data.max_caption_len, 1)
+    check_from("pretrain_steps", flags[InfinityModelFlags].pretrain_steps, 1)
+    check_from("init_jitter", args.init_jitter, 0)
+    check_above_0("circuit_breaker_alpha", args.circuit_breaker_alpha)
+    check_lora_flags(lora)
 
 
 def _check_arguments(flags: Flags, args: InfinityArguments) -> None:
@@ -245,9 +241,9 @@ def train(flags: Flags, run: RunFolder) -> int:
         fingerprints(read_data(data, args.seed)) if given else {},
         writes=(*ADAPTER, WEIGHTS, SETTINGS, SAMPLES, README, small.MODEL, small.DATA),
     )
-    if model.model is None or not given:
+    makes_something = model.model is None or not given
+    if makes_something:
         begin()
-        begin = partial(lambda: None)
     if model.model is None:
         model.model = str(small.small_image_model(run, args.seed, model.pretrain_steps))
     if not given:
@@ -255,7 +251,14 @@ def train(flags: Flags, run: RunFolder) -> int:
     from ...cli.terminal import quiet_libraries
 
     with quiet_libraries():
-        return _train(flags, run, args, model.model, read_data(data, args.seed), begin)
+        return _train(
+            flags,
+            run,
+            args,
+            model.model,
+            read_data(data, args.seed),
+            None if makes_something else begin,
+        )
 
 
 def _train(
@@ -264,7 +267,7 @@ def _train(
     args: Any,
     model_name: str,
     sides: Sides,
-    begin: Callable[[], None],
+    begin: Callable[[], None] | None,
 ) -> int:
     from ...training.curves import write_curves, write_summary
     from ...training.monitor import fit
@@ -321,7 +324,8 @@ def _train(
         )
     except ValueError as error:
         raise UsageError(one_line(error, 1000)) from error
-    begin()
+    if begin is not None:
+        begin()
     fit(trainer, run)
     save(run, trainer, flags, model_name, scales)
     nats_after, turned = nats(), {}
@@ -445,25 +449,12 @@ def _dataset(data: InfinityDataFlags, encoder: Any, seed: int) -> Any:
 def _lora(lora: LoraFlags, ours: InfinityArguments, model: Any) -> Any:
     from peft import LoraConfig
 
-    from ..adapter import linear_names
+    from ..adapter import chosen_modules, lora_settings
     from .model import LORA_MODULES, lora_target_modules
 
-    known = linear_names(_blocks(model))
-    modules = lora.lora_target_modules or [name for name in LORA_MODULES if name in known] or known
-    if unknown := [name for name in modules if name not in known]:
-        raise ValueError(
-            f"lora_target_modules: no {', '.join(unknown)} in the blocks of this model; it has"
-            f" {', '.join(known)}"
-        )
-    return LoraConfig(
-        r=lora.lora_r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=lora_target_modules(model, ours.trained_layers, modules),
-        modules_to_save=list(lora.lora_modules_to_save) or None,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-    )
+    modules = chosen_modules(lora, _blocks(model), LORA_MODULES)
+    names = lora_target_modules(model, ours.trained_layers, modules)
+    return LoraConfig(**lora_settings(lora), target_modules=names)
 
 
 def save(
