@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from onepass.circuit_breaker.adapter import jitter, linear_names, lora_config
+from onepass.circuit_breaker.adapter import jitter, lora_config
 from onepass.circuit_breaker.arguments import LoraArguments, LorraArguments
-from onepass.circuit_breaker.hidden_states import blocks_of, check_layers
+from onepass.circuit_breaker.hidden_states import check_layers
 from onepass.circuit_breaker.loss import (
     Rerouting,
     compute_loss,
@@ -30,6 +30,8 @@ from onepass.circuit_breaker.losses import (
     schedule,
 )
 from onepass.ops.row_moments import row_moments
+from onepass.training.hidden_states import blocks_of
+from onepass.training.lora import linear_names
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..training.flags import LoraFlags
+from ..training.hidden_states import blocks_of
+from ..training.lora import chosen_modules, lora_settings
 from .arguments import LoraArguments, LorraArguments
-from .hidden_states import blocks_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -30,40 +29,6 @@ def lora_config(model: nn.Module, lora: LoraArguments, lorra: LorraArguments) ->
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in blocks[0].modules()),
         task_type="CAUSAL_LM" if hasattr(model, "get_output_embeddings") else None,
     )
-
-
-def lora_settings(lora: LoraFlags) -> dict[str, Any]:
-    """What of the flags goes into peft's LoraConfig under any model."""
-    return {
-        "r": lora.lora_r,
-        "lora_alpha": lora.lora_alpha,
-        "lora_dropout": lora.lora_dropout,
-        "modules_to_save": list(lora.lora_modules_to_save) or None,
-        "use_rslora": lora.use_rslora,
-        "use_dora": lora.use_dora,
-    }
-
-
-def chosen_modules(lora: LoraFlags, blocks: Any, usual: Sequence[str] = ()) -> list[str]:
-    """The linear layers in these blocks that get LoRA, by name: those of the flags, else those of
-    the `usual` that there are, else all."""
-    known = linear_names(blocks)
-    modules = lora.lora_target_modules or [name for name in usual if name in known] or known
-    if unknown := [name for name in modules if name not in known]:
-        raise ValueError(
-            f"lora_target_modules: no {', '.join(unknown)} in the blocks of this model;"
-            f" it has {', '.join(known)}"
-        )
-    return list(modules)
-
-
-def linear_names(blocks: Any) -> list[str]:
-    """The names of the linear layers in a model's blocks, without their path; blocks may differ."""
-    found: dict[str, None] = {}
-    for name, module in (named for block in blocks for named in block.named_modules()):
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            found[name.rpartition(".")[2]] = None
-    return list(found)
 
 
 @torch.no_grad()
@@ -106,8 +71,3 @@ def jitter_weights(model: nn.Module, relative: float, seed: int = 0) -> int:
         noise = torch.randn(weight.shape, generator=generator) * (relative * deviation)
         weight.add_(noise.to(weight.device, weight.dtype))
     return len(trained)
-
-
-def has_lora(model: nn.Module) -> bool:
-    """Whether an adapter of PEFT's kind lies in the model."""
-    return any(isinstance(getattr(m, "lora_B", None), nn.ModuleDict) for m in model.modules())

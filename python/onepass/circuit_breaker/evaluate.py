@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..heads import lazy_head_within
 from ..losses import cross_entropy
-from .hidden_states import as_reference, training_mode, without_adapter
+from ..training.hidden_states import training_mode, without_adapter
+from .hidden_states import as_reference
 from .loss import Rerouting, part_facts
 from .options import ADAPTER_OFF
 

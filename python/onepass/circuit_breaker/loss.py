@@ -17,15 +17,8 @@ from torch import Tensor, nn
 
 from ..ops._check import check_choice, check_number
 from ..ops.row_moments import RowMoments
-from .hidden_states import (
-    all_layers,
-    as_reference,
-    blocks_of,
-    check_layers,
-    language_model_states,
-    same_draws,
-    training_mode,
-)
+from ..training.hidden_states import blocks_of, same_draws, training_mode
+from .hidden_states import all_layers, as_reference, check_layers, language_model_states
 from .losses import (
     at_progress,
     circuit_breaker_of,

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
 from ..heads import unwrapped
-from .adapter import has_lora, jitter, jitter_weights
+from ..training.hidden_states import blocks_of
+from ..training.lora import has_lora
+from .adapter import jitter, jitter_weights
 from .arguments import LorraArguments
 from .data import data_collator
-from .hidden_states import blocks_of
 from .loss import Rerouting, Terms, log_of, rerouting_loss
 from .losses import at_progress
 from .options import ADAPTER_OFF

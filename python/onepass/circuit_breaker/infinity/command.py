@@ -376,7 +376,7 @@ def _train(
 
 
 def _blocks(model: Any) -> Sequence[Any]:
-    from ..hidden_states import blocks_of
+    from ...training.hidden_states import blocks_of
 
     return blocks_of(model)
 
@@ -449,7 +449,7 @@ def _dataset(data: InfinityDataFlags, encoder: Any, seed: int) -> Any:
 def _lora(lora: LoraFlags, ours: InfinityArguments, model: Any) -> Any:
     from peft import LoraConfig
 
-    from ..adapter import chosen_modules, lora_settings
+    from ...training.lora import chosen_modules, lora_settings
     from .model import LORA_MODULES, lora_target_modules
 
     modules = chosen_modules(lora, _blocks(model), LORA_MODULES)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hidden_states import same_draws, training_mode, without_adapter
+from ...training.hidden_states import same_draws, training_mode, without_adapter
 from ..loss import Rerouting, part_facts
 from .captions import CAPTION
 from .loss import infinity_runs

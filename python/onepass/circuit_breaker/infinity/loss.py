@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hidden_states import (
-    blocks_needed,
+from ...training.hidden_states import (
     blocks_of,
     capture,
     no_logits,
     only_blocks,
     without_adapter,
 )
+from ..hidden_states import blocks_needed
 from ..loss import Rerouting, Runs, Terms, loss_of_parts
 from ..losses import at_progress
 from ..options import ADAPTER_OFF, SCHEDULES

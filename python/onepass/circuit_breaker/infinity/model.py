@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..hidden_states import blocks_of
+from ...training.hidden_states import blocks_of
 from .config import CONFIG, WEIGHTS, InfinityConfig, read_config
 from .quantizer import BitQuantizer
 from .text import TextCondTuple

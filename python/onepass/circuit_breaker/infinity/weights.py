@@ -7,7 +7,7 @@ import re
 
 from torch import Tensor, nn
 
-from ..hidden_states import blocks_of
+from ...training.hidden_states import blocks_of
 from .arguments import EMBEDDINGS, UNFROZEN, InfinityArguments
 
 

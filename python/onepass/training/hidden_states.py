@@ -1,0 +1,202 @@
+"""What a system needs of any transformers model: its blocks, their hidden states, its modes.
+
+Forward hooks keep the layers that are asked for and no others. Models run through their own
+wrappers (PEFT, DDP, FSDP).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..heads import unwrapped
+
+
+def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
+    """The transformer blocks of a model, in order.
+
+    Those in its attribute `blocks` or `unregistered_blocks` (Infinity, which has the second alone
+    where it runs them in chunks), else the outermost list of as many modules as its config has
+    layers.
+
+    Raises:
+        ValueError: none found.
+    """
+    return _home_of_blocks(model)[2]
+
+
+def _home_of_blocks(model: nn.Module) -> tuple[Any, str, Any]:
+    """The module that runs the blocks, its attribute for them, and the blocks."""
+    inner = without_adapter(model)
+    for name in ("blocks", "unregistered_blocks"):
+        if len(getattr(inner, name, ())):
+            return inner, name, getattr(inner, name)
+    config: Any = getattr(inner, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    n_layers = getattr(config, "num_hidden_layers", None)
+    for path, module in inner.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            home, _, name = path.rpartition(".")
+            return inner.get_submodule(home), name, module
+    raise ValueError(
+        f"no transformer blocks found in {type(inner).__name__}: wanted a list of modules `blocks`,"
+        " or one as long as config.num_hidden_layers"
+    )
+
+
+def without_adapter(model: nn.Module) -> Any:
+    """The model inside wrappers of training and of PEFT."""
+    inner: Any = unwrapped(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+@contextlib.contextmanager
+def only_blocks(model: nn.Module, n_blocks: int) -> Iterator[None]:
+    """Let a model end after its first `n_blocks` blocks; undone after.
+
+    What follows the blocks (the final norm) runs on the last of them. A model that keeps its blocks
+    in chunks runs whole.
+    """
+    home, name, blocks = _home_of_blocks(model)
+    if n_blocks >= len(blocks) or hasattr(home, "block_chunks"):
+        yield
+        return
+    config: Any = getattr(home, "config", None)
+    n_layers = getattr(config, "num_hidden_layers", None)
+    setattr(home, name, blocks[:n_blocks])
+    if n_layers is not None:
+        config.num_hidden_layers = n_blocks
+    try:
+        yield
+    finally:
+        setattr(home, name, blocks)
+        if n_layers is not None:
+            config.num_hidden_layers = n_layers
+
+
+@contextlib.contextmanager
+def capture(
+    model: nn.Module, layers: Sequence[int], convention: str, final: int | None = None
+) -> Iterator[dict[int, Any]]:
+    """Hidden states of `layers` by number, once the model has run inside.
+
+    "hf_hidden_states" counts as transformers does: 0 are the embeddings, l the output of l blocks,
+    `final` (where None, all blocks) what follows the last norm. "block" counts blocks from 0; a
+    block's own `get_hidden_states()` or tensor `output_hidden_states`, where it has one, is its
+    hidden state.
+    """
+    home, _, blocks = _home_of_blocks(model)
+    final = len(blocks) if final is None else final
+    found: dict[int, Any] = {}
+
+    # Kept once: a recomputation in the backward is not another forward.
+    def keep_input(layer: int) -> Callable[..., None]:
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.setdefault(layer, args[0] if args else kwargs["hidden_states"])
+
+        return keep
+
+    def keep_output(layer: int) -> Callable[..., None]:
+        def keep(block: nn.Module, _: object, output: Any) -> None:
+            if convention == "block":
+                output = told_by(block, output)
+            found.setdefault(layer, output if isinstance(output, Tensor) else output[0])
+
+        return keep
+
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            if convention == "hf_hidden_states" and layer == 0:
+                hook = blocks[0].register_forward_pre_hook(keep_input(layer), with_kwargs=True)
+            elif convention == "hf_hidden_states" and layer == final:
+                hook = home.register_forward_hook(keep_output(layer))
+            else:
+                block = blocks[layer - (convention == "hf_hidden_states")]
+                hook = block.register_forward_hook(keep_output(layer))
+            hooks.callback(hook.remove)
+        yield found
+    missing = [layer for layer in layers if layer not in found]
+    if missing:
+        raise RuntimeError(
+            f"the model ran without calling its blocks for layers {missing}: hidden states are"
+            " taken by forward hooks on them (a compiled model runs none that come later)"
+        )
+
+
+def told_by(block: Any, output: Any) -> Any:
+    """The hidden state that a block offers by itself, else its output."""
+    if callable(getattr(block, "get_hidden_states", None)):
+        return block.get_hidden_states()
+    own = getattr(block, "output_hidden_states", None)
+    return own if isinstance(own, Tensor) else output
+
+
+@contextlib.contextmanager
+def no_logits(model: nn.Module) -> Iterator[None]:
+    """Let the head of a language model, or the `head` of an image model, return logits of no
+    vocabulary; undone after."""
+    inner = without_adapter(model)
+    if hasattr(inner, "get_output_embeddings"):
+        head = inner.get_output_embeddings()
+    else:
+        head = getattr(inner, "head", None)
+    if not isinstance(head, nn.Module):
+        yield
+        return
+    before = vars(head).get("forward")
+    head.forward = lambda hidden, *_, **__: hidden[..., :0]
+    try:
+        yield
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
+
+
+@contextlib.contextmanager
+def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """model.train(training) inside; each module's own mode after."""
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was in before.items():
+            module.training = was
+
+
+@contextlib.contextmanager
+def same_draws(model: nn.Module) -> Iterator[None]:
+    """Leave the random state as it was: what runs inside takes no draw from the training's."""
+    python_state = random.getstate()
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices):
+        yield
+    random.setstate(python_state)
+
+
+@contextlib.contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """A model of PEFT's without its adapter inside; with it, and its weights trained as before,
+    after.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    inner: Any = unwrapped(model)
+    if not hasattr(inner, "disable_adapter"):
+        raise ValueError(f"{type(inner).__name__} has no PEFT adapter to switch off")
+    # PEFT turns the gradients of all adapter weights on as it leaves, whatever they were.
+    trained = {p: p.requires_grad for p in inner.parameters()}
+    try:
+        with inner.disable_adapter():
+            yield
+    finally:
+        for parameter, was in trained.items():
+            parameter.requires_grad_(was)
