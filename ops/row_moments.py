@@ -16,6 +16,7 @@ from torch import Tensor
 from ._check import check_choice, check_rows_alike, check_want
 from ._declare import declare
 from ._launch import IMPLS, accumulation_dtype, capturing, choose, dense_like, device_of, warps
+from ._scratch import Scratch
 from .vocab_stats import mask_rows
 
 
@@ -98,30 +99,16 @@ def _kept_slabs(mask: Tensor | None, like: Tensor) -> list[_Slab]:
     ]
 
 
-class _Scratch:
-    """Room for a slab, in the accumulation dtype: made when first used, then used by all slabs."""
-
-    def __init__(self, slabs: Sequence[_Slab], like: Tensor) -> None:
-        n_rows = max((slab.rows.stop - slab.rows.start for slab in slabs), default=0)
-        self.shape = (n_rows, like.shape[-1])
-        self.dtype, self.device = accumulation_dtype(like.dtype), like.device
-        self.held: dict[str, Tensor] = {}
-
-    def room(self, name: str, n_rows: int) -> Tensor:
-        if name not in self.held:
-            self.held[name] = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        return self.held[name][:n_rows]
-
-    def load(self, name: str, rows: Tensor) -> Tensor:
-        """The rows themselves where they need no cast."""
-        return rows if rows.dtype == self.dtype else self.room(name, len(rows)).copy_(rows)
+def _scratch(slabs: Sequence[_Slab], like: Tensor) -> Scratch:
+    n_rows = max((slab.rows.stop - slab.rows.start for slab in slabs), default=0)
+    return Scratch(n_rows, like.shape[-1], accumulation_dtype(like.dtype), like.device)
 
 
 def _forward_torch(
     x: list[Tensor], y: list[Tensor], mask: Tensor | None, out: dict[str, Tensor]
 ) -> None:
     slabs = _kept_slabs(mask, x[0])
-    scratch = _Scratch(slabs, x[0])
+    scratch = _scratch(slabs, x[0])
     for rows, _ in slabs:
         for layer in range(len(x)):
             a, b = scratch.load("x", x[layer][rows]), scratch.load("y", y[layer][rows])
@@ -151,7 +138,7 @@ def _backward_torch(
     upstream: list[Tensor | None],
 ) -> None:
     slabs = _kept_slabs(mask, x[0])
-    scratch = _Scratch(slabs, x[0])
+    scratch = _scratch(slabs, x[0])
     on_gap, on_x, on_y, on_xy = _coefficients(upstream)
     ends = [0, *(end for rows, _ in slabs for end in (rows.start, rows.stop)), x[0].shape[0]]
     for start, stop in zip(ends[::2], ends[1::2], strict=True):

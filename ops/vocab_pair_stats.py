@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _pair_cross_entropy
 from ._check import (
     check_choice,
     check_floating,
@@ -376,6 +377,9 @@ def _forward_torch(
     beta: float,
     out: dict[str, Tensor],  # [K, N] each
 ) -> None:
+    if _pair_cross_entropy.serves(want):
+        _pair_cross_entropy.forward(logits, target, mask, probs, out)
+        return
     n_pairs, n_rows, vocab_size = logits.shape
     for k, kept in _pairs(n_pairs, n_rows, mask):
         for slab in slabs(n_rows if kept is None else kept.shape[0], 2 * vocab_size):
@@ -397,6 +401,13 @@ def _backward_torch(
     facts: dict[str, Tensor],
     coefficients: dict[str, Tensor | None],
 ) -> None:
+    if (
+        dlogits is not None
+        and dtarget is None
+        and _pair_cross_entropy.serves_gradient(coefficients)
+    ):
+        _pair_cross_entropy.backward(dlogits, logits, target, mask, probs, facts, coefficients)
+        return
     n_pairs, n_rows, vocab_size = logits.shape
     # Rows outside, pairs inside: a target row's gradient is summed in one accumulation dtype,
     # rounded once.
