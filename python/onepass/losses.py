@@ -306,14 +306,10 @@ def masked_cross_entropy(
     check_choice("impl", impl, IMPLS)
     check_number("label_smoothing", label_smoothing, 0.0, 1.0)
     check_number("z_loss", z_loss)
-    check_number("ce_scaling_factor", ce_scaling_factor)
     check_num_items(num_items, reduction)
-    if max_loss is not None:
-        check_number("max_loss", max_loss, hint=", or None for no cap")
-        if max_loss <= 0:
-            raise ValueError(f"max_loss must be positive, or None for no cap: got {max_loss}")
-        if cap_scope == "mean" and reduction == "none":
-            raise ValueError('reduction="none" has no mean to cap: pass cap_scope="token"')
+    check_cap(max_loss, ce_scaling_factor)
+    if max_loss is not None and cap_scope == "mean" and reduction == "none":
+        raise ValueError('reduction="none" has no mean to cap: pass cap_scope="token"')
     check_weights("mask", mask, logits.shape[:-1])
     if mask is not None:
         check_same_device("mask", mask, "logits", logits)
@@ -344,6 +340,16 @@ def masked_cross_entropy(
     if max_loss is not None and cap_scope == "mean":
         loss = sigmoid_cap(loss, max_loss, ce_scaling_factor, cap_form)
     return loss
+
+
+def check_cap(max_loss: object, ce_scaling_factor: object, name: str = "max_loss") -> None:
+    """Raises unless the numbers make a cap, or `max_loss` is None."""
+    check_number("ce_scaling_factor", ce_scaling_factor)
+    if max_loss is not None:
+        check_number(name, max_loss, hint=", or None for no cap")
+        assert isinstance(max_loss, (int, float))
+        if max_loss <= 0:
+            raise ValueError(f"{name} must be positive, or None for no cap: got {max_loss}")
 
 
 def known_weights(
@@ -430,18 +436,29 @@ def masked_normalized_l2(
     Source: Stained Glass Engine 2.8.1, jigsaw losses (compute_masked_normalized_l2_loss).
     """
     check_choice("normalization", normalization, NORMALIZATIONS)
-    want = {"dim": ("dd",), "unit": MOMENTS}.get(normalization, ("dd", "yy"))
+    want = wanted_moments(normalization)
     moments = hidden_moments(x, target, mask, reduction, eps, impl, want)
-    if normalization == "dim":
-        rows = moments.dd / x.shape[-1]
-    elif normalization == "unit":
-        rows = safe_sqrt(unit_distance_squared(moments, eps))
-    else:
-        scale = safe_sqrt(moments.yy).clamp_min(eps)
-        rows = moments.dd / scale.square()
-        if normalization == "target":
-            rows = safe_sqrt(moments.dd) / scale
+    rows = normalized_distances(moments, normalization, x.shape[-1], eps)
     return reduce_rows(rows, mask, reduction=reduction)
+
+
+def wanted_moments(normalization: str) -> tuple[str, ...]:
+    """What `normalized_distances` is made of."""
+    return {"dim": ("dd",), "unit": MOMENTS}.get(normalization, ("dd", "yy"))
+
+
+def normalized_distances(
+    moments: RowMoments, normalization: str, hidden_size: int, eps: float = 1e-6
+) -> Tensor:
+    """The distance of every row of `x` from its target `y`, as `masked_normalized_l2` means it."""
+    if normalization == "dim":
+        return moments.dd / hidden_size
+    if normalization == "unit":
+        return safe_sqrt(unit_distance_squared(moments, eps))
+    scale = safe_sqrt(moments.yy).clamp_min(eps)
+    if normalization == "target":
+        return safe_sqrt(moments.dd) / scale
+    return moments.dd / scale.square()
 
 
 def masked_inner_product(
