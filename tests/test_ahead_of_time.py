@@ -23,8 +23,9 @@ triton = pytest.importorskip("triton", reason="kernels cannot be compiled withou
 # Of 65,536 registers, 256 threads of a program: two programs at 128 hide each other's loads.
 TWO_PROGRAMS = 128
 # What may be narrower, and why: vocabulary weights are fp32 and stay in the L2 cache; four rows
-# that share a target spread that one row over all threads; a table holds one address a layer.
-NARROW_IS_RIGHT = ("weights", "4 rows", "table")
+# that share a target spread that one row over all threads; a table holds one address a layer; a
+# mask of features has a byte for each; rows that are summed each bring one upstream gradient.
+NARROW_IS_RIGHT = ("weights", "4 rows", "table", "features", "summed")
 
 
 def job(
@@ -100,6 +101,7 @@ def configurations(target: str) -> dict[str, Job]:
         jobs |= stats_jobs(target, dtype, 128 // bits, full)
         jobs |= pair_jobs(target, dtype, 128 // bits, full)
         jobs |= moments_jobs(target, dtype)
+        jobs |= gaussian_jobs(target, dtype)
     return jobs
 
 
@@ -259,6 +261,40 @@ def moments_jobs(target: str, dtype: str) -> dict[str, Job]:
     return jobs
 
 
+def gaussian_jobs(target: str, dtype: str) -> dict[str, Job]:
+    kernels = importlib.import_module("onepass.kernels.gaussian")
+    sides = ("x_ptr", "mean_ptr", "location_ptr", "std_ptr", "grad_ptr", "out_ptr")
+    types = dict.fromkeys((*sides, *(f"d{side}" for side in sides)), f"*{dtype}")
+    types |= {"mask_ptr": "*i1", "seed_ptr": "*i64"}
+    ones = dict.fromkeys(("size_i", "summed_i", "summed_j", "summed_k"), 1)
+    jobs = {}
+    for name, what, off, meta in (
+        # Everything of rows; what a log-determinant alone needs; a mask of features.
+        ("gaussian_stats", "one", (), {}),
+        ("gaussian_stats", "log_det one", (*sides[:3], "mahalanobis_ptr", "mask_ptr"), {}),
+        ("gaussian_stats", "features", (), {"FEATURES": True}),
+        ("gaussian_stats_backward", "one", (), {"SUMMED": False, **ones}),
+        ("gaussian_stats_backward", "features", (), {"SUMMED": False, "FEATURES": True, **ones}),
+        ("gaussian_stats_backward", "summed", (), {"SUMMED": True}),
+        ("cloak", "one", (), {"ALIGNED": True}),
+        ("cloak", "features", (), {"ALIGNED": True, "FEATURES": True}),
+        ("cloak_backward", "one", (), {"ALIGNED": True}),
+        ("cloak_backward", "features", (), {"ALIGNED": True, "FEATURES": True}),
+    ):
+        fn = getattr(kernels, f"{name}_kernel")
+        steps = [n for n in function_arguments(fn) if n.endswith(("_i", "_j", "_k"))]
+        jobs[f"{name} {dtype} {what}"] = job(
+            fn,
+            target,
+            off,
+            types,
+            known=("hidden_size", *(n for n in steps if not n.startswith(("size", "sum")))),
+            warps=4,
+            **{"FEATURES": False, "BLOCK": 1024, **meta},
+        )
+    return jobs
+
+
 @pytest.fixture(scope="module")
 def all_compiled() -> Iterator[dict[str, Future[dict[str, Compiled]]]]:
     """What came out for every target; two compile at a time, each in a process of its own."""
@@ -286,7 +322,13 @@ def test_other_specialisations_compile() -> None:
     if why_not("sm_90"):
         pytest.skip(why_not("sm_90"))
     jobs = stats_jobs("sm_90", "bf16", 8, True) | pair_jobs("sm_90", "bf16", 8, True)
-    jobs |= moments_jobs("sm_90", "bf16")
+    jobs |= moments_jobs("sm_90", "bf16") | gaussian_jobs("sm_90", "bf16")
+    odd = {
+        name: replace(job, constexprs={**job.constexprs, "ALIGNED": False}, multiples_of_16=[])
+        for name, job in jobs.items()
+        if name.startswith("cloak")
+    }
+    jobs |= {f"{name}, odd D": job for name, job in odd.items()}
     variants = [change(job) for job in jobs.values() for change in (with_ones, bare)]
     assert all(kernel.registers for kernel in compile_kernels(variants))
 
@@ -304,7 +346,7 @@ def test_nothing_spills(compiled: dict[str, Compiled]) -> None:
 
 def test_registers_leave_room_for_two_programs(compiled: dict[str, Compiled]) -> None:
     """The common configurations; those of every fact at once trade occupancy for one pass."""
-    common = ("logp", "logp+entropy", "cross_entropy", "one", "table")
+    common = ("logp", "logp+entropy", "cross_entropy", "one", "table", "features", "summed")
     over = {
         name: kernel.registers
         for name, kernel in compiled.items()
