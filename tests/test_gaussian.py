@@ -948,8 +948,8 @@ def test_nothing_of_the_noise_is_kept(impl: str, device: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA graphs")
-def test_a_replayed_graph_has_new_noise() -> None:
-    zeros = torch.zeros(4, 64, device="cuda")
+def test_a_replayed_graph_has_new_noise(device: str) -> None:
+    zeros = torch.zeros(4, 64, device=device)
     cloak(zeros, zeros, zeros + 1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
