@@ -947,11 +947,7 @@ def test_nothing_of_the_noise_is_kept(impl: str, device: str) -> None:
     assert sum(tensor.numel() for tensor in kept) == 4 + 1
 
 
-<<<<<<< HEAD
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA graphs")
-=======
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs CUDA graphs")
->>>>>>> gaussian
 def test_a_replayed_graph_has_new_noise(device: str) -> None:
     zeros = torch.zeros(4, 64, device=device)
     cloak(zeros, zeros, zeros + 1)
