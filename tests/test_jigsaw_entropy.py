@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from onepass import jigsaw
 from onepass.jigsaw import entropy as module
 from onepass.jigsaw import (
     gaussian_entropy_log_loss,
@@ -417,12 +416,3 @@ def test_a_masked_std_may_be_anything() -> None:
     stds[:, 0] = 0.0
     mask = torch.tensor([[0, 1, 1]] * 4)
     assert torch.isfinite(mi(M, stds, mask, C, N))
-
-
-def test_public_names() -> None:
-    assert jigsaw.__all__ == sorted(jigsaw.__all__)
-    assert set(jigsaw.__all__) <= set(dir(jigsaw))
-    for name in jigsaw.__all__:
-        assert getattr(jigsaw, name).__name__ == name
-    with pytest.raises(AttributeError, match="no_such_name"):
-        getattr(jigsaw, "no_such_name")  # noqa: B009 -- mypy knows there is none
