@@ -9,6 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "BoundedMeanParameterization": ".parameterizations",
+    "CloakStandardDeviationParameterization": ".parameterizations",
+    "DirectStandardDeviationParameterization": ".parameterizations",
+    "TransformerCloak": ".cloak",
     "gaussian_entropy_log_loss": ".entropy",
     "gaussian_mixture_entropy": ".entropy",
     "mutual_information_sub_batch": ".entropy",
@@ -16,6 +20,10 @@ _HOMES = {
     "voronoi_characteristic_length": ".entropy",
 }
 __all__ = [
+    "BoundedMeanParameterization",
+    "CloakStandardDeviationParameterization",
+    "DirectStandardDeviationParameterization",
+    "TransformerCloak",
     "gaussian_entropy_log_loss",
     "gaussian_mixture_entropy",
     "mutual_information_sub_batch",
@@ -24,12 +32,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .cloak import TransformerCloak
     from .entropy import (
         gaussian_entropy_log_loss,
         gaussian_mixture_entropy,
         mutual_information_sub_batch,
         square_mahalanobis_distance,
         voronoi_characteristic_length,
+    )
+    from .parameterizations import (
+        BoundedMeanParameterization,
+        CloakStandardDeviationParameterization,
+        DirectStandardDeviationParameterization,
     )
 
 
