@@ -12,6 +12,8 @@ _HOMES = {
     "BoundedMeanParameterization": ".parameterizations",
     "CloakStandardDeviationParameterization": ".parameterizations",
     "DirectStandardDeviationParameterization": ".parameterizations",
+    "NoiseMaskedNoisyTransformerModel": ".models",
+    "PeftNoiseMaskedNoisyTransformerModel": ".models",
     "TransformerCloak": ".cloak",
     "gaussian_entropy_log_loss": ".entropy",
     "gaussian_mixture_entropy": ".entropy",
@@ -23,6 +25,8 @@ __all__ = [
     "BoundedMeanParameterization",
     "CloakStandardDeviationParameterization",
     "DirectStandardDeviationParameterization",
+    "NoiseMaskedNoisyTransformerModel",
+    "PeftNoiseMaskedNoisyTransformerModel",
     "TransformerCloak",
     "gaussian_entropy_log_loss",
     "gaussian_mixture_entropy",
@@ -39,6 +43,10 @@ if TYPE_CHECKING:
         mutual_information_sub_batch,
         square_mahalanobis_distance,
         voronoi_characteristic_length,
+    )
+    from .models import (
+        NoiseMaskedNoisyTransformerModel,
+        PeftNoiseMaskedNoisyTransformerModel,
     )
     from .parameterizations import (
         BoundedMeanParameterization,
