@@ -12,9 +12,12 @@ _HOMES = {
     "BoundedMeanParameterization": ".parameterizations",
     "CloakStandardDeviationParameterization": ".parameterizations",
     "DirectStandardDeviationParameterization": ".parameterizations",
+    "JigsawDataset": ".data",
     "NoiseMaskedNoisyTransformerModel": ".models",
+    "NoiseTokenizer": ".data",
     "PeftNoiseMaskedNoisyTransformerModel": ".models",
     "TransformerCloak": ".cloak",
+    "data_collator": ".data",
     "gaussian_entropy_log_loss": ".entropy",
     "gaussian_mixture_entropy": ".entropy",
     "mutual_information_sub_batch": ".entropy",
@@ -25,9 +28,12 @@ __all__ = [
     "BoundedMeanParameterization",
     "CloakStandardDeviationParameterization",
     "DirectStandardDeviationParameterization",
+    "JigsawDataset",
     "NoiseMaskedNoisyTransformerModel",
+    "NoiseTokenizer",
     "PeftNoiseMaskedNoisyTransformerModel",
     "TransformerCloak",
+    "data_collator",
     "gaussian_entropy_log_loss",
     "gaussian_mixture_entropy",
     "mutual_information_sub_batch",
@@ -37,6 +43,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .cloak import TransformerCloak
+    from .data import JigsawDataset, NoiseTokenizer, data_collator
     from .entropy import (
         gaussian_entropy_log_loss,
         gaussian_mixture_entropy,
