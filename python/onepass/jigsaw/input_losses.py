@@ -95,9 +95,13 @@ def median_norm_loss(
     Formula: token masked_mean(| |x + mean| - median |); batch | masked_mean(|x + mean|) - median |.
     """
     check_choice("form", form, MEDIAN_NORM_FORMS)
-    check_rows_alike("clean_embeddings", clean_embeddings, "means", means)
-    mask = positions(noise_mask, clean_embeddings.shape)
-    norms = safe_sqrt(row_moments(clean_embeddings, -means, mask, want=("dd",), impl=impl).dd)
+    check_floating("clean_embeddings", clean_embeddings)
+    check_floating("means", means)
+    wide = torch.promote_types(clean_embeddings.dtype, means.dtype)  # means may be the finer ones
+    x, shift = clean_embeddings.to(wide), -means.to(wide)
+    check_rows_alike("clean_embeddings", x, "means", shift)
+    mask = positions(noise_mask, x.shape)
+    norms = safe_sqrt(row_moments(x, shift, mask, want=("dd",), impl=impl).dd)
     if form == "token":
         return masked_mean((norms - median_norm).abs(), mask)
     return torch.where(mask.any(), (masked_mean(norms, mask) - median_norm).abs(), 0.0)
