@@ -3,7 +3,7 @@ distance and the log-determinant, their gradients, and the noisy rows x + mean +
 
 Rows are addressed by three indices with a stride each, 0 where a tensor is broadcast along one.
 The noise is a function of the seed and of where an element lies, so that nothing of it is kept.
-Features outside the mask are not read.
+Rows outside the mask are not read.
 """
 
 from __future__ import annotations
@@ -13,28 +13,19 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows(row, columns, valid, keep, other, FEATURES: tl.constexpr):
-    """Features as fp32; `other` where they do not count, and of a row that is None.
+def load_rows(pointer, row, columns, valid, keep, other, FEATURES: tl.constexpr):
+    """Features as fp32; `other` where they do not count, and of a tensor that is None.
 
     Where the mask is one of features all are loaded: a load that picks some is not a wide one.
     """
-    if row is not None:
+    if pointer is not None:
         if FEATURES:
-            values = tl.load(row + columns, mask=valid, other=0.0).to(tl.float32)
+            values = tl.load(pointer + row + columns, mask=valid, other=0.0).to(tl.float32)
             return tl.where(keep, values, other)
         else:
-            return tl.load(row + columns, mask=keep, other=other).to(tl.float32)
+            return tl.load(pointer + row + columns, mask=keep, other=other).to(tl.float32)
     else:
         return other
-
-
-@triton.jit
-def load_distance(x_row, mean_row, location_row, columns, valid, keep, FEATURES: tl.constexpr):
-    """x - location - mean."""
-    d = load_rows(x_row, columns, valid, keep, 0.0, FEATURES)
-    d -= load_rows(location_row, columns, valid, keep, 0.0, FEATURES)
-    d -= load_rows(mean_row, columns, valid, keep, 0.0, FEATURES)
-    return d
 
 
 @triton.jit
@@ -47,31 +38,28 @@ def load_upstream(pointer, at):
 
 
 @triton.jit
-def visible_in(mask_row, hidden_size, FEATURES: tl.constexpr):
+def visible_in(mask_ptr, mask_row, hidden_size, FEATURES: tl.constexpr):
     """How many features of a row a mask of rows leaves: all or none."""
     visible = hidden_size
     if not FEATURES:
-        if mask_row is not None:
-            visible = tl.where(tl.load(mask_row) != 0, hidden_size, 0)
+        if mask_ptr is not None:
+            visible = tl.where(tl.load(mask_ptr + mask_row) != 0, hidden_size, 0)
     return visible
 
 
 @triton.jit
-def kept(mask_row, visible, columns, valid, FEATURES: tl.constexpr):
+def kept(mask_ptr, mask_row, visible, columns, valid, FEATURES: tl.constexpr):
     """Which features count: those of a row that does, or one by one."""
     if FEATURES:
-        return valid & (tl.load(mask_row + columns, mask=valid, other=0) != 0)
+        return valid & (tl.load(mask_ptr + mask_row + columns, mask=valid, other=0) != 0)
     else:
         return valid & (columns < visible)
 
 
 @triton.jit
-def row_at(pointer, i, j, k, stride_i, stride_j, stride_k):
-    """Where row (i, j, k) starts; None of None."""
-    if pointer is not None:
-        return pointer + i * stride_i + j * stride_j + k * stride_k
-    else:
-        return None
+def row_at(i, j, k, stride_i, stride_j, stride_k):
+    """Where row (i, j, k) starts."""
+    return i * stride_i + j * stride_j + k * stride_k
 
 
 @triton.jit
@@ -108,22 +96,24 @@ def gaussian_stats_kernel(
     k = row % size_k
     j = row // size_k % size_j
     i = row // size_k // size_j
-    x_row = row_at(x_ptr, i, j, k, x_i, x_j, x_k)
-    mean_row = row_at(mean_ptr, i, j, k, mean_i, mean_j, mean_k)
-    location_row = row_at(location_ptr, i, j, k, location_i, location_j, location_k)
-    std_row = row_at(std_ptr, i, j, k, std_i, std_j, std_k)
-    mask_row = row_at(mask_ptr, i, j, k, mask_i, mask_j, mask_k)
+    x_row = row_at(i, j, k, x_i, x_j, x_k)
+    mean_row = row_at(i, j, k, mean_i, mean_j, mean_k)
+    location_row = row_at(i, j, k, location_i, location_j, location_k)
+    std_row = row_at(i, j, k, std_i, std_j, std_k)
+    mask_row = row_at(i, j, k, mask_i, mask_j, mask_k)
     lanes = tl.arange(0, BLOCK)
     mahalanobis = tl.zeros([BLOCK], tl.float32)
     log_det = tl.zeros([BLOCK], tl.float32)
-    visible = visible_in(mask_row, hidden_size, FEATURES)
+    visible = visible_in(mask_ptr, mask_row, hidden_size, FEATURES)
     for block in range(0, visible, BLOCK):
         columns = block + lanes
         valid = columns < hidden_size
-        keep = kept(mask_row, visible, columns, valid, FEATURES)
-        std = load_rows(std_row, columns, valid, keep, 1.0, FEATURES)
+        keep = kept(mask_ptr, mask_row, visible, columns, valid, FEATURES)
+        std = load_rows(std_ptr, std_row, columns, valid, keep, 1.0, FEATURES)
         if mahalanobis_ptr is not None:
-            d = load_distance(x_row, mean_row, location_row, columns, valid, keep, FEATURES)
+            d = load_rows(x_ptr, x_row, columns, valid, keep, 0.0, FEATURES)
+            d -= load_rows(location_ptr, location_row, columns, valid, keep, 0.0, FEATURES)
+            d -= load_rows(mean_ptr, mean_row, columns, valid, keep, 0.0, FEATURES)
             z = tl.div_rn(d, std)
             mahalanobis += z * z
         if log_det_ptr is not None:
@@ -135,9 +125,9 @@ def gaussian_stats_kernel(
 
 
 @triton.jit
-def store_rows(row, columns, valid, values):
-    if row is not None:
-        tl.store(row + columns, values.to(row.dtype.element_ty), mask=valid)
+def store_rows(pointer, row, columns, valid, values):
+    if pointer is not None:
+        tl.store(pointer + row + columns, values.to(pointer.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -183,13 +173,9 @@ def gaussian_stats_backward_kernel(
     own_k = row % size_k
     own_j = row // size_k % size_j
     own_i = row // size_k // size_j
-    dx_row = row_at(dx_ptr, row, 0, 0, hidden_size, 0, 0)
-    dmean_row = row_at(dmean_ptr, row, 0, 0, hidden_size, 0, 0)
-    dlocation_row = row_at(dlocation_ptr, row, 0, 0, hidden_size, 0, 0)
-    dstd_row = row_at(dstd_ptr, row, 0, 0, hidden_size, 0, 0)
     lanes = tl.arange(0, BLOCK)
-    own_mask = row_at(mask_ptr, own_i, own_j, own_k, mask_i, mask_j, mask_k)
-    visible = visible_in(own_mask, hidden_size, FEATURES)
+    own_mask = row_at(own_i, own_j, own_k, mask_i, mask_j, mask_k)
+    visible = visible_in(mask_ptr, own_mask, hidden_size, FEATURES)
     on_mahalanobis = load_upstream(on_mahalanobis_ptr, row)
     on_log_det = load_upstream(on_log_det_ptr, row)
     for block in range(0, hidden_size, BLOCK):
@@ -201,21 +187,23 @@ def gaussian_stats_backward_kernel(
             k = own_k + turn % summed_k
             j = own_j + turn // summed_k % summed_j
             i = own_i + turn // summed_k // summed_j
-            mask_row = row_at(mask_ptr, i, j, k, mask_i, mask_j, mask_k)
+            mask_row = row_at(i, j, k, mask_i, mask_j, mask_k)
             if SUMMED:  # else they are those above, once for all blocks
                 at = (i * (size_j * summed_j) + j) * (size_k * summed_k) + k
-                visible = visible_in(mask_row, hidden_size, FEATURES)
+                visible = visible_in(mask_ptr, mask_row, hidden_size, FEATURES)
                 on_mahalanobis = load_upstream(on_mahalanobis_ptr, at)
                 on_log_det = load_upstream(on_log_det_ptr, at)
-            keep = kept(mask_row, visible, columns, valid, FEATURES)
-            std_row = row_at(std_ptr, i, j, k, std_i, std_j, std_k)
-            std = load_rows(std_row, columns, valid, keep, 1.0, FEATURES)
+            keep = kept(mask_ptr, mask_row, visible, columns, valid, FEATURES)
+            std_row = row_at(i, j, k, std_i, std_j, std_k)
+            std = load_rows(std_ptr, std_row, columns, valid, keep, 1.0, FEATURES)
             slope = tl.zeros([BLOCK], tl.float32)
             if on_mahalanobis_ptr is not None:
-                x_row = row_at(x_ptr, i, j, k, x_i, x_j, x_k)
-                mean_row = row_at(mean_ptr, i, j, k, mean_i, mean_j, mean_k)
-                location_row = row_at(location_ptr, i, j, k, location_i, location_j, location_k)
-                d = load_distance(x_row, mean_row, location_row, columns, valid, keep, FEATURES)
+                x_row = row_at(i, j, k, x_i, x_j, x_k)
+                mean_row = row_at(i, j, k, mean_i, mean_j, mean_k)
+                location_row = row_at(i, j, k, location_i, location_j, location_k)
+                d = load_rows(x_ptr, x_row, columns, valid, keep, 0.0, FEATURES)
+                d -= load_rows(location_ptr, location_row, columns, valid, keep, 0.0, FEATURES)
+                d -= load_rows(mean_ptr, mean_row, columns, valid, keep, 0.0, FEATURES)
                 z = tl.div_rn(d, std)
                 force = tl.div_rn(2.0 * on_mahalanobis * z, std)
                 # A row of upstream NaN or inf must not reach what the mask leaves out.
@@ -224,10 +212,10 @@ def gaussian_stats_backward_kernel(
             if on_log_det_ptr is not None:
                 slope += tl.div_rn(tl.zeros([BLOCK], tl.float32) + on_log_det, std)
             dstd += tl.where(keep, slope, 0.0)
-        store_rows(dx_row, columns, valid, pull)
-        store_rows(dmean_row, columns, valid, -pull)
-        store_rows(dlocation_row, columns, valid, -pull)
-        store_rows(dstd_row, columns, valid, dstd)
+        store_rows(dx_ptr, row * hidden_size, columns, valid, pull)
+        store_rows(dmean_ptr, row * hidden_size, columns, valid, -pull)
+        store_rows(dlocation_ptr, row * hidden_size, columns, valid, -pull)
+        store_rows(dstd_ptr, row * hidden_size, columns, valid, dstd)
 
 
 @triton.jit
@@ -303,12 +291,11 @@ def cloak_kernel(
     k = row % size_k
     j = row // size_k % size_j
     i = row // size_k // size_j
-    x_row = row_at(x_ptr, i, j, k, x_i, x_j, x_k)
-    mean_row = row_at(mean_ptr, i, j, k, mean_i, mean_j, mean_k)
-    std_row = row_at(std_ptr, i, j, k, std_i, std_j, std_k)
-    mask_row = row_at(mask_ptr, i, j, k, mask_i, mask_j, mask_k)
-    out_row = row_at(out_ptr, row, 0, 0, hidden_size, 0, 0)
-    visible = visible_in(mask_row, hidden_size, FEATURES)
+    x_row = row_at(i, j, k, x_i, x_j, x_k)
+    mean_row = row_at(i, j, k, mean_i, mean_j, mean_k)
+    std_row = row_at(i, j, k, std_i, std_j, std_k)
+    mask_row = row_at(i, j, k, mask_i, mask_j, mask_k)
+    visible = visible_in(mask_ptr, mask_row, hidden_size, FEATURES)
     seed = tl.load(seed_ptr)
     first = row * hidden_size // 4
     shift = 0 if ALIGNED else row * hidden_size % 4
@@ -319,12 +306,12 @@ def cloak_kernel(
         valid = columns < hidden_size
         if not ALIGNED:
             valid &= columns >= 0
-        keep = kept(mask_row, visible, columns, valid, FEATURES)
-        x = tl.load(x_row + columns, mask=valid, other=0.0).to(tl.float32)
-        mean = load_rows(mean_row, columns, valid, keep, 0.0, FEATURES)
-        std = load_rows(std_row, columns, valid, keep, 0.0, FEATURES)
+        keep = kept(mask_ptr, mask_row, visible, columns, valid, FEATURES)
+        x = tl.load(x_ptr + x_row + columns, mask=valid, other=0.0).to(tl.float32)
+        mean = load_rows(mean_ptr, mean_row, columns, valid, keep, 0.0, FEATURES)
+        std = load_rows(std_ptr, std_row, columns, valid, keep, 0.0, FEATURES)
         noise = mean + std * normals(seed, first + block // 4 + fours)
-        store_rows(out_row, columns, valid, tl.where(keep, x + noise, x))
+        store_rows(out_ptr, row * hidden_size, columns, valid, tl.where(keep, x + noise, x))
 
 
 @triton.jit
@@ -351,11 +338,9 @@ def cloak_backward_kernel(
     k = row % size_k
     j = row // size_k % size_j
     i = row // size_k // size_j
-    grad_row = row_at(grad_ptr, i, j, k, grad_i, grad_j, grad_k)
-    mask_row = row_at(mask_ptr, i, j, k, mask_i, mask_j, mask_k)
-    dmean_row = row_at(dmean_ptr, row, 0, 0, hidden_size, 0, 0)
-    dstd_row = row_at(dstd_ptr, row, 0, 0, hidden_size, 0, 0)
-    visible = visible_in(mask_row, hidden_size, FEATURES)
+    grad_row = row_at(i, j, k, grad_i, grad_j, grad_k)
+    mask_row = row_at(i, j, k, mask_i, mask_j, mask_k)
+    visible = visible_in(mask_ptr, mask_row, hidden_size, FEATURES)
     seed = tl.load(seed_ptr)
     first = row * hidden_size // 4
     shift = 0 if ALIGNED else row * hidden_size % 4
@@ -366,9 +351,9 @@ def cloak_backward_kernel(
         valid = columns < hidden_size
         if not ALIGNED:
             valid &= columns >= 0
-        keep = kept(mask_row, visible, columns, valid, FEATURES)
-        grad = load_rows(grad_row, columns, valid, keep, 0.0, FEATURES)
-        store_rows(dmean_row, columns, valid, grad)
+        keep = kept(mask_ptr, mask_row, visible, columns, valid, FEATURES)
+        grad = load_rows(grad_ptr, grad_row, columns, valid, keep, 0.0, FEATURES)
+        store_rows(dmean_ptr, row * hidden_size, columns, valid, grad)
         if dstd_ptr is not None:
             slope = grad * normals(seed, first + block // 4 + fours)
-            store_rows(dstd_row, columns, valid, slope)
+            store_rows(dstd_ptr, row * hidden_size, columns, valid, slope)

@@ -731,8 +731,8 @@ def gaussian_stats(
             log_det is wanted.
         mean: [..., D] or None, which is 0.
         std: [..., D], positive where it counts; not checked here.
-        mask: [...] rows or [..., D] features that count (nonzero); the others are not read, add
-            nothing and have a gradient of 0.
+        mask: [...] rows or [..., D] features that count (nonzero); the others add nothing,
+            whatever they hold, and have a gradient of 0; rows are not even read.
         location: [..., D] or None: added to the mean, as the clean row of a transform is.
         want: names of GaussianStats fields; by default both.
         impl: "auto" (Triton on a GPU, torch on a CPU), "triton" or "torch".
