@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from . import peers
 from .heads import HEAD_CASES
+from .jigsaw import JIGSAW_CASE
 from .schema import CAP, CAP_SLOPE, Case, Provider, Size, ours, peer, plain, wide
 
 if TYPE_CHECKING:
@@ -640,6 +641,7 @@ CASES: tuple[Case, ...] = (
             ),
         },
     ),
+    JIGSAW_CASE,
 )
 
 

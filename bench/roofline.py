@@ -73,7 +73,7 @@ def card_of(device: str) -> Card | None:
 
 def predict(case: Case, size: Size, mode: str, provider: str) -> Roofline | None:
     """The roofline of `onepass` and of the bare products; None of others, who plan otherwise."""
-    if provider not in ("onepass", "gemms"):
+    if provider not in ("onepass", "gemms") or not case.has_roofline:
         return None
     if case.traffic is not None:
         return _of_logits(case, size, mode)

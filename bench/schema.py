@@ -94,6 +94,7 @@ class Case:
     launches: tuple[int, int] = (2, 1)
     passes: int = 1  # of ours over the inputs in the forward
     foretold: bool = False  # a head's gradients are made in the forward: no second product
+    has_roofline: bool = True  # roofline.py knows what ours does
 
     def bytes_moved(self, size: Size, mode: str) -> int | None:
         """Bytes of the big tensors that `mode` must move when its passes are separate."""

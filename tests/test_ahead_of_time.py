@@ -329,7 +329,8 @@ def test_other_specialisations_compile() -> None:
         if name.startswith("cloak")
     }
     jobs |= {f"{name}, odd D": job for name, job in odd.items()}
-    variants = [change(job) for job in jobs.values() for change in (with_ones, bare)]
+    variants = [with_ones(job) for job in jobs.values()]
+    variants += [bare(job) for name, job in jobs.items() if "features" not in name]
     assert all(kernel.registers for kernel in compile_kernels(variants))
 
 

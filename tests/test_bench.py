@@ -442,6 +442,7 @@ TINY = {
     "hidden_losses": Size(5, D=24, layers=3),
     "circuit_breaker": Size(8, D=24, layers=3, masked=0.25),
     **{case.name: Size(7, 33, 16) for case in HEAD_CASES},
+    "jigsaw_cross_entropies": Size(8, 33, 16, masked=0.25),
     "shared_teacher": Size(5, 37, students=3),
     "masked_cross_entropy": Size(10, 37, masked=0.5),
     "cross_entropy": Size(9, 33, row_stride=40),

@@ -15,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from onepass.bench import command, report, roofline
 from onepass.bench.cases import CASES, case
-from onepass.bench.heads import HEAD_CASES
 from onepass.bench.measure import Contender
 from onepass.bench.roofline import CARDS, predict
 from onepass.bench.schema import Case, Size
@@ -23,7 +22,7 @@ from onepass.ops import head as head_module
 from support.environment import NO_INTERPRETER
 from support.guard import Moved, count_bytes
 
-LOGITS_CASES = [case for case in CASES if case not in HEAD_CASES]
+LOGITS_CASES = [case for case in CASES if case.traffic is not None]
 interpreted = pytest.mark.skipif(bool(NO_INTERPRETER), reason=NO_INTERPRETER or "-")
 
 
