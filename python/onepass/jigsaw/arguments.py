@@ -54,6 +54,8 @@ class JigsawArguments:
     cap_form: str = flag("sigmoid", "of the cap", choices=list(CAP_FORMS), advanced=True)
     cap_scope: str = flag("mean", "what is capped", choices=list(CAP_SCOPES), advanced=True)
     sgt_estimator: str = flag("mlp", "of means and deviations", choices=list(ESTIMATORS))
+    sgt_min_std: float = flag(0.05, "least noise, in elements of embeddings", advanced=True)
+    sgt_max_std: float = flag(2.0, "most noise, likewise", advanced=True)
     sgt_learning_rate: float | None = flag(None, "of the transform (default: the adapter's)")
     model_max_length: int = flag(1024, "tokens of an example at most")
 
@@ -64,8 +66,8 @@ class JigsawArguments:
 
     def loss_options(self) -> dict[str, Any]:
         """The keyword arguments of `jigsaw_sgt_loss_factory`."""
-        ours = ("sgt_estimator", "sgt_learning_rate", "model_max_length")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ours}
+        ours = [f.name for f in fields(self) if not f.name.startswith("sgt_")]
+        return {name: getattr(self, name) for name in ours if name != "model_max_length"}
 
     def check(self) -> None:
         """ValueError for what no training can be made of; a model is not needed."""
@@ -95,6 +97,11 @@ class JigsawArguments:
         for name, number in above_0.items():
             if number is not None and not 0 < number < float("inf"):
                 raise ValueError(f"{name}: got {number}, wanted a number above 0")
+        if not 0 <= self.sgt_min_std < self.sgt_max_std < float("inf"):
+            raise ValueError(
+                f"sgt_min_std: got {self.sgt_min_std}, wanted a number from 0 to below"
+                f" sgt_max_std={self.sgt_max_std}"
+            )
         for name, choices in (("sgt_estimator", ESTIMATORS), ("cap_form", CAP_FORMS),
                               ("cap_scope", CAP_SCOPES)):  # fmt: skip
             if getattr(self, name) not in choices:

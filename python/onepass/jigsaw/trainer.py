@@ -27,6 +27,7 @@ from .models import (
     NoisyOutput,
     PeftNoiseMaskedNoisyTransformerModel,
 )
+from .parameterizations import CloakStandardDeviationParameterization
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ..training.flags import LoraFlags
 
 ADAPTER, SGT = "adapter", "sgt"  # folders of a checkpoint
+START = 0.025  # where between its bounds the noise starts
 logger = logging.getLogger("onepass")
 
 
@@ -266,10 +268,14 @@ class JigsawTrainer(Trainer):
 
 
 def make_cloak(model: nn.Module, jigsaw: JigsawArguments) -> TransformerCloak:
-    """A new transform for a model's embeddings, on its device."""
-    return TransformerCloak(
-        model.get_input_embeddings().weight.shape[1], estimator=jigsaw.sgt_estimator
-    )  # type: ignore
+    """A fresh transform for a model's embeddings."""
+    scale = (jigsaw.sgt_min_std, jigsaw.sgt_max_std)
+    return TransformerCloak.from_model(
+        model,
+        estimator=jigsaw.sgt_estimator,
+        std_parameterization=CloakStandardDeviationParameterization(scale),
+        initial_std=scale[0] + START * (scale[1] - scale[0]),
+    )
 
 
 def lora_config(model: nn.Module, lora: LoraFlags, jigsaw: JigsawArguments) -> LoraConfig:
