@@ -89,6 +89,32 @@ def _hidden_inputs(size: Size, generator: torch.Generator) -> Inputs:
     return {"x": [t + states().mul_(0.3) for t in target], "target": target}
 
 
+def _gaussian_inputs(size: Size, generator: torch.Generator) -> Inputs:
+    """Noisy rows beside the Gaussians that they were drawn from."""
+    import torch
+
+    shape = (size.N, size.D or 0)
+    clean, mean, noise, spread = (
+        torch.randn(shape, generator=generator, device=generator.device) for _ in range(4)
+    )
+    std = 0.1 + 0.5 * spread.abs()
+    made = {"x": clean + mean + std * noise, "mean": mean, "location": clean, "std": std}
+    dtype = getattr(torch, size.dtype)
+    return {name: values.to(dtype) for name, values in made.items()}
+
+
+def _cloak_inputs(size: Size, generator: torch.Generator) -> Inputs:
+    """Embeddings, the Gaussians of their noise, a seed, and the noise that belongs to it."""
+    import torch
+
+    from ..ops._philox import Normals
+
+    inputs = _gaussian_inputs(size, generator)
+    seed = torch.tensor(20, device=generator.device)
+    noise = Normals(seed).draw(0, inputs["x"].numel()).view(inputs["x"].shape)
+    return {name: inputs[name] for name in ("x", "mean", "std")} | {"seed": seed, "noise": noise}
+
+
 def _rerouting_inputs(size: Size, generator: torch.Generator) -> Inputs:
     """Hidden states of up to four sequences, the last tokens of each padding: all layers of prompts
     to retain, two of as many harmful ones."""
@@ -189,6 +215,20 @@ def _hidden_eager(inputs: Inputs) -> Outputs:
         l2.append(((x - y).norm(dim=-1) / y.norm(dim=-1).clamp_min(1e-6)).mean())
         cosine.append(F.cosine_similarity(x, y, dim=-1).mean())
     return sum(l2) / len(l2), sum(cosine) / len(cosine)  # type: ignore[return-value]
+
+
+def _gaussian_eager(inputs: Inputs) -> Outputs:
+    x, mean, location, std = (wide(inputs[n]) for n in ("x", "mean", "location", "std"))
+    return ((x - location - mean) / std).square().sum(-1).mean(), std.log().sum(-1).mean()
+
+
+def _cloak_eager(inputs: Inputs) -> Outputs:
+    """Draws its noise, and adds that of the seed: or its result would be another one."""
+    import torch
+
+    x, mean, std = inputs["x"], inputs["mean"], inputs["std"]
+    torch.randn_like(std)
+    return ((x + mean + std * inputs["noise"]).to(x.dtype),)
 
 
 def _rerouting_eager(inputs: Inputs) -> Outputs:
@@ -349,6 +389,28 @@ def _onepass_hidden(impl: str) -> Function:
     return function
 
 
+def _onepass_gaussian(impl: str) -> Function:
+    from .. import gaussian_stats
+
+    def function(inputs: Inputs) -> Outputs:
+        stats = gaussian_stats(
+            inputs["x"], inputs["mean"], inputs["std"], location=inputs["location"], impl=impl
+        )
+        return stats.mahalanobis.mean(), stats.log_det.mean()
+
+    return function
+
+
+def _onepass_cloak(impl: str) -> Function:
+    from .. import cloak
+
+    def function(inputs: Inputs) -> Outputs:
+        rows = (inputs["x"], inputs["mean"], inputs["std"])
+        return (cloak(*rows, seed=inputs["seed"], impl=impl),)
+
+    return function
+
+
 def _onepass_rerouting(impl: str) -> Function:
     from ..circuit_breaker import circuit_breaker_loss, retain_loss
 
@@ -389,6 +451,15 @@ def _pair_traffic(size: Size) -> tuple[int, int]:
 def _hidden_traffic(size: Size) -> tuple[int, int]:
     states = size.layers * size.N * (size.D or 0)
     return 2 * states, states
+
+
+def _gaussian_traffic(size: Size) -> tuple[int, int]:
+    return 4 * size.N * (size.D or 0), 3 * size.N * (size.D or 0)
+
+
+def _cloak_traffic(size: Size) -> tuple[int, int]:
+    """Rows that come out count as read: the schema knows no other place for them."""
+    return 4 * size.N * (size.D or 0), 2 * size.N * (size.D or 0)
 
 
 def _rerouting_traffic(size: Size) -> tuple[int, int]:
@@ -618,6 +689,34 @@ CASES: tuple[Case, ...] = (
         sizes={
             "cuda": (Size(8192, D=4096, layers=8), Size(2048, D=4096, layers=32)),
             "cpu": (Size(256, D=2048, dtype="float32", layers=8),),
+        },
+    ),
+    Case(
+        name="gaussian_stats",
+        what="Mahalanobis distance and log-determinant of noisy rows under their Gaussians",
+        inputs=_gaussian_inputs,
+        wrt=("x", "mean", "std"),
+        providers=(*ours(_onepass_gaussian), *plain(_gaussian_eager)),
+        upstream=(0.5, 1.0),
+        traffic=_gaussian_traffic,
+        launches=(1, 1),
+        sizes={
+            "cuda": (Size(8192, D=4096), Size(8192, D=4096, dtype="float32")),
+            "cpu": (Size(1024, D=2048, dtype="float32"), Size(1024, D=2048)),
+        },
+    ),
+    Case(
+        name="cloak",
+        what="rows with Gaussian noise added, its gradient drawn again and not kept",
+        inputs=_cloak_inputs,
+        wrt=("mean", "std"),
+        providers=(*ours(_onepass_cloak), *plain(_cloak_eager)),
+        modes=("forward", "full"),
+        traffic=_cloak_traffic,
+        launches=(1, 1),
+        sizes={
+            "cuda": (Size(8192, D=4096), Size(8192, D=4096, dtype="float32")),
+            "cpu": (Size(1024, D=2048, dtype="float32"), Size(1024, D=2048)),
         },
     ),
     Case(

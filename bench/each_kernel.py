@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for rows, columns in shapes:
             generator = torch.Generator(args.device).manual_seed(rows * columns)
             draw = Draw(generator, dtype, args.impl)
-            for op in (vocab_stats, vocab_pair_stats, row_moments, head):
+            for op in (vocab_stats, vocab_pair_stats, row_moments, gaussian, head):
                 total = op(draw, rows, columns)
                 if not bool(torch.isfinite(total)):
                     print(f"{op.__name__} {rows}x{columns} {dtype}: {float(total)}")
@@ -126,6 +126,32 @@ def row_moments(draw: Draw, rows: int, columns: int) -> Any:
     total = backward(op(x, y, mask, impl=draw.impl), [*x, *y])
     some = op(x[0], y[1], want=("dd", "yy"), impl=draw.impl)
     return total + backward((some.dd, some.yy), [x[0], y[1]])
+
+
+def gaussian(draw: Draw, rows: int, columns: int) -> Any:
+    """Rows of which one is masked, pairs of rows under a mask of features, noise under both."""
+    import torch
+
+    from .. import cloak, gaussian_stats
+
+    x, mean = draw.rows(rows, columns, padded=1), draw.rows(rows, columns)
+    location = draw.rows(columns)
+    std = draw.rows(rows, columns, padded=8).detach().abs().add(0.1).requires_grad_(True)
+    leaves = [x, mean, location, std]
+    mask = torch.ones(rows, dtype=torch.bool, device=x.device)
+    mask[-1] = rows == 1
+    stats = gaussian_stats(x, mean, std, mask, location=location, impl=draw.impl)
+    total = backward(stats, leaves)
+    few = slice(min(rows, 3))  # a row of each side for every one of the other
+    features = torch.arange(columns, device=x.device) % 3 != 0
+    pairs = gaussian_stats(
+        x[few, None], mean[None, few], std[None, few], features[None, None], impl=draw.impl
+    )
+    total = total + backward(pairs, [x, mean, std])
+    for flags in (mask, features.expand(rows, columns)):
+        noisy = cloak(x, mean, std, flags, impl=draw.impl)
+        total = total + backward([noisy], [x, mean, std])
+    return total
 
 
 def head(draw: Draw, rows: int, columns: int) -> Any:

@@ -47,22 +47,22 @@ def load_upstream(pointer, at):
 
 
 @triton.jit
-def row_counts(mask_row, FEATURES: tl.constexpr):
-    """Whether a row counts, by a mask of rows."""
-    counts = True
+def visible_in(mask_row, hidden_size, FEATURES: tl.constexpr):
+    """How many features of a row a mask of rows leaves: all or none."""
+    visible = hidden_size
     if not FEATURES:
         if mask_row is not None:
-            counts = tl.load(mask_row) != 0
-    return counts
+            visible = tl.where(tl.load(mask_row) != 0, hidden_size, 0)
+    return visible
 
 
 @triton.jit
-def kept(mask_row, counts, columns, valid, FEATURES: tl.constexpr):
+def kept(mask_row, visible, columns, valid, FEATURES: tl.constexpr):
     """Which features count: those of a row that does, or one by one."""
     if FEATURES:
         return valid & (tl.load(mask_row + columns, mask=valid, other=0) != 0)
     else:
-        return valid & counts
+        return valid & (columns < visible)
 
 
 @triton.jit
@@ -116,11 +116,11 @@ def gaussian_stats_kernel(
     lanes = tl.arange(0, BLOCK)
     mahalanobis = tl.zeros([BLOCK], tl.float32)
     log_det = tl.zeros([BLOCK], tl.float32)
-    stop = tl.where(row_counts(mask_row, FEATURES), hidden_size, 0)
-    for block in range(0, stop, BLOCK):
+    visible = visible_in(mask_row, hidden_size, FEATURES)
+    for block in range(0, visible, BLOCK):
         columns = block + lanes
         valid = columns < hidden_size
-        keep = kept(mask_row, True, columns, valid, FEATURES)
+        keep = kept(mask_row, visible, columns, valid, FEATURES)
         std = load_rows(std_row, columns, valid, keep, 1.0, FEATURES)
         if mahalanobis_ptr is not None:
             d = load_distance(x_row, mean_row, location_row, columns, valid, keep, FEATURES)
@@ -188,7 +188,8 @@ def gaussian_stats_backward_kernel(
     dlocation_row = row_at(dlocation_ptr, row, 0, 0, hidden_size, 0, 0)
     dstd_row = row_at(dstd_ptr, row, 0, 0, hidden_size, 0, 0)
     lanes = tl.arange(0, BLOCK)
-    counts = row_counts(row_at(mask_ptr, own_i, own_j, own_k, mask_i, mask_j, mask_k), FEATURES)
+    mask_row = row_at(mask_ptr, own_i, own_j, own_k, mask_i, mask_j, mask_k)
+    visible = visible_in(mask_row, hidden_size, FEATURES)
     on_mahalanobis = load_upstream(on_mahalanobis_ptr, row)
     on_log_det = load_upstream(on_log_det_ptr, row)
     for block in range(0, hidden_size, BLOCK):
@@ -203,10 +204,10 @@ def gaussian_stats_backward_kernel(
             mask_row = row_at(mask_ptr, i, j, k, mask_i, mask_j, mask_k)
             if SUMMED:  # else they are those above, once for all blocks
                 at = (i * (size_j * summed_j) + j) * (size_k * summed_k) + k
-                counts = row_counts(mask_row, FEATURES)
+                visible = visible_in(mask_row, hidden_size, FEATURES)
                 on_mahalanobis = load_upstream(on_mahalanobis_ptr, at)
                 on_log_det = load_upstream(on_log_det_ptr, at)
-            keep = kept(mask_row, counts, columns, valid, FEATURES)
+            keep = kept(mask_row, visible, columns, valid, FEATURES)
             std_row = row_at(std_ptr, i, j, k, std_i, std_j, std_k)
             std = load_rows(std_row, columns, valid, keep, 1.0, FEATURES)
             slope = tl.zeros([BLOCK], tl.float32)
@@ -307,7 +308,7 @@ def cloak_kernel(
     std_row = row_at(std_ptr, i, j, k, std_i, std_j, std_k)
     mask_row = row_at(mask_ptr, i, j, k, mask_i, mask_j, mask_k)
     out_row = row_at(out_ptr, row, 0, 0, hidden_size, 0, 0)
-    counts = row_counts(mask_row, FEATURES)
+    visible = visible_in(mask_row, hidden_size, FEATURES)
     seed = tl.load(seed_ptr)
     first = row * hidden_size // 4
     shift = 0 if ALIGNED else row * hidden_size % 4
@@ -318,7 +319,7 @@ def cloak_kernel(
         valid = columns < hidden_size
         if not ALIGNED:
             valid &= columns >= 0
-        keep = kept(mask_row, counts, columns, valid, FEATURES)
+        keep = kept(mask_row, visible, columns, valid, FEATURES)
         x = tl.load(x_row + columns, mask=valid, other=0.0).to(tl.float32)
         mean = load_rows(mean_row, columns, valid, keep, 0.0, FEATURES)
         std = load_rows(std_row, columns, valid, keep, 0.0, FEATURES)
@@ -354,7 +355,7 @@ def cloak_backward_kernel(
     mask_row = row_at(mask_ptr, i, j, k, mask_i, mask_j, mask_k)
     dmean_row = row_at(dmean_ptr, row, 0, 0, hidden_size, 0, 0)
     dstd_row = row_at(dstd_ptr, row, 0, 0, hidden_size, 0, 0)
-    counts = row_counts(mask_row, FEATURES)
+    visible = visible_in(mask_row, hidden_size, FEATURES)
     seed = tl.load(seed_ptr)
     first = row * hidden_size // 4
     shift = 0 if ALIGNED else row * hidden_size % 4
@@ -365,7 +366,7 @@ def cloak_backward_kernel(
         valid = columns < hidden_size
         if not ALIGNED:
             valid &= columns >= 0
-        keep = kept(mask_row, counts, columns, valid, FEATURES)
+        keep = kept(mask_row, visible, columns, valid, FEATURES)
         grad = load_rows(grad_row, columns, valid, keep, 0.0, FEATURES)
         store_rows(dmean_row, columns, valid, grad)
         if dstd_ptr is not None:

@@ -58,6 +58,11 @@ def _widest(*tensors: Tensor | None) -> torch.dtype:
 SLAB_NUMEL = 1 << 16  # elements at a time on a CPU: all that a slab needs stays in a core's cache
 
 
+def _dense(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised and contiguous, of this shape."""
+    return torch.empty(like.shape, dtype=dtype, device=like.device)
+
+
 def _boxes(lead: Sequence[int], like: Tensor) -> Iterator[tuple[slice, ...]]:
     """Cuts of the leading dimensions, in the order of the rows, each with few elements."""
     if math.prod(lead) == 0:
@@ -198,8 +203,7 @@ def _forward_torch(
         if "log_det" in out:
             _sum_rows(s.log(), keep, out["log_det"][box])
         if "mahalanobis" in out and x is not None:
-            z = _distance(x, mean, location, dtype)
-            z = z.div_(s) if z.shape == out["mahalanobis"][box].shape + s.shape[-1:] else z / s
+            z = _distance(x, mean, location, dtype) / s
             _sum_rows(z.square_(), keep, out["mahalanobis"][box])
 
 
@@ -276,11 +280,18 @@ def _backward_triton(
     *ready, flags = _launchable(lead, *sides, mask)
     std = ready[-1]
     assert std is not None
-    waiting = [at for at, grad in enumerate(grads) if grad is not None]
+    # Too many ways to sum for the kernel: whole gradients, and torch sums them.
+    too_many = any(len(_steps(lead, *ready, flags, grad)[0]) > KERNEL_DIMS for grad in grads)
+    made = [
+        std.new_empty((*lead, std.shape[-1]), dtype=torch.float32)
+        if too_many and grad is not None
+        else grad
+        for grad in grads
+    ]
+    waiting = [at for at, grad in enumerate(made) if grad is not None]
     while waiting:
-        first = grads[waiting[0]]
-        assert first is not None
-        together = [at for at in waiting if _lead(grads[at]) == first.shape[:-1]]
+        first = made[waiting[0]]
+        together = [at for at in waiting if _lead(made[at]) == _lead(first)]
         waiting = [at for at in waiting if at not in together]
         sizes, strides = _steps(lead, *ready, flags, first)
         *strides, of_gradient = strides
@@ -290,7 +301,7 @@ def _backward_triton(
         own = [n // s for n, s in zip(sizes, summed, strict=True)]
         with device_of(std):
             gaussian_stats_backward_kernel[(math.prod(own),)](
-                *(grad if at in together else None for at, grad in enumerate(grads)),
+                *(grad if at in together else None for at, grad in enumerate(made)),
                 *ready,
                 flags,
                 *upstream,
@@ -301,6 +312,10 @@ def _backward_triton(
                 SUMMED=any(n > 1 for n in summed),
                 **_meta(flags, std),
             )
+    if too_many:
+        for grad, whole in zip(grads, made, strict=True):
+            if grad is not None and whole is not None:
+                grad.copy_(whole.sum_to_size(grad.shape))
 
 
 def _sides(
@@ -353,9 +368,7 @@ def _forward_fake(
 def _empty_grads(sides: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
     """Dense gradients, each in the shape of its side."""
     return [
-        torch.zeros(side.shape, dtype=side.dtype, device=side.device)
-        if need and side is not None
-        else None
+        _dense(side, side.dtype) if need and side is not None else None
         for side, need in zip(sides, needs, strict=True)
     ]
 
@@ -377,6 +390,10 @@ def _backward_op(
     if any(g is not None and g.numel() for g in upstream) and any(needs):
         run = _backward_triton if triton else _backward_torch
         run(grads, sides, mask, upstream)
+    else:  # sums over no rows
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
     return [grad for grad in grads if grad is not None]
 
 
@@ -526,10 +543,6 @@ def _cloak_backward_triton(
             ALIGNED=grad.shape[-1] % 4 == 0,
             **_meta(flags, grad),
         )
-
-
-def _dense(like: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(like.shape, dtype=dtype, device=like.device)
 
 
 def _cloak_op(

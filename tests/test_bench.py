@@ -440,6 +440,8 @@ def test_rows_have_the_schema(device: str) -> None:
 
 TINY = {
     "hidden_losses": Size(5, D=24, layers=3),
+    "gaussian_stats": Size(5, D=24),
+    "cloak": Size(5, D=26),
     "circuit_breaker": Size(8, D=24, layers=3, masked=0.25),
     **{case.name: Size(7, 33, 16) for case in HEAD_CASES},
     "jigsaw_cross_entropies": Size(8, 33, 16, masked=0.25),

@@ -699,6 +699,29 @@ MUTANTS: list[tuple[str, str, Callable[..., Any], str]] = [
     ),
     ("row_moments", "in place", scribbling, "inputs untouched"),
     (
+        "gaussian_stats",
+        "without the location",
+        lambda op: lambda *a, location=None, **k: op(*a, **k),
+        "mahalanobis",
+    ),
+    (
+        "gaussian_stats",
+        "log-determinant of the variances",
+        lambda op: lambda *a, **k: (lambda s: s._replace(log_det=2 * s.log_det))(op(*a, **k)),
+        "log_det",
+    ),
+    (
+        "cloak",
+        "other noise in the backward",
+        lambda op: (
+            lambda x, mean, std, *a, **k: (
+                op(x, mean, std.detach(), *a, **k) + (std - std.detach()).nan_to_num()
+            )
+        ),
+        "gradient",
+    ),
+    ("cloak", "another seed", lambda op: lambda *a, seed, **k: op(*a, seed=seed + 1, **k), "rows"),
+    (
         "LazyLogits",
         "hidden states rounded to bf16",
         on_input(lambda x: x.bfloat16().to(x.dtype)),

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import onepass
-from onepass.ops import _check, _launch, row_moments, vocab_pair_stats, vocab_stats
+from onepass.ops import _check, _launch, gaussian, row_moments, vocab_pair_stats, vocab_stats
 from support.environment import NO_TRITON
 
 UNIT = 2.0**-24
@@ -366,6 +366,7 @@ class Launch:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """The launches of every kernel, none of which runs: what they would fill stays as it is."""
     pytest.importorskip("triton", reason=NO_TRITON or "Triton is not installed")
+    from onepass.kernels import gaussian as gaussian_kernels
     from onepass.kernels import row_moments as moments_kernels
     from onepass.kernels import vocab_pair_stats as pair_kernels
     from onepass.kernels import vocab_stats as stats_kernels
@@ -380,9 +381,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
             x, y, z = (*grid, 1, 1)[:3]
             return lambda *args, **meta: seen.append(Launch(self.name, (x, y, z), meta))
 
-    for module in (stats_kernels, pair_kernels, moments_kernels):
+    for module in (stats_kernels, pair_kernels, moments_kernels, gaussian_kernels):
         for name in list(vars(module)):
-            if name.startswith(("vocab_", "row_")) and name.endswith("_kernel"):
+            if name.startswith(("vocab_", "row_", "gaussian_", "cloak_")) and name.endswith(
+                "_kernel"
+            ):
                 monkeypatch.setattr(module, name, Recorder(name))
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # so that CPU tensors may go there
     return seen
@@ -411,6 +414,10 @@ MANY_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "labels": lambda x: onepass.cross_entropy(x, x[:, 0].long(), impl="triton"),
     "probabilities": lambda x: onepass.masked_cross_entropy(x, x.detach(), impl="triton"),
     "hidden": lambda x: onepass.masked_normalized_l2(x, x.detach(), impl="triton"),
+    "gaussian": lambda x: onepass.gaussian_stats(
+        x, x, x.detach() + 1, impl="triton"
+    ).mahalanobis.sum(),
+    "cloak": lambda x: onepass.cloak(x, x, x, impl="triton").sum(),
     "shared-by-two": lambda x: onepass.vocab_pair_stats(
         x.view(2, -1, 2), x.detach()[: MANY // 2], want="jsd", impl="triton"
     ).jsd.sum(),
@@ -744,7 +751,7 @@ def test_each_input_alone_gets_its_gradient(name: str, impl: str, device: str) -
 def ran(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> str:
     """ "triton" or "torch": where the forward pass went."""
     seen: list[str] = []
-    for module in (vocab_stats, vocab_pair_stats, row_moments):
+    for module in (vocab_stats, vocab_pair_stats, row_moments, gaussian):
         for kind in ("torch", "triton"):
             name = f"_forward_{kind}"
             original = getattr(module, name)
@@ -768,6 +775,7 @@ CALLS: dict[str, Callable[..., Tensor]] = {
     ),
     "masked_normalized_l2": lambda z, **more: onepass.masked_normalized_l2(z, z + 1, **more),
     "masked_inner_product": lambda z, **more: onepass.masked_inner_product(z, z + 1, **more),
+    "gaussian_stats": lambda z, **more: onepass.gaussian_stats(z, z, z + 1, **more).mahalanobis,
 }
 
 

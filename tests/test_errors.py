@@ -79,6 +79,8 @@ mean: Any = onepass.masked_mean
 stats: Any = onepass.vocab_stats
 pair: Any = onepass.vocab_pair_stats
 moments: Any = onepass.row_moments
+gauss: Any = onepass.gaussian_stats
+cloak: Any = onepass.cloak
 
 
 def forward_mode(function: Any, at: torch.Tensor) -> Any:
@@ -491,6 +493,21 @@ OPS: dict[str, Wrong] = {
         lambda t: moments(t.x, t.t, [1, 0, 1, 0]), TypeError, "mask", "list"
     ),
     "moments-impl": wrong(lambda t: moments(t.x, t.t, impl="gpu"), ValueError, "impl", "'gpu'"),
+    "gauss-integers": wrong(
+        lambda t: gauss(t.x.int(), t.t, t.t), ValueError, "x", "int32", "float32"
+    ),
+    "gauss-widths": wrong(
+        lambda t: gauss(t.x, t.t, t.t[:, :5]), ValueError, "x", "(4, 6)", "(4, 5)"
+    ),
+    "gauss-rows": wrong(lambda t: gauss(t.x[:3], t.t, t.t), ValueError, "x", "(3, 6)", "(4, 6)"),
+    "gauss-mask": wrong(
+        lambda t: gauss(t.x, t.t, t.t, t.m[:3]), ValueError, "mask", "(3,)", "(4,)"
+    ),
+    "cloak-std": wrong(lambda t: cloak(t.x, t.t, t.t[:3]), ValueError, "std", "(3, 6)", "(4, 6)"),
+    "cloak-seed": wrong(lambda t: cloak(t.x, t.t, t.t, seed=7), TypeError, "seed", "int"),
+    "cloak-forward-mode": wrong(
+        lambda t: forward_mode(lambda x: cloak(x, t.t, t.t), t.x), NotImplementedError, "x"
+    ),
 }
 
 CORPUS: dict[str, Wrong] = {
@@ -516,7 +533,7 @@ def at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     def began(*args: Any) -> None:
         raise WorkBegan
 
-    for module in ("vocab_stats", "vocab_pair_stats", "row_moments"):
+    for module in ("vocab_stats", "vocab_pair_stats", "row_moments", "gaussian"):
         for implementation in ("torch", "triton"):
             monkeypatch.setattr(
                 sys.modules[f"onepass.ops.{module}"], f"_forward_{implementation}", began

@@ -350,6 +350,7 @@ def test_installed_kernels_package_wins(tmp_path: Path) -> None:
 # -- the public names -------------------------------------------------------------------------
 
 PUBLIC = [
+    "GaussianStats",
     "LazyLogits",
     "MaterializedError",
     "MaterializedWarning",
@@ -358,7 +359,9 @@ PUBLIC = [
     "VocabPairStats",
     "VocabStats",
     "__version__",
+    "cloak",
     "cross_entropy",
+    "gaussian_stats",
     "lazy_head",
     "lazy_head_within",
     "linear_cross_entropy",

@@ -137,6 +137,7 @@ def test_cap_stays_below_its_maximum_and_has_the_analytic_gradient() -> None:
     s = torch.sigmoid(0.5 * plain_mean(rows, mask))
     slope = 4.0 * 0.5 * s * (1 - s) / mask.sum()
     of_rows = F.softmax(wide, -1) - F.one_hot(target, V)
+    assert logits.grad is not None
     torch.testing.assert_close(
         logits.grad.double(),
         torch.where(mask[..., None], slope * of_rows, 0.0),
@@ -161,7 +162,12 @@ def test_scope_of_the_cap() -> None:
 # -- compute_jigsaw_ce_losses -----------------------------------------------------------------
 
 
-def activations(lazy: bool, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def weighted(losses: dict[str, Tensor]) -> Tensor:
+    weights = torch.tensor([1.0, 0.7, 0.3], dtype=next(iter(losses.values())).dtype)
+    return (torch.stack(list(losses.values())) * weights).sum()
+
+
+def activations(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Leaves: hidden states of both super batches and a head."""
     generator = torch.Generator().manual_seed(seed)
     teacher = torch.randn(2 * B, S, D, generator=generator)
@@ -190,14 +196,13 @@ def plain_three(
 @pytest.mark.parametrize("kind", MASKS)
 def test_three_cross_entropies(kind: str, cap: dict[str, Any], form: str) -> None:
     """One shared-target call equals three of their own, through logits that are there and not."""
-    parts = activations(lazy=form == "lazy")
+    parts = activations()
     attention, loss_mask = mask_of("random", 3), mask_of(kind)
     if kind == "full":
         attention = mask_of("full")
     options = dict(cap)
     max_loss = options.pop("max_loss")
     factor = options.pop("ce_scaling_factor", 1.0)
-    weights = (1.0, 0.7, 0.3)
 
     def ours(teacher: Tensor, student: Tensor) -> Tensor:
         given: Any = {}
@@ -219,31 +224,31 @@ def test_three_cross_entropies(kind: str, cap: dict[str, Any], form: str) -> Non
             "jigsaw_ce_protection_loss",
             "jigsaw_clean_embeddings_guardrails_loss",
         ]
-        return sum(w * loss for w, loss in zip(weights, losses.values(), strict=True))
+        return weighted(losses)
 
     def plain(teacher: Tensor, student: Tensor) -> Tensor:
         weight = parts["weight"].double()
         found = plain_three(teacher @ weight.T, student @ weight.T, attention, loss_mask, cap)
-        return sum(w * loss for w, loss in zip(weights, found.values(), strict=True))
+        return weighted(found)
 
     both(ours, plain, parts["teacher"], parts["student"])
 
 
 def test_bf16_logits() -> None:
-    parts = activations(lazy=False, dtype=torch.bfloat16)
+    parts = activations(dtype=torch.bfloat16)
     full = mask_of("full")
     given: Any = {
         f"{side}_logits": (parts[side] @ parts["weight"].T) for side in ("teacher", "student")
     }
     got = compute_jigsaw_ce_losses(given, B, S, V, full, full, {}, None, 1.0)
-    wide = [given[f"{side}_logits"].double() for side in ("teacher", "student")]
-    want = plain_three(*wide, full, full, {"max_loss": None})
+    teacher, student = (given[f"{side}_logits"].double() for side in ("teacher", "student"))
+    want = plain_three(teacher, student, full, full, {"max_loss": None})
     for name, loss in want.items():
         torch.testing.assert_close(got[name].double(), loss, rtol=1e-5, atol=1e-5)
 
 
 def test_the_clean_teacher_is_never_differentiated() -> None:
-    parts = activations(lazy=True)
+    parts = activations()
     teacher, student = parts["teacher"].requires_grad_(), parts["student"].requires_grad_()
     given: Any = {
         "teacher_logits": LazyLogits(teacher, parts["weight"]),
@@ -251,13 +256,14 @@ def test_the_clean_teacher_is_never_differentiated() -> None:
     }
     full = mask_of("full")
     losses = compute_jigsaw_ce_losses(given, B, S, V, full, full, {}, None, 1.0)
-    sum(losses.values()).backward()
+    weighted(losses).backward()
+    assert teacher.grad is not None and student.grad is not None
     assert not teacher.grad[:B].any()
     assert teacher.grad[B:].any() and student.grad[:B].any() and student.grad[B:].any()
 
 
 def test_argmax_targets_equal_labels() -> None:
-    parts = activations(lazy=False)
+    parts = activations()
     attention, loss_mask = mask_of("full"), mask_of("random")
     given: Any = {f"{n}_logits": parts[n] @ parts["weight"].T for n in ("teacher", "student")}
     got = compute_jigsaw_ce_losses(
@@ -278,7 +284,7 @@ def test_argmax_targets_equal_labels() -> None:
 @pytest.mark.parametrize("form", ["logits", "lazy"])
 @pytest.mark.parametrize("term", ["performance", "protection", "guardrails"])
 def test_a_term_alone_and_other_losses_kept(term: str, form: str) -> None:
-    parts = activations(lazy=False)
+    parts = activations()
     given: Any = {}
     for name in ("teacher", "student"):
         lazy = LazyLogits(parts[name], parts["weight"])
@@ -294,7 +300,7 @@ def test_a_term_alone_and_other_losses_kept(term: str, form: str) -> None:
 
 
 def test_guardrails_can_be_capped() -> None:
-    parts = activations(lazy=False)
+    parts = activations()
     given: Any = {f"{n}_logits": parts[n] @ parts["weight"].T for n in ("teacher", "student")}
     full = mask_of("full")
     name = "jigsaw_clean_embeddings_guardrails_loss"
@@ -305,17 +311,18 @@ def test_guardrails_can_be_capped() -> None:
 
 @pytest.mark.parametrize("nan_at", ["teacher", "student"])
 def test_nan_at_positions_that_do_not_count(nan_at: str) -> None:
-    parts = activations(lazy=False)
+    parts = activations()
     attention = mask_of("full")
     attention[:, 0] = False
     logits = {n: (parts[n] @ parts["weight"].T) for n in ("teacher", "student")}
     logits[nan_at][:, 0] = math.nan
     given: Any = {f"{n}_logits": z.requires_grad_() for n, z in logits.items()}
     losses = compute_jigsaw_ce_losses(given, B, S, V, attention, mask_of("full"), {}, 4.0, 0.5)
-    total = sum(losses.values())
+    total = weighted(losses)
     total.backward()
     assert total.isfinite()
-    assert all(z.grad.isfinite().all() and not z.grad[:, 0].any() for z in logits.values())
+    for z in logits.values():
+        assert z.grad is not None and z.grad.isfinite().all() and not z.grad[:, 0].any()
 
 
 # -- l2 ---------------------------------------------------------------------------------------
@@ -324,7 +331,7 @@ def test_nan_at_positions_that_do_not_count(nan_at: str) -> None:
 @pytest.mark.parametrize("normalization", ["target", "target_sq", "unit", "dim"])
 @pytest.mark.parametrize("kind", MASKS)
 def test_l2(kind: str, normalization: str) -> None:
-    parts, mask = activations(lazy=False), mask_of(kind)
+    parts, mask = activations(), mask_of(kind)
 
     def distance(s: Tensor, t: Tensor) -> Tensor:
         norm = t.norm(dim=-1)
@@ -420,8 +427,9 @@ def test_power_law(exponent: float, kind: str) -> None:
         return plain_mean(distance**-exponent, mask)
 
     def ours(a: Tensor, b: Tensor) -> Tensor:
-        options = {"characteristic_length": 3.0, "exponent_of_decay": exponent}
-        return inverse_l2_power_law_loss(a, b, mask, **options)
+        return inverse_l2_power_law_loss(
+            a, b, mask, characteristic_length=3.0, exponent_of_decay=exponent
+        )
 
     both(ours, plain, x, noisy)
 

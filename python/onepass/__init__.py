@@ -19,6 +19,9 @@ _HOMES = {
     "vocab_pair_stats": ".ops.vocab_pair_stats",
     "RowMoments": ".ops.row_moments",
     "row_moments": ".ops.row_moments",
+    "GaussianStats": ".ops.gaussian",
+    "gaussian_stats": ".ops.gaussian",
+    "cloak": ".ops.gaussian",
     "LazyLogits": ".lazy_logits",
     "MaterializedError": ".lazy_logits",
     "MaterializedWarning": ".lazy_logits",
@@ -36,8 +39,9 @@ _HOMES = {
     "masked_mean": ".reduce",
     "reduce_rows": ".reduce",
 }
-_MODULES = ("circuit_breaker", "compat", "integrations", "nn")
+_MODULES = ("circuit_breaker", "compat", "integrations", "jigsaw", "nn")
 __all__ = [
+    "GaussianStats",
     "LazyLogits",
     "MaterializedError",
     "MaterializedWarning",
@@ -46,7 +50,9 @@ __all__ = [
     "VocabPairStats",
     "VocabStats",
     "__version__",
+    "cloak",
     "cross_entropy",
+    "gaussian_stats",
     "lazy_head",
     "lazy_head_within",
     "linear_cross_entropy",
@@ -67,6 +73,7 @@ if TYPE_CHECKING:
     from . import circuit_breaker as circuit_breaker
     from . import compat as compat
     from . import integrations as integrations
+    from . import jigsaw as jigsaw
     from . import nn as nn
     from .head_loss import linear_cross_entropy
     from .heads import Report, lazy_head, lazy_head_within, report, unlazy_head
@@ -77,6 +84,7 @@ if TYPE_CHECKING:
         masked_inner_product,
         masked_normalized_l2,
     )
+    from .ops.gaussian import GaussianStats, cloak, gaussian_stats
     from .ops.row_moments import RowMoments, row_moments
     from .ops.vocab_pair_stats import VocabPairStats, vocab_pair_stats
     from .ops.vocab_stats import VocabStats, vocab_stats

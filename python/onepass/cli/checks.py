@@ -40,6 +40,7 @@ STATS = (
     "argmax",
 )
 PAIRS = (*DIVERGENCES, "lse", "target_lse")
+GAUSSIANS = ("mahalanobis", "log_det")
 MOMENTS = ("dd", "xx", "yy", "xy", "difference_of_squares")
 
 
@@ -129,6 +130,18 @@ def call_distances(api: Any, t: Tensors, impl: str) -> Tensors:
     dd, x_norm, y_norm = moments.dd.double(), moments.xx.double().sqrt(), moments.yy.double().sqrt()
     along = moments.difference_of_squares.double() / (x_norm + y_norm)
     return {"dd": moments.dd, "1 - cos": (dd - along.square()) / (2 * x_norm * y_norm)}
+
+
+def call_gaussian(api: Any, t: Tensors, impl: str) -> Tensors:
+    stats = api.gaussian_stats(
+        t["x"], t["mean"], t["std"], t.get("mask"), location=t["location"], impl=impl
+    )
+    return {name: getattr(stats, name) for name in GAUSSIANS}
+
+
+def call_cloak(api: Any, t: Tensors, impl: str) -> Tensors:
+    rows = (t["x"], t["mean"], t["std"])
+    return {"rows": api.cloak(*rows, t.get("mask"), seed=t["seed"], impl=impl)}
 
 
 def lazy(api: Any, t: Tensors, names: tuple[str, str, str] = HEAD, **options: Any) -> Any:
@@ -304,6 +317,44 @@ def near_hidden(m: Maker) -> Tensors:
     return {"x": m.store(near), "y": m.store(y)}
 
 
+def gaussians(m: Maker, *shape: int) -> Tensors:
+    """Rows, and of a Gaussian for each the mean in two parts and the standard deviations."""
+    rows = {n: m.store(m.normal(*shape)) for n in ("x", "mean", "location")}
+    return rows | {"std": m.store(0.25 + m.normal(*shape).abs())}
+
+
+def strided_gaussians(m: Maker) -> Tensors:
+    rows = {n: m.strided(m.normal(4, 333)) for n in ("x", "mean", "location")}
+    return rows | {"std": m.strided(0.25 + m.normal(4, 333).abs())}
+
+
+def paired_gaussians(m: Maker) -> Tensors:
+    """Each of three rows under each of two Gaussians."""
+    inputs = gaussians(m, 2, 257)
+    return inputs | {"x": m.store(m.normal(3, 1, 257))}
+
+
+def masked_gaussians(m: Maker) -> Tensors:
+    """NaN, or a deviation of 0, where a row does not count."""
+    inputs = gaussians(m, 6, 129)
+    inputs["x"][1], inputs["mean"][4], inputs["std"][4] = math.nan, math.nan, 0.0
+    return inputs | {"mask": torch.tensor([True, False, True, True, False, True]).to(m.device)}
+
+
+def noise(m: Maker, *shape: int) -> Tensors:
+    inputs = gaussians(m, *shape)
+    seed = torch.tensor([1 << 40 | 7]).to(m.device)
+    return {n: inputs[n] for n in ("x", "mean", "std")} | {"seed": seed}
+
+
+def masked_noise(m: Maker) -> Tensors:
+    """Rows of zeros, of which two stay that."""
+    inputs = noise(m, 6, 129)
+    inputs["mean"][1], inputs["std"][4] = math.nan, math.nan
+    mask = torch.tensor([True, False, True, True, False, True]).to(m.device)
+    return inputs | {"x": torch.zeros_like(inputs["x"]), "mask": mask}
+
+
 def head(m: Maker, *shape: int, vocab: int = 253, names: tuple[str, str, str] = HEAD) -> Tensors:
     """Hidden states of `shape` and a head whose logits have a deviation of 3."""
     width = shape[-1]
@@ -362,7 +413,7 @@ def near_heads(m: Maker) -> Tensors:
 
 
 def op_checks() -> list[Check]:
-    """The checks of the three families of row statistics, and of the first two on LazyLogits."""
+    """The checks of the families of row statistics, and of the first two on LazyLogits."""
     stats = partial(Check, "vocab_stats", call=call_vocab_stats, formula=references.vocab_stats)
     two = partial(
         Check,
@@ -377,6 +428,20 @@ def op_checks() -> list[Check]:
         call=call_moments,
         formula=references.row_moments,
         leaves=("x", "y"),
+    )
+    gaussian = partial(
+        Check,
+        "gaussian_stats",
+        call=call_gaussian,
+        formula=references.gaussian_stats,
+        leaves=("x", "mean", "location", "std"),
+    )
+    cloak = partial(
+        Check,
+        "cloak",
+        call=call_cloak,
+        formula=references.cloak,
+        leaves=("mean", "std"),
     )
     finite_stats = tuple(n for n in (*STATS, "bag_mass") if n not in ("logit_sum", "logp_sum"))
     return [
@@ -421,6 +486,12 @@ def op_checks() -> list[Check]:
             exact=("dd", "1 - cos"),
             gradients=False,  # of 1 - cos: fp64 arithmetic of this check, not of the op
         ),
+        gaussian(case="odd D", make=lambda m: gaussians(m, 6, 1001)),
+        gaussian(case="strided", make=strided_gaussians),
+        gaussian(case="pairs", make=paired_gaussians),
+        gaussian(case="masked rows", make=masked_gaussians),
+        cloak(case="odd D", make=lambda m: noise(m, 3, 101), leaves=("x", "mean", "std")),
+        cloak(case="masked rows", make=masked_noise),
         *head_checks(),
     ]
 

@@ -204,6 +204,49 @@ def row_moments(t: Tensors) -> Tensors:
     }
 
 
+def gaussian_stats(t: Tensors) -> Tensors:
+    """Facts of x [..., D] under Gaussians of mean location + mean."""
+    x, mean, location, std = (statistics(t[n]) for n in ("x", "mean", "location", "std"))
+    if "mask" in t:
+        x, mean, location = (masked(side, t["mask"]) for side in (x, mean, location))
+        std = torch.where(t["mask"].unsqueeze(-1), std, 1.0)
+    z = (x - location - mean) / std
+    size = (x.abs() + location.abs() + mean.abs()).detach() / std.detach()
+    log = std.log()
+    return {
+        "mahalanobis": (z * z).sum(-1),
+        "log_det": log.expand(z.shape).sum(-1),
+        "scale of mahalanobis": (2 * z.detach().abs() * size).sum(-1),
+        "scale of log_det": log.detach().abs().expand(z.shape).sum(-1),
+    }
+
+
+def normals(seed: Tensor, count: int) -> Tensor:
+    """Box-Muller of Philox-4x32-10: normals 4 i to 4 i + 3 of counter i."""
+    word = 0xFFFFFFFF
+    a = torch.arange(-(-count // 4), device=seed.device)
+    b, c, d = torch.zeros_like(a), torch.zeros_like(a), torch.zeros_like(a)
+    key, other = seed & word, seed >> 32 & word
+    for _ in range(10):
+        first, second = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b = (second >> 32 & word) ^ b ^ key, second & word
+        c, d = (first >> 32 & word) ^ d ^ other, first & word
+        key, other = key + 0x9E3779B9 & word, other + 0xBB67AE85 & word
+    radius = torch.stack([a, c], -1).float() * 2.0**-32 + 2.0**-33
+    radius = (-2 * radius.log()).sqrt()
+    angle = (torch.stack([b, d], -1) - 2**31).float() * (torch.pi * 2.0**-31)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten()[:count]
+
+
+def cloak(t: Tensors) -> Tensors:
+    """x + mean + std * normals, x where the mask is 0; in the dtype of x."""
+    x, mean, std = (statistics(t[n]) for n in ("x", "mean", "std"))
+    noisy = x + mean + std * normals(t["seed"], x.numel()).view(x.shape).to(x.dtype)
+    if "mask" in t:
+        noisy = torch.where(t["mask"].unsqueeze(-1), noisy, x)
+    return {"rows": noisy.to(t["x"].dtype)}
+
+
 def distances(t: Tensors) -> Tensors:
     """|x - y|^2 and 1 - cos of x and y [N, D], neither as a difference of large numbers."""
     x, y = statistics(t["x"]), statistics(t["y"])

@@ -19,8 +19,8 @@ def embedding_rows(model: nn.Module) -> Iterator[Tensor]:
     Raises:
         ValueError: a model without input embeddings.
     """
-    inner: Any = model
-    layer = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
+    getter: Any = getattr(model, "get_input_embeddings", None)
+    layer: Any = None if getter is None else getter()
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(

@@ -89,7 +89,8 @@ def gaussian_mixture_entropy(
     of the mixture.
 
     Args:
-        clean_embeddings: [B, S, D] rows before the transform: with `means`, the components' centres.
+        clean_embeddings: [B, S, D] rows before the transform; with `means`, the centres of the
+            components.
         transformed_embeddings: [B, S, D] transformed rows of *another* batch.
         means: [B, S, D] means of the noise of the clean rows.
         stds: [B, S, D] its standard deviations, positive where they count.

@@ -183,20 +183,40 @@ def same_draws(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """A model of PEFT's without its adapter inside; with it, and its weights trained as before,
-    after.
+    """A model of PEFT's, or the one that PEFT has put its layers into, without its adapter inside;
+    with it, and its weights trained as before, after.
 
     Raises:
         ValueError: the model has none.
     """
     inner: Any = unwrapped(model)
-    if not hasattr(inner, "disable_adapter"):
+    if not has_adapter(model):
         raise ValueError(f"{type(inner).__name__} has no PEFT adapter to switch off")
     # PEFT turns the gradients of all adapter weights on as it leaves, whatever they were.
     trained = {p: p.requires_grad for p in inner.parameters()}
     try:
-        with inner.disable_adapter():
+        with contextlib.ExitStack() as stack:
+            if hasattr(inner, "disable_adapter"):
+                stack.enter_context(inner.disable_adapter())
+            else:
+                for layer in _layers_of_adapter(inner):
+                    if not layer.disable_adapters:
+                        layer.enable_adapters(False)
+                        stack.callback(layer.enable_adapters, True)
             yield
     finally:
         for parameter, was in trained.items():
             parameter.requires_grad_(was)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether there is an adapter of PEFT's to switch off."""
+    inner = unwrapped(model)
+    return hasattr(inner, "disable_adapter") or bool(_layers_of_adapter(inner))
+
+
+def _layers_of_adapter(model: nn.Module) -> list[Any]:
+    """PEFT's layers tell whether they are off by a property; transformers' models have a method of
+    that name."""
+    name = "disable_adapters"
+    return [m for m in model.modules() if isinstance(getattr(type(m), name, None), property)]

@@ -1,0 +1,437 @@
+"""The transform, its parameterizations, and the teacher and student behind it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import onepass
+from onepass.jigsaw.cloak import TransformerCloak
+from onepass.jigsaw.models import (
+    NoiseMaskedNoisyTransformerModel,
+    NoisyOutput,
+    PeftNoiseMaskedNoisyTransformerModel,
+)
+from onepass.jigsaw.parameterizations import (
+    BoundedMeanParameterization,
+    CloakStandardDeviationParameterization,
+    DirectStandardDeviationParameterization,
+)
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+from support.tiny_models import D, V, tiny  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+FAMILIES = ("llama", "gpt2_tied", "gemma2_softcap", "gemma3_softcap", "qwen3", "phi_bias")
+B, S = 3, 7
+
+
+def batch(left: bool = False, seed: int = 0) -> dict[str, Tensor]:
+    """Three sequences of 7, 5 and 4 tokens, the first token of each not transformed."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, V, (B, S), generator=generator)
+    mask = torch.ones(B, S, dtype=torch.long)
+    for row, n in ((1, 5), (2, 4)):
+        mask[row, slice(0, S - n) if left else slice(n, S)] = 0
+    noise = mask.clone()
+    for row in range(B):
+        noise[row, int(mask[row].nonzero()[0])] = 0
+    return {"input_ids": ids, "attention_mask": mask, "noise_mask": noise}
+
+
+def adapted(base: Any) -> Any:
+    config = peft.LoraConfig(
+        r=4,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        lora_dropout=0.0,
+        fan_in_fan_out=type(base).__name__.startswith("GPT2"),
+    )
+    model = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.2)
+    return model
+
+
+def pair(family: str = "llama", **options: Any) -> tuple[Any, Any]:
+    model = adapted(tiny(family))
+    cloak = moved(TransformerCloak.from_model(model, **options.pop("cloak", {})))
+    teacher = NoiseMaskedNoisyTransformerModel(model, cloak, **options)
+    student = PeftNoiseMaskedNoisyTransformerModel(
+        model, cloak, noise_cache=teacher.noise_cache, **options
+    )
+    return teacher, student
+
+
+def moved(cloak: TransformerCloak) -> TransformerCloak:
+    """With weights as if it had been trained."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for estimator in (cloak.mean_estimator, cloak.rho_estimator):
+            last: Any = estimator[-1]
+            last.weight.normal_(std=0.3)
+    return cloak
+
+
+# -- parameterizations ------------------------------------------------------------------------
+
+
+def test_standard_deviations_lie_in_their_interval_and_come_back() -> None:
+    shape = CloakStandardDeviationParameterization((0.1, 2.0), shallow=3.0)
+    rhos = torch.linspace(-20, 20, 101, dtype=torch.float64)
+    stds = shape(rhos)
+    assert (stds > 0.1).all() and (stds < 2.0).all() and (stds.diff() > 0).all()
+    wanted = 0.1 + 1.9 * (1 + torch.tanh(rhos / 3.0)) / 2
+    torch.testing.assert_close(stds, wanted)
+    torch.testing.assert_close(shape.inverse(stds), rhos, rtol=1e-8, atol=1e-8)
+
+
+def test_a_saturated_standard_deviation_keeps_its_direction() -> None:
+    rhos = torch.tensor([-40.0, 40.0], requires_grad=True)
+    CloakStandardDeviationParameterization((0.1, 2.0))(rhos).sum().backward()
+    assert rhos.grad is not None and (rhos.grad > 0).all()
+
+
+def test_bounded_mean() -> None:
+    shape = BoundedMeanParameterization(1.5, init_shift=0.3)
+    rhos = torch.linspace(-5, 5, 51, dtype=torch.float64)
+    torch.testing.assert_close(shape(rhos), 1.5 * torch.tanh((rhos + 0.3) / 1.5))
+    torch.testing.assert_close(shape.inverse(shape(rhos)), rhos, rtol=1e-9, atol=1e-9)
+
+
+def test_direct_standard_deviation_clamps() -> None:
+    shape = DirectStandardDeviationParameterization((0.1, 2.0))
+    assert torch.equal(shape(torch.tensor([-1.0, 0.5, 7.0])), torch.tensor([0.1, 0.5, 2.0]))
+
+
+@pytest.mark.parametrize("scale", [(-0.1, 1.0), (1.0, 1.0), (2.0, 1.0), (0.0, float("inf"))])
+def test_scales_that_are_refused(scale: tuple[float, float]) -> None:
+    for kind in (CloakStandardDeviationParameterization, DirectStandardDeviationParameterization):
+        with pytest.raises(ValueError, match="scale must be .* with 0 <= min < max: got"):
+            kind(scale)
+
+
+# -- the transform ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["mlp", "transformer"])
+def test_a_new_transform_is_small_noise(estimator: str) -> None:
+    cloak = TransformerCloak(D, estimator=estimator, init_std=0.02, embedding_scale=0.5)
+    x = torch.randn(B, S, D)
+    out = cloak(x)
+    assert not out.means.any()
+    torch.testing.assert_close(out.stds, torch.full_like(x, 0.01))
+    assert float((out.noisy - x).detach().std()) == pytest.approx(0.01, rel=0.1)
+    assert cloak.max_std == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("estimator", ["mlp", "transformer"])
+def test_masked_positions_come_out_to_the_bit(estimator: str) -> None:
+    cloak = moved(TransformerCloak(D, estimator=estimator))
+    x, noise = torch.randn(B, S, D), batch()["noise_mask"]
+    noisy = cloak(x, noise, batch()["attention_mask"]).noisy
+    assert torch.equal(noisy[noise == 0], x[noise == 0])
+    assert (noisy != x).any(-1)[noise != 0].all()
+
+
+def test_a_seed_makes_the_noise() -> None:
+    cloak, x = moved(TransformerCloak(D)), torch.randn(B, S, D)
+    first = cloak(x)
+    assert torch.equal(cloak(x, seed=first.seed).noisy, first.noisy)
+    assert not torch.equal(cloak(x).noisy, first.noisy)
+    torch.manual_seed(5)
+    one = cloak(x).noisy
+    torch.manual_seed(5)
+    assert torch.equal(cloak(x).noisy, one)
+
+
+def test_context_is_causal_and_blind_to_padding() -> None:
+    cloak = moved(TransformerCloak(D, estimator="transformer"))
+    x, mask = torch.randn(1, S, D), torch.ones(1, S)
+    mask[0, :2] = 0
+    means = cloak(x, None, mask).means
+    later, padded = x.clone(), x.clone()
+    later[0, 5:] += 1
+    padded[0, :2] += 1
+    assert torch.equal(cloak(later, None, mask).means[0, 2:5], means[0, 2:5])
+    assert torch.equal(cloak(padded, None, mask).means[0, 2:], means[0, 2:])
+    assert not torch.equal(cloak(x, None, None).means[0, 2:], means[0, 2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_embeddings(dtype: torch.dtype) -> None:
+    out = moved(TransformerCloak(D))(torch.randn(B, S, D).to(dtype))
+    assert out.noisy.dtype == dtype and out.stds.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert moved(TransformerCloak(D))(torch.randn(B, S, D)).noisy.dtype == torch.float32
+
+
+@pytest.mark.parametrize("estimator", ["mlp", "transformer"])
+def test_saved_and_loaded(estimator: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"mean_bound": 2.0, "scale": (0.01, 0.5), "shallow": 2.0}
+    cloak = moved(TransformerCloak(D, estimator=estimator, embedding_scale=0.3, **options))
+    cloak.save_pretrained(tmp_path / "sgt")
+    assert sorted(p.name for p in (tmp_path / "sgt").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    again = TransformerCloak.from_pretrained(tmp_path / "sgt")
+    assert again.config == cloak.config
+    x, seed = torch.randn(B, S, D), torch.tensor(3)
+    assert torch.equal(again(x, seed=seed).noisy, cloak(x, seed=seed).noisy)
+
+
+def test_loading_what_is_none(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    with pytest.raises(FileNotFoundError, match=r"no model.safetensors in .*: wanted the folder"):
+        TransformerCloak.from_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"no such thing")
+    with pytest.raises(ValueError, match="is damaged"):
+        TransformerCloak.from_pretrained(tmp_path)
+    save_file({"x": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="holds no transform of onepass"):
+        TransformerCloak.from_pretrained(tmp_path)
+    cloak = TransformerCloak(D)
+    cloak.config["hidden_size"] = D + 1
+    cloak.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not fit its settings"):
+        TransformerCloak.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size must be an int of at least 1: got 0"),
+        ({"estimator": "rnn"}, "estimator must be one of mlp, transformer: got 'rnn'"),
+        ({"init_std": 3.0}, "init_std must lie between 0.0001 and 2.0: got 3.0"),
+        ({"embedding_scale": 0.0}, "embedding_scale must be above 0: got 0.0"),
+        ({"mean_bound": -1.0}, "bound must be above 0: got -1.0"),
+    ],
+)
+def test_transforms_that_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TransformerCloak(**{"hidden_size": D, **options})
+    with pytest.raises(ValueError, match=r"embeddings must be \[B, S, 32\]: got \[2, 32\]"):
+        TransformerCloak(D)(torch.randn(2, D))
+
+
+def test_its_scale_is_that_of_the_vocabulary() -> None:
+    model = tiny("gemma3_softcap")  # whose embedding layer multiplies by sqrt(D)
+    cloak = TransformerCloak.from_model(model)
+    rows = model.get_input_embeddings()(torch.arange(V)).detach()
+    wanted = rows.norm(dim=-1).median() / D**0.5
+    assert cloak.embedding_scale == pytest.approx(float(wanted))
+
+
+# -- teacher and student ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_super_batch_is_both_halves(family: str, left: bool) -> None:
+    """Clean first, and equal to the base model on each half alone, padded on either side."""
+    teacher, student = pair(family)
+    inputs = batch(left)
+    with torch.no_grad():
+        out, trained = teacher(**inputs), student(**inputs)
+    assert out.logits.shape == trained.logits.shape == (2 * B, S, V)
+    assert out.noisy_input_embeddings is trained.noisy_input_embeddings
+    model, counted = teacher.base_model, inputs["attention_mask"] != 0
+    for row in range(B):
+        kept = counted[row]
+        ids = inputs["input_ids"][row][kept][None]
+        noisy = out.noisy_input_embeddings[row][kept][None]
+        for got, off in ((out.logits, True), (trained.logits, False)):
+            context = model.disable_adapter() if off else onepass.strict()
+            model.eval()
+            with torch.no_grad(), context:
+                clean = model(input_ids=ids, use_cache=False).logits[0]
+                other = model(inputs_embeds=noisy, use_cache=False).logits[0]
+            torch.testing.assert_close(got[row][kept], clean, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got[B + row][kept], other, rtol=1e-4, atol=1e-4)
+
+
+def test_one_sample_in_either_order_and_a_new_one_the_next_time() -> None:
+    teacher, student = pair()
+    inputs = batch()
+    noisy = [m(**inputs).noisy_input_embeddings for m in (teacher, student, student, teacher)]
+    assert noisy[0] is noisy[1] and noisy[2] is noisy[3]
+    assert not torch.equal(noisy[0], noisy[2])
+    again = [teacher(**inputs).noisy_input_embeddings for _ in range(2)]
+    assert not torch.equal(again[0], again[1])
+    other = batch(seed=3)
+    assert not torch.equal(student(**other).clean_input_embeddings, noisy[0])
+
+
+def test_masks_are_filled_in() -> None:
+    teacher, _ = pair()
+    inputs = batch()
+    out = teacher(inputs["input_ids"])
+    assert out.attention_mask.all() and out.noise_mask.all() and out.loss_mask.all()
+    out = teacher(**inputs)
+    assert torch.equal(out.loss_mask, inputs["noise_mask"])
+    features = inputs["noise_mask"][..., None].expand(B, S, D).clone()
+    features[0, 1] = 0
+    out = teacher(inputs["input_ids"], inputs["attention_mask"], features)
+    assert not out.loss_mask[0, 1] and out.loss_mask[0, 2]
+
+
+def gradients(teacher: Any, inputs: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    teacher.zero_grad()
+    out: NoisyOutput = teacher(**inputs)
+    assert out.logits is not None
+    out.logits[B:].float().square().mean().backward()
+    return {n: p.grad.clone() for n, p in teacher.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("raw", [False, True], ids=["peft", "injected"])
+def test_gradients_of_the_teacher_reach_the_transform_alone(raw: bool, checkpointing: bool) -> None:
+    """As through a copy of the base without adapters, and so even where the blocks would be
+    recomputed in the backward, with the adapters on again."""
+    plain = tiny("llama")
+    model = adapted(copy.deepcopy(plain))
+    cloak = moved(TransformerCloak.from_model(model))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    base = model.get_base_model() if raw else model
+    teacher = NoiseMaskedNoisyTransformerModel(base, cloak)
+    alone = NoiseMaskedNoisyTransformerModel(plain, cloak)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    got, wanted = gradients(teacher, batch(), 3), gradients(alone, batch(), 3)
+    assert got.keys() == wanted.keys() and all(n.startswith("cloak.") for n in got)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-7)
+    assert model.training and {n for n, p in model.named_parameters() if p.requires_grad} == trained
+    assert not any(p.requires_grad for p in plain.parameters())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_the_student(checkpointing: bool) -> None:
+    teacher, student = pair()
+    student.base_model.train()
+    if checkpointing:
+        student.base_model.gradient_checkpointing_enable({"use_reentrant": False})
+    got = gradients(student, batch(), 3)
+    names = {n for n, p in student.named_parameters() if p.requires_grad}
+    assert got.keys() == names and any("lora_A" in n for n in names)
+    if checkpointing:
+        student.base_model.gradient_checkpointing_disable()
+        for name, gradient in gradients(student, batch(), 3).items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("index", [0, 1, -1, -2])
+@pytest.mark.parametrize("truncated", [False, True])
+def test_distillation_layer(index: int, truncated: bool) -> None:
+    teacher, student = pair(distillation_layer_index=index, truncated=truncated)
+    inputs = batch()
+    outs = [m(**inputs) for m in (teacher, student)]
+    whole, _ = pair(distillation_layer_index=index)
+    clean = whole(**inputs)
+    for out in outs:
+        assert (out.logits is None) == truncated
+        assert out.embeddings.shape == (2 * B, S, D)
+    kept = inputs["attention_mask"] != 0
+    torch.testing.assert_close(outs[0].embeddings[:B][kept], clean.embeddings[:B][kept])
+    blocks = teacher.base_model.get_base_model().model.layers
+    assert len(blocks) == 2, "all there again"
+
+
+def test_a_truncated_model_runs_no_later_block() -> None:
+    teacher, _ = pair(distillation_layer_index=0, truncated=True)
+    model, ran = teacher.base_model.get_base_model(), []
+    for number, block in enumerate(model.model.layers):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+    model.lm_head.register_forward_hook(lambda *_: ran.append(out) if (out := _[2]).numel() else 0)
+    teacher(**batch())
+    assert ran == [0]
+
+
+def test_lazy_heads_stay_lazy() -> None:
+    teacher, student = pair()
+    onepass.lazy_head(teacher.base_model.get_base_model())
+    inputs = batch()
+    with onepass.strict():
+        for model in (teacher, student):
+            out = model(**inputs)
+            assert isinstance(out.logits[:B], onepass.LazyLogits)
+            assert isinstance(out.logits[B:].detach(), onepass.LazyLogits)
+
+
+def test_a_prompt_protected_and_answered() -> None:
+    teacher, student = pair()
+    inputs = batch(left=True)
+    seed = torch.tensor(7)
+    noisy = student.protect(**inputs, seed=seed).noisy
+    assert torch.equal(noisy, teacher.protect(**inputs, seed=seed).noisy)
+    student.base_model.eval()
+    made = student.base_model.generate(
+        inputs_embeds=noisy.detach(),
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=3,
+        min_new_tokens=3,
+        do_sample=False,
+    )
+    with torch.no_grad():
+        torch.manual_seed(0)
+        logits = student.base_model(
+            inputs_embeds=noisy, attention_mask=inputs["attention_mask"], use_cache=False
+        ).logits
+    assert made.shape == (B, 3) and int(made[0, 0]) == int(logits[0, -1].argmax())
+
+
+def test_what_models_refuse() -> None:
+    model, plain = adapted(tiny("llama")), tiny("llama")
+    cloak = TransformerCloak(D)
+    make = NoiseMaskedNoisyTransformerModel
+    with pytest.raises(
+        ValueError, match="embeddings of size 16, those of LlamaForCausalLM have 32"
+    ):
+        make(plain, TransformerCloak(16))
+    with pytest.raises(ValueError, match="has no input embeddings"):
+        make(torch.nn.Linear(2, 2), cloak)
+    with pytest.raises(ValueError, match="is no causal language model"):
+        make(tiny("t5_encoder_decoder"), cloak)
+    with pytest.raises(ValueError, match="a decoder layer from -2 to 1: got 2"):
+        make(model, cloak, distillation_layer_index=2)
+    with pytest.raises(ValueError, match="wants a distillation_layer_index"):
+        make(model, cloak, truncated=True)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no PEFT adapter"):
+        PeftNoiseMaskedNoisyTransformerModel(plain, cloak)
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    with pytest.raises(ValueError, match="trains the input embeddings"):
+        PeftNoiseMaskedNoisyTransformerModel(peft.get_peft_model(tiny("llama"), config), cloak)
+    kept = make(model, cloak, distillation_layer_index=-1)
+    with pytest.raises(ValueError, match="distillation_layer_index 0 is not the one"):
+        kept.keep_layer(0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_ids": torch.zeros(S, dtype=torch.long)}, r"input_ids must be whole numbers"),
+        (
+            {"attention_mask": torch.ones(B, S + 1)},
+            r"attention_mask must be \[3, 7\].*got \[3, 8\]",
+        ),
+        ({"noise_mask": torch.ones(B, S, 5)}, r"noise_mask must be \[3, 7\] or \[3, 7, 32\]"),
+        ({"loss_mask": torch.ones(S, B)}, r"loss_mask must be \[3, 7\].*got \[7, 3\]"),
+    ],
+)
+def test_batches_that_are_refused(changes: dict[str, Tensor], message: str) -> None:
+    teacher, _ = pair()
+    with pytest.raises(ValueError, match=message):
+        teacher(**{**batch(), **changes})
