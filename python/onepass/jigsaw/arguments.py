@@ -24,10 +24,10 @@ L2_WEIGHTS = ("jigsaw_l2_performance_loss_weight", "jigsaw_l2_protection_loss_we
 class JigsawArguments:
     """The loss and the transform."""
 
-    absolute_cosine_similarity_penalty_weight: float = flag(3.0, "of |cos| to the embeddings")
+    absolute_cosine_similarity_penalty_weight: float = flag(4.0, "of |cos| to the embeddings")
     jigsaw_ce_performance_loss_weight: float = flag(2.5, "student on transformed text")
     jigsaw_ce_protection_loss_weight: float = flag(1.0, "teacher on transformed text")
-    jigsaw_clean_embeddings_guardrails_loss_weight: float = flag(1.5, "student on clean text")
+    jigsaw_clean_embeddings_guardrails_loss_weight: float = flag(2.0, "student on clean text")
     jigsaw_ce_protection_max_loss: float | None = flag(4.0, "cap of protection, guardrails")
     jigsaw_ce_protection_loss_scaling_factor: float = flag(
         1.0, "of the cross-entropy in the cap's sigmoid", advanced=True
@@ -36,7 +36,7 @@ class JigsawArguments:
         0.1, "of the distance of norms from the vocabulary's median", advanced=True
     )
     mutual_information_loss_weight: float = flag(
-        0.0, "of the mutual information's estimate", advanced=True
+        0.001, "of the mutual information's estimate", advanced=True
     )
     distillation_layer_index: int | None = flag(
         None, "block whose outputs the two l2 losses compare", advanced=True
@@ -54,8 +54,6 @@ class JigsawArguments:
     cap_form: str = flag("sigmoid", "of the cap", choices=list(CAP_FORMS), advanced=True)
     cap_scope: str = flag("mean", "what is capped", choices=list(CAP_SCOPES), advanced=True)
     sgt_estimator: str = flag("mlp", "of means and deviations", choices=list(ESTIMATORS))
-    sgt_min_std: float = flag(0.05, "least noise, in elements of embeddings", advanced=True)
-    sgt_max_std: float = flag(2.0, "most noise, likewise", advanced=True)
     sgt_learning_rate: float | None = flag(None, "of the transform (default: the adapter's)")
     model_max_length: int = flag(1024, "tokens of an example at most")
 
@@ -97,11 +95,6 @@ class JigsawArguments:
         for name, number in above_0.items():
             if number is not None and not 0 < number < float("inf"):
                 raise ValueError(f"{name}: got {number}, wanted a number above 0")
-        if not 0 <= self.sgt_min_std < self.sgt_max_std < float("inf"):
-            raise ValueError(
-                f"sgt_min_std: got {self.sgt_min_std}, wanted a number from 0 to below"
-                f" sgt_max_std={self.sgt_max_std}"
-            )
         for name, choices in (("sgt_estimator", ESTIMATORS), ("cap_form", CAP_FORMS),
                               ("cap_scope", CAP_SCOPES)):  # fmt: skip
             if getattr(self, name) not in choices:

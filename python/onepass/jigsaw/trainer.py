@@ -27,7 +27,6 @@ from .models import (
     NoisyOutput,
     PeftNoiseMaskedNoisyTransformerModel,
 )
-from .parameterizations import CloakStandardDeviationParameterization
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from ..training.flags import LoraFlags
 
 ADAPTER, SGT = "adapter", "sgt"  # folders of a checkpoint
-START = 0.025  # where between its bounds the noise starts
 logger = logging.getLogger("onepass")
 
 
@@ -141,7 +139,7 @@ class JigsawTrainer(Trainer):
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
         _check_adapter(unwrapped(model))
         if cloak is None:
-            cloak = make_cloak(model, jigsaw)
+            cloak = TransformerCloak.from_model(model, estimator=jigsaw.sgt_estimator)
         pair = JigsawModel(model, cloak, jigsaw)
         make_lazy(model)
         if args is not None:
@@ -265,17 +263,6 @@ class JigsawTrainer(Trainer):
         adapter = load_file(folder / ADAPTER / "adapter_model.safetensors")
         set_peft_model_state_dict(self.pair.base, adapter)
         self.pair.cloak.load_state_dict(load_file(folder / SGT / "model.safetensors"))
-
-
-def make_cloak(model: nn.Module, jigsaw: JigsawArguments) -> TransformerCloak:
-    """A fresh transform for a model's embeddings."""
-    scale = (jigsaw.sgt_min_std, jigsaw.sgt_max_std)
-    return TransformerCloak.from_model(
-        model,
-        estimator=jigsaw.sgt_estimator,
-        std_parameterization=CloakStandardDeviationParameterization(scale),
-        initial_std=scale[0] + START * (scale[1] - scale[0]),
-    )
 
 
 def lora_config(model: nn.Module, lora: LoraFlags, jigsaw: JigsawArguments) -> LoraConfig:
