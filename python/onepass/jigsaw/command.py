@@ -273,7 +273,6 @@ def _train(
     size = args.per_device_eval_batch_size
     starts = range(0, len(measured), size)
     pair: Any = trainer.model
-    attacks = attacks_on(pair.base)
 
     def measured_now() -> dict[str, float]:
         batches = (
@@ -281,7 +280,7 @@ def _train(
             for s in starts
         )
         with trainer.accelerator.autocast():
-            return measure(pair, batches, attacks, args.seed)
+            return measure(pair, batches, attacks_on(pair.base), args.seed)
 
     before = measured_now()
     fit(trainer, run)

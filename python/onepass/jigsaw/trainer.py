@@ -17,6 +17,7 @@ from ..heads import is_lazy, lazy_head, unwrapped
 from ..reduce import masked_mean
 from ..training.hidden_states import blocks_of, same_draws, without_adapter
 from ..training.lora import chosen_modules, lora_settings
+from ..training.monitor import check_one_gpu, logs_step, means_of
 from .arguments import JigsawArguments
 from .cloak import TransformerCloak
 from .data import data_collator
@@ -148,11 +149,7 @@ class JigsawTrainer(Trainer):
             if args.ddp_find_unused_parameters is None:
                 args.ddp_find_unused_parameters = False  # adapter and transform: all are used
         super().__init__(pair, args, data_collator, train_dataset, **others)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} GPUs in one process are not supported: run under"
-                " `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them"
-            )
+        check_one_gpu(self.args)
         self.model_accepts_loss_kwargs = False
         self._noted: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -180,18 +177,14 @@ class JigsawTrainer(Trainer):
         **kwargs: Any,
     ) -> Any:
         """The loss of a batch; with `return_outputs` also a dict of its detached components."""
-        found = model(monitor=model.training and self._logs_this_step(), **inputs)
+        found = model(
+            monitor=model.training and logs_step(self, self.state.global_step + 1), **inputs
+        )
         loss = found.pop("loss")
         if model.training:
             for name, value in found.items():
                 self._noted[name].append(value.detach())
         return (loss, found) if return_outputs else loss
-
-    def _logs_this_step(self) -> bool:
-        step, state = self.state.global_step + 1, self.state
-        every = [max(int(n), 1) for n in (state.logging_steps, state.save_steps)]
-        first = step == 1 and self.args.logging_first_step
-        return first or step == state.max_steps or any(step % n == 0 for n in every)
 
     def prediction_step(
         self,
@@ -211,10 +204,7 @@ class JigsawTrainer(Trainer):
         """transformers' log, with the means of what the steps since the last one noted."""
         if self._noted and "loss" in logs:
             noted, self._noted = self._noted, defaultdict(list)
-            means = torch.stack([torch.stack(values).float().mean() for values in noted.values()])
-            means = self.accelerator.reduce(means, reduction="mean")
-            facts = {f"jigsaw/{k}": v for k, v in zip(noted, means.tolist(), strict=True)}
-            logs = {**logs, **facts}
+            logs = {**logs, **{f"jigsaw/{k}": v for k, v in means_of(self, noted).items()}}
         super().log(logs, *args, **kwargs)
 
     def whole_state(self) -> dict[str, Tensor] | None:
