@@ -13,6 +13,7 @@ from transformers import Trainer, set_seed
 from ..heads import unwrapped
 from ..training.hidden_states import blocks_of
 from ..training.lora import has_lora
+from ..training.monitor import check_one_gpu, logs_step, means_of
 from .adapter import jitter, jitter_weights
 from .arguments import LorraArguments
 from .data import data_collator
@@ -82,11 +83,7 @@ class CircuitBreakerTrainer(Trainer):
                 # is used by one of the two, and DDP would take it for unused in the other.
                 args.ddp_find_unused_parameters = False
         super().__init__(model, args, data_collator, train_dataset, **others)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} GPUs in one process are not supported: run under"
-                " `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them"
-            )
+        check_one_gpu(self.args)
         self.model_accepts_loss_kwargs = False
         if isinstance(reference, nn.Module):  # to the device, and under the model's autocast
             self.accelerator.prepare_model(reference, evaluation_mode=True)
@@ -138,17 +135,13 @@ class CircuitBreakerTrainer(Trainer):
         """The loss of a batch; with `return_outputs` also a dict of its detached terms."""
         if model.training:
             self.current_training_step = self.state.global_step + 1  # optimizer steps, not batches
-        terms = self.terms(model, inputs, model.training and self._logs_this_step())
+        terms = self.terms(
+            model, inputs, model.training and logs_step(self, self.current_training_step)
+        )
         if model.training:
             for name, value in terms.facts.items():
                 self._noted[name].append(value)
         return (terms.loss, terms.facts) if return_outputs else terms.loss
-
-    def _logs_this_step(self) -> bool:
-        step, state = self.current_training_step, self.state
-        every = [max(int(n), 1) for n in (state.logging_steps, state.save_steps)]
-        first = step == 1 and self.args.logging_first_step
-        return first or step == state.max_steps or any(step % n == 0 for n in every)
 
     def prediction_step(
         self,
@@ -167,10 +160,7 @@ class CircuitBreakerTrainer(Trainer):
         if self._noted and "loss" in logs:
             noted, self._noted = self._noted, defaultdict(list)
             del noted["loss"]  # the Trainer's own
-            means = torch.stack([torch.stack(values).float().mean() for values in noted.values()])
-            means = self.accelerator.reduce(means, reduction="mean")
-            facts = dict(zip(noted, means.tolist(), strict=True))
-            logs = {**logs, **log_of(facts, self.coefficients())}
+            logs = {**logs, **log_of(means_of(self, noted), self.coefficients())}
         super().log(logs, *args, **kwargs)
 
 

@@ -15,7 +15,11 @@ _HOMES = {
     "ComponentLossesDict": ".activations",
     "DirectStandardDeviationParameterization": ".parameterizations",
     "HyperparametersDict": ".activations",
+    "JigsawArguments": ".arguments",
     "JigsawDataset": ".data",
+    "JigsawModel": ".trainer",
+    "JigsawTrainer": ".trainer",
+    "NearestEmbedding": ".attack",
     "NoiseMaskedNoisyTransformerModel": ".models",
     "NoiseTokenizer": ".data",
     "NoisyOutput": ".models",
@@ -29,7 +33,9 @@ _HOMES = {
     "gaussian_mixture_entropy": ".entropy",
     "jigsaw_loss_factory": ".loss",
     "jigsaw_sgt_loss_factory": ".loss",
+    "measure": ".evaluate",
     "mutual_information_sub_batch": ".entropy",
+    "recovery_rate": ".attack",
     "square_mahalanobis_distance": ".entropy",
     "voronoi_characteristic_length": ".entropy",
 }
@@ -40,7 +46,11 @@ __all__ = [
     "ComponentLossesDict",
     "DirectStandardDeviationParameterization",
     "HyperparametersDict",
+    "JigsawArguments",
     "JigsawDataset",
+    "JigsawModel",
+    "JigsawTrainer",
+    "NearestEmbedding",
     "NoiseMaskedNoisyTransformerModel",
     "NoiseTokenizer",
     "NoisyOutput",
@@ -55,7 +65,9 @@ __all__ = [
     "gaussian_mixture_entropy",
     "jigsaw_loss_factory",
     "jigsaw_sgt_loss_factory",
+    "measure",
     "mutual_information_sub_batch",
+    "recovery_rate",
     "square_mahalanobis_distance",
     "voronoi_characteristic_length",
 ]
@@ -67,6 +79,8 @@ if TYPE_CHECKING:
         ComponentLossesDict,
         HyperparametersDict,
     )
+    from .arguments import JigsawArguments
+    from .attack import NearestEmbedding, recovery_rate
     from .cloak import TransformerCloak
     from .data import JigsawDataset, NoiseTokenizer
     from .entropy import (
@@ -76,6 +90,7 @@ if TYPE_CHECKING:
         square_mahalanobis_distance,
         voronoi_characteristic_length,
     )
+    from .evaluate import measure
     from .loss import (
         jigsaw_loss_factory,
         jigsaw_sgt_loss_factory,
@@ -96,6 +111,7 @@ if TYPE_CHECKING:
         CloakStandardDeviationParameterization,
         DirectStandardDeviationParameterization,
     )
+    from .trainer import JigsawModel, JigsawTrainer
 
 
 def __getattr__(name: str) -> Any:

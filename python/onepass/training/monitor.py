@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -96,6 +99,31 @@ class Monitor(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def logs_step(trainer: Any, step: int) -> bool:
+    """Whether the log after this optimizer step is written: with `logging_steps`, and with each
+    checkpoint, see Monitor."""
+    state = trainer.state
+    every = [max(int(n), 1) for n in (state.logging_steps, state.save_steps)]
+    first = step == 1 and trainer.args.logging_first_step
+    return first or step == state.max_steps or any(step % n == 0 for n in every)
+
+
+def means_of(trainer: Any, noted: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
+    """The mean of what was noted under each name, over all processes, in one transfer."""
+    means = torch.stack([torch.stack(list(values)).float().mean() for values in noted.values()])
+    means = trainer.accelerator.reduce(means, reduction="mean")
+    return dict(zip(noted, means.tolist(), strict=True))
+
+
+def check_one_gpu(args: Any) -> None:
+    """ValueError where transformers would spread a batch over GPUs within this process."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process are not supported: run under"
+            " `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them"
+        )
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
