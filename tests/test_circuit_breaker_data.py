@@ -11,7 +11,8 @@ import torch
 
 from onepass.circuit_breaker.arguments import LorraArguments
 from onepass.circuit_breaker.data import CircuitBreakerDataset, data_collator, tokens_of
-from onepass.circuit_breaker.examples import Example, example_of, read_source, split
+from onepass.circuit_breaker.examples import Example, example_of, read_source
+from onepass.training.prompts import split
 from support.tiny_language_model import BENIGN, CHAT, HARMFUL, tokenizer
 
 

@@ -27,10 +27,10 @@ from ..training.flags import (
     flag,
     training_arguments,
 )
-from ..training.prompts import Prompt, read_prompts
+from ..training.prompts import Prompt, read_prompts, split
 from ..training.run_folder import RunFolder, tell
 from .arguments import LoraArguments, LorraArguments, numbers
-from .examples import REFUSAL, example_of, split
+from .examples import REFUSAL, example_of
 from .options import ADAPTER_OFF, FROZEN_COPY, PRECOMPUTED
 
 if TYPE_CHECKING:

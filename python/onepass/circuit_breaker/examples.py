@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,25 +115,3 @@ def refused(record: Mapping[str, Any]) -> dict[str, Any]:
         asked = [turn for turn in record["messages"] if turn.get("role") != "assistant"]
         return {"prompt": asked, ANSWERS[0]: record[REFUSAL]}
     return {"prompt": record.get("prompt"), ANSWERS[0]: record[REFUSAL]}
-
-
-def split(prompts: list[Prompt], ratio: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """(training, held out): a share of `ratio`, drawn with `seed`, is held out; at least one where
-    the share is not 0.
-
-    Raises:
-        ValueError: a ratio outside [0, 1), nothing left to train on.
-    """
-    if not 0 <= ratio < 1:
-        raise ValueError(f"validation_ratio must be from 0 to below 1: got {ratio}")
-    n_held_out = max(int(len(prompts) * ratio), 1) if ratio else 0
-    if n_held_out >= len(prompts):
-        raise ValueError(
-            f"validation_ratio={ratio} of {len(prompts)} examples of {prompts[0].file} leaves none"
-            " to train on"
-        )
-    held_out = set(random.Random(seed).sample(range(len(prompts)), n_held_out))
-    parts: tuple[list[Prompt], list[Prompt]] = [], []
-    for n, prompt in enumerate(prompts):
-        parts[n in held_out].append(prompt)
-    return parts

@@ -36,6 +36,9 @@ SYSTEMS = {
     "infinity-circuit-breaker": System(
         ".circuit_breaker.infinity.command", "the same for an autoregressive image model"
     ),
+    "jigsaw": System(
+        ".jigsaw.command", "transform a language model's embeddings so that one adapter reads them"
+    ),
 }
 NEEDED = ("transformers", "accelerate", "peft", "tokenizers", "safetensors", "tqdm", "matplotlib")
 # TRL's names; the number of processes is that of the devices unless --num_processes says another.

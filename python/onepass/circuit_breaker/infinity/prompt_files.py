@@ -7,8 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from ...training.prompts import Prompt, read_prompts
-from ..examples import split
+from ...training.prompts import Prompt, read_prompts, split
 
 RETAIN_FILES = (
     "{category}_sanitized_prompts.json",

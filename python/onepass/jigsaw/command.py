@@ -1,0 +1,363 @@
+"""`onepass train jigsaw`: a transform of the input embeddings and the adapter that understands it.
+
+Without --model and --data it trains a small model on the interpreter's documentation first.
+Imports nothing heavy before all that can be refused has been.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..cli.errors import UsageError, one_line
+from ..training.flags import (
+    Flags,
+    LoraFlags,
+    ModelFlags,
+    RunFlags,
+    check_from,
+    check_lora_flags,
+    check_share,
+    flag,
+    training_arguments,
+)
+from ..training.prompts import Prompt, read_prompts, split
+from ..training.run_folder import RunFolder, tell
+from .arguments import JigsawArguments
+
+SMALL = {  # what suits the small model, where nothing else is said
+    "learning_rate": 5e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "max_steps": 400,
+    "lora_r": 128,
+    "lora_alpha": 128,
+    "lora_dropout": 0.0,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 16,
+    "gradient_checkpointing": False,
+    "model_max_length": 64,
+    "max_eval_samples": 96,
+    "adam_beta2": 0.95,
+}
+SMALL_FAST = {**SMALL, "max_steps": 200, "lora_r": 96, "lora_alpha": 96}
+DEFAULTS = {"learning_rate": 1e-4}
+ADAPTER, SGT = "adapter", "sgt"
+WEAK = 0.2  # a share of recovered tokens above it is little protection
+FILES = ("README.md", "metrics.jsonl", "curves.png", "summary.json")
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "tokenizer.model"),
+    *("spiece.model", "sentencepiece.bpe.model"),
+)
+# what the table calls the facts of `measure`
+MEASURES = {
+    "kl_performance": "KL, student on transformed text",
+    "kl_protection": "KL, teacher on transformed text",
+    "kl_guardrails": "KL, student on clean text",
+    "agreement": "next token of student, as teacher's",
+    "recovery_l2": "tokens recovered, nearest by L2",
+    "recovery_cosine": "tokens recovered, nearest by cosine",
+    "abs_cosine": "|cos| to the clean embeddings",
+    "std": "standard deviation of the noise",
+}
+SHARES = ("agreement", "recovery_l2", "recovery_cosine")
+PANELS: list[tuple[str, str, dict[str, str], dict[str, Any]]] = [
+    (
+        "Distance to the clean teacher",
+        "KL at the step, nats",
+        {
+            "jigsaw/kl_performance": "student, transformed text",
+            "jigsaw/kl_protection": "teacher, transformed text",
+            "jigsaw/kl_guardrails": "student, clean text",
+        },
+        {"yscale": "log"},
+    ),
+    (
+        "Student and transform",
+        "mean at the step",
+        {"jigsaw/agreement": "agreement", "jigsaw/abs_cosine": "|cos| to clean embeddings"},
+        {"ylim": (-0.05, 1.05)},
+    ),
+    (
+        "Components of the loss",
+        "mean since the last log",
+        {
+            "jigsaw/ce_performance_loss": "performance",
+            "jigsaw/ce_protection_loss": "protection",
+            "jigsaw/clean_embeddings_guardrails_loss": "guardrails",
+            "jigsaw/absolute_cosine_similarity_penalty": "|cos|",
+            "jigsaw/median_norm_penalty": "median norm",
+            "jigsaw/mutual_information_loss": "mutual information",
+        },
+        {},
+    ),
+    ("Noise", "mean standard deviation", {"jigsaw/std": "of the transform"}, {}),
+]
+
+
+@dataclass
+class DataFlags:
+    """The data."""
+
+    data: str | None = flag(None, "text or prompts (json, jsonl, txt)", metavar="FILE")
+    val: str | None = flag(None, "to measure on (default: a share)", metavar="FILE")
+    validation_ratio: float = flag(0.1, "that share; 0: measure on all")
+    max_train_samples: int | None = flag(None, "at most (default: all)", advanced=True)
+    max_eval_samples: int | None = flag(None, "measured at most (default: all)")
+    fast: bool = flag(False, "a smaller model, where one is made here")
+
+
+FLAGS = (ModelFlags, DataFlags, JigsawArguments, LoraFlags, RunFlags)
+
+
+def check(flags: Flags) -> None:
+    """UsageError for what can be refused before libraries are loaded and files written."""
+    model, data, jigsaw = flags[ModelFlags], flags[DataFlags], flags[JigsawArguments]
+    if data.data is None:
+        if model.model_name_or_path is not None:
+            raise UsageError(
+                "--data: got no file, wanted one with --model",
+                hint="leave out --model for a small model and text made here",
+            )
+        if data.val is not None:
+            raise UsageError("--val: wanted --data with it")
+    if data.fast and model.model_name_or_path is not None:
+        raise UsageError("--fast: is of the model made here; leave it out with --model")
+    if model.model_name_or_path is None:
+        for name, value in (SMALL_FAST if data.fast else SMALL).items():
+            if name in flags.given:
+                continue
+            owner = next((v for v in flags.values if hasattr(v, name)), None)
+            if owner is not None:
+                setattr(owner, name, value)
+            else:
+                flags.overrides[name] = value
+    if model.load_in_8bit and model.load_in_4bit:
+        raise UsageError("--load_in_8bit and --load_in_4bit exclude each other")
+    if flags.overrides.get("eval_strategy", "no") != "no" or flags.overrides.get("do_eval"):
+        raise UsageError("--eval_strategy: held-out text is measured at the end; leave it out")
+    check_share("validation_ratio", data.validation_ratio)
+    for name in ("max_train_samples", "max_eval_samples"):
+        if (number := getattr(data, name)) is not None:
+            check_from(name, number, 1)
+    check_lora_flags(flags[LoraFlags])
+    try:
+        jigsaw.check()
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
+    if model.model_name_or_path is None and jigsaw.distillation_layer_index is not None:
+        from ..demo import settings
+
+        _check_layer(jigsaw, (settings.FAST if data.fast else settings.FULL).n_layers)
+    if data.data is not None:
+        for name in ("data", "val"):
+            if (path := getattr(data, name)) is not None:  # resumed from anywhere
+                setattr(data, name, str(Path(path).absolute()))
+        read_data(data)
+
+
+def _check_layer(jigsaw: JigsawArguments, n_layers: int) -> None:
+    layer = jigsaw.distillation_layer_index
+    if layer is not None and not -n_layers <= layer < n_layers:
+        raise UsageError(
+            f"--distillation_layer_index: got {layer}, wanted a number from {-n_layers} to"
+            f" {n_layers - 1}: the model has {n_layers} blocks"
+        )
+
+
+def read_data(data: DataFlags, seed: int = 0) -> dict[str, list[Prompt]]:
+    """The entries of `data`, and of `val` where there are any.
+
+    Raises:
+        UsageError: a file that is missing, empty or malformed, by file and line.
+    """
+    found: dict[str, list[Prompt]] = {}
+    for name in ("data", "val"):
+        if (path := getattr(data, name)) is None:
+            continue
+        try:
+            found[name] = read_prompts(path)
+        except (ValueError, OSError) as error:
+            raise UsageError(f"--{name}: {one_line(error, 1000)}") from error
+    if "val" not in found and data.validation_ratio:
+        try:
+            found["data"], found["val"] = split(found["data"], data.validation_ratio, seed)
+        except ValueError as error:
+            raise UsageError(f"--{error}") from error
+    return found
+
+
+def fingerprints(data: DataFlags) -> dict[str, str]:
+    """A digest of each file, so that a resumed run is known to read the same."""
+    paths = {n: Path(getattr(data, n)) for n in ("data", "val") if getattr(data, n) is not None}
+    return {n: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for n, p in paths.items()}
+
+
+def train(flags: Flags, run: RunFolder) -> int:
+    """Train, then measure; returns the exit code."""
+    from ..training import small_model
+
+    data = flags[DataFlags]
+    tell("loading the libraries")
+    args = training_arguments(flags)
+    writes = (ADAPTER, SGT, *FILES, *TOKENIZER, small_model.MODEL, small_model.DATA)
+    begin = partial(run.begin, fingerprints(data), writes=writes)
+    makes_model = flags[ModelFlags].model_name_or_path is None
+    if makes_model:
+        begin()
+        folder = small_model.small_language_model(run, args.seed, data.fast)
+        flags[ModelFlags].model_name_or_path = str(folder)
+        if data.data is None:
+            files = small_model.data_files(run.path)
+            data.data, data.val = str(files["retain"]), str(files["retain_held_out"])
+    from ..cli.terminal import quiet_libraries
+
+    with quiet_libraries():
+        return _train(flags, run, args, read_data(data), None if makes_model else begin)
+
+
+def _train(
+    flags: Flags,
+    run: RunFolder,
+    args: Any,
+    prompts: dict[str, list[Prompt]],
+    begin: Callable[[], None] | None,
+) -> int:
+    from ..training.curves import write_curves, write_summary
+    from ..training.hidden_states import blocks_of
+    from ..training.models import load_language_model
+    from ..training.monitor import fit
+    from ..training.push import push
+    from .evaluate import attacks_on, measure
+    from .trainer import JigsawTrainer, lora_config
+
+    data = flags[DataFlags]
+    model, tokenizer = load_language_model(flags[ModelFlags], args)
+    jigsaw = replace(flags[JigsawArguments])
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int):
+        jigsaw.model_max_length = min(positions, jigsaw.model_max_length)
+    _check_layer(jigsaw, len(blocks_of(model)))
+    try:
+        dataset, collate = _dataset(tokenizer, prompts["data"], data.max_train_samples, jigsaw)
+        measured, _ = _dataset(
+            tokenizer, prompts.get("val", prompts["data"]), data.max_eval_samples, jigsaw
+        )
+        trainer = JigsawTrainer(
+            model,
+            args,
+            collate,
+            dataset,
+            jigsaw_args=jigsaw,
+            peft_config=lora_config(model, flags[LoraFlags], jigsaw),
+        )
+    except ValueError as error:
+        raise UsageError(one_line(error, 1000)) from error
+    if begin is not None:
+        begin()
+    size = args.per_device_eval_batch_size
+    starts = range(0, len(measured), size)
+    pair: Any = trainer.model
+    attacks = attacks_on(pair.base)
+
+    def measured_now() -> dict[str, float]:
+        batches = (
+            collate([measured[i] for i in range(s, min(s + size, len(measured)))]) for s in starts
+        )
+        with trainer.accelerator.autocast():
+            return measure(pair, batches, attacks, args.seed)
+
+    before = measured_now()
+    fit(trainer, run)
+    save(run, trainer, tokenizer, flags, jigsaw)
+    after = measured_now()
+    write_curves(run, "Jigsaw", PANELS)
+    rows = [
+        [text, *(_shown(name, found[name]) for found in (before, after))]
+        for name, text in MEASURES.items()
+        if name in after
+    ]
+    title = "Held-out text" if "val" in prompts else "The training text (no validation)"
+    write_summary(
+        run,
+        f"{title}: distances to the teacher on clean text, before the training and after",
+        ["measure", "before", "after"],
+        rows,
+        before=before,
+        after=after,
+        base_model=flags[ModelFlags].model_name_or_path,
+    )
+    save(run, trainer, tokenizer, flags, jigsaw, {row[0]: row[2] for row in rows})
+    push(run, trainer, (f"{ADAPTER}/*", f"{SGT}/*", *FILES, *TOKENIZER))
+    tell(f"wrote {run.path}: {ADAPTER}/, {SGT}/, {', '.join(FILES)}")
+    recovered = max(after["recovery_l2"], after["recovery_cosine"])
+    if recovered > WEAK:
+        tell(
+            f"the nearest embedding still gives {recovered:.0%} of the tokens away: train longer"
+            " (--max_steps), or raise --learning_rate or"
+            " --absolute_cosine_similarity_penalty_weight"
+        )
+    return 0
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{value:.1%}" if name in SHARES else f"{value:.3f}"
+
+
+def _dataset(
+    tokenizer: Any, prompts: list[Prompt], at_most: int | None, jigsaw: JigsawArguments
+) -> tuple[Any, Any]:
+    """(items, their collator)."""
+    from .data import data_collator
+
+    items = [
+        {"input_ids": ids}
+        for prompt in prompts[:at_most]
+        if len(ids := tokenizer(prompt.text)["input_ids"][: jigsaw.model_max_length]) > 1
+    ]
+    return items, data_collator
+
+
+def save(
+    run: RunFolder,
+    trainer: Any,
+    tokenizer: Any,
+    flags: Flags,
+    jigsaw: JigsawArguments,
+    results: dict[str, str] | None = None,
+) -> None:
+    """adapter/ and sgt/, the tokenizer and the card."""
+    from ..training.card import model_card
+
+    state = trainer.whole_state()
+    if not run.is_main:
+        return
+    run.save(lambda folder: trainer.save_adapter(folder, state), ADAPTER)
+    run.save(trainer.save_sgt, SGT)
+    base = flags[ModelFlags].model_name_or_path or ""
+    card = model_card(
+        "Jigsaw",
+        base_model=base,
+        tags=["jigsaw", "stained-glass-transform"],
+        text=f"A transform of input embeddings (`{SGT}/`) and a LoRA adapter (`{ADAPTER}/`) that"
+        " understands what it makes of them; the base model does not, nor does the adapted one"
+        " understand clean embeddings. Load them with"
+        f" `onepass.jigsaw.TransformerCloak.from_pretrained(folder + '/{SGT}')` and"
+        f" `PeftModel.from_pretrained(base_model, folder + '/{ADAPTER}')`.",
+        facts={
+            "held-out text": results or {},
+            "loss and transform": asdict(jigsaw),
+            "adapter": asdict(flags[LoraFlags]),
+        },
+    )
+
+    def write(folder: Path) -> None:
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    run.save(write)
