@@ -15,6 +15,7 @@ from ..reduce import masked_mean
 from .embeddings import embedding_rows
 
 METRICS = ("l2", "cosine")
+MAX_SCORES = 2**24  # at a time, where ranks are asked for
 
 
 class NearestEmbedding:
@@ -47,15 +48,48 @@ class NearestEmbedding:
 
         Formula: argmax_v <x, E_v> - |E_v|^2 / 2, or argmax_v <x, E_v> / |E_v|.
         """
+        self._check(embeddings)
+        # Under autocast the products would be those of half-precision numbers.
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return LazyLogits(embeddings.float(), self.rows, self.bias).argmax(-1)
+
+    @torch.no_grad()
+    def ranks(self, embeddings: Tensor, input_ids: Tensor) -> Tensor:
+        """Of each token, 1 + the number of other rows that lie nearer to its embedding than its
+        own row does, [...]: 1 where the token is recovered.
+
+        Args:
+            embeddings: [..., D]. input_ids: [...] the tokens.
+
+        Raises:
+            TypeError: not a tensor. ValueError: shapes that do not fit.
+        """
+        self._check(embeddings)
+        if input_ids.shape != embeddings.shape[:-1]:
+            raise ValueError(
+                f"input_ids must be {list(embeddings.shape[:-1])} as the embeddings:"
+                f" got {list(input_ids.shape)}"
+            )
+        x, ids = embeddings.float().flatten(0, -2), input_ids.flatten()
+        n_nearer = torch.zeros_like(ids)
+        n_rows = max(1, MAX_SCORES // max(1, len(ids)))
+        with torch.autocast(embeddings.device.type, enabled=False):
+            bias = self.rows.new_zeros(len(self.rows)) if self.bias is None else self.bias
+            own = (x * self.rows[ids]).sum(-1, keepdim=True) + bias[ids, None]  # [n, 1]
+            for start in range(0, len(self.rows), n_rows):
+                part = slice(start, start + n_rows)
+                nearer = x @ self.rows[part].T + bias[part] > own  # [n, n_rows]
+                others = torch.arange(start, start + nearer.shape[-1], device=ids.device)
+                n_nearer += (nearer & (others != ids[:, None])).sum(-1)  # not itself, by rounding
+        return 1 + n_nearer.view(input_ids.shape)
+
+    def _check(self, embeddings: Tensor) -> None:
         check_floating("embeddings", embeddings)
         width = self.rows.shape[-1]
         if embeddings.dim() == 0 or embeddings.shape[-1] != width:
             raise ValueError(
                 f"embeddings must be [..., {width}] as the model's: got {list(embeddings.shape)}"
             )
-        # Under autocast the products would be those of half-precision numbers.
-        with torch.autocast(embeddings.device.type, enabled=False):
-            return LazyLogits(embeddings.float(), self.rows, self.bias).argmax(-1)
 
 
 def recovery_rate(found: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
