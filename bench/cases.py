@@ -110,7 +110,7 @@ def _cloak_inputs(size: Size, generator: torch.Generator) -> Inputs:
     from ..ops._philox import Normals
 
     inputs = _gaussian_inputs(size, generator)
-    seed = torch.tensor(20, device=generator.device)
+    seed = torch.tensor([20], device=generator.device)
     noise = Normals(seed).draw(0, inputs["x"].numel()).view(inputs["x"].shape)
     return {name: inputs[name] for name in ("x", "mean", "std")} | {"seed": seed, "noise": noise}
 

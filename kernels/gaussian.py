@@ -188,8 +188,8 @@ def gaussian_stats_backward_kernel(
     dlocation_row = row_at(dlocation_ptr, row, 0, 0, hidden_size, 0, 0)
     dstd_row = row_at(dstd_ptr, row, 0, 0, hidden_size, 0, 0)
     lanes = tl.arange(0, BLOCK)
-    mask_row = row_at(mask_ptr, own_i, own_j, own_k, mask_i, mask_j, mask_k)
-    visible = visible_in(mask_row, hidden_size, FEATURES)
+    own_mask = row_at(mask_ptr, own_i, own_j, own_k, mask_i, mask_j, mask_k)
+    visible = visible_in(own_mask, hidden_size, FEATURES)
     on_mahalanobis = load_upstream(on_mahalanobis_ptr, row)
     on_log_det = load_upstream(on_log_det_ptr, row)
     for block in range(0, hidden_size, BLOCK):

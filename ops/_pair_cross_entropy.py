@@ -39,7 +39,9 @@ def serves_gradient(coefficients: Mapping[str, Tensor | None]) -> bool:
     return all(coefficients[name] is None for name in others)
 
 
-def _slabs(n_rows: int, row_numel: int, mask: Tensor | None) -> Iterator[tuple[slice, list[_Rows]]]:
+def _slabs_torch(
+    n_rows: int, row_numel: int, mask: Tensor | None
+) -> Iterator[tuple[slice, list[_Rows]]]:
     """Slabs of target rows, and of each pair the rows that count; slabs without any left out."""
     n_pairs = 1 if mask is None else mask.shape[0]
     whole = mask is None or bool(mask.all())
@@ -68,7 +70,7 @@ def _relative(rows: Tensor, room: Tensor) -> Tensor:
     return top
 
 
-def _dot(weights: Tensor, gaps: Tensor, room: Tensor) -> Tensor:
+def _dot_torch(weights: Tensor, gaps: Tensor, room: Tensor) -> Tensor:
     """sum(weights * gaps) of every row, with 0 * -inf = 0."""
     total = torch.mul(weights, gaps, out=room).sum(-1)
     lost = (~total.isfinite()).nonzero().squeeze(-1)
@@ -78,7 +80,7 @@ def _dot(weights: Tensor, gaps: Tensor, room: Tensor) -> Tensor:
     return total
 
 
-def forward(
+def forward_torch(
     logits: Tensor,  # [K, N, V]
     target: Tensor,  # [N, V]
     mask: Tensor | None,  # [K, N]
@@ -87,7 +89,9 @@ def forward(
 ) -> None:
     n_pairs, n_rows, vocab_size = logits.shape
     dtype = accumulation_dtype(logits.dtype)
-    parts = list(_slabs(n_rows, vocab_size, mask if mask is None else mask.view(n_pairs, n_rows)))
+    parts = list(
+        _slabs_torch(n_rows, vocab_size, mask if mask is None else mask.view(n_pairs, n_rows))
+    )
     most = max((slab.stop - slab.start for slab, _ in parts), default=0)
     scratch = Scratch(most, vocab_size, dtype, logits.device)
     for slab, pairs in parts:
@@ -106,7 +110,7 @@ def forward(
             gap = scratch.room("gap", n_kept)
             row_max = _relative(logits[k][rows], gap).squeeze(-1)
             weights = q[within]
-            lift = _dot(weights, gap, scratch.room("product", n_kept))
+            lift = _dot_torch(weights, gap, scratch.room("product", n_kept))
             rest = sum_beside_one(gap.exp_()).masked_fill(row_max.isinf(), float("nan"))
             of_target = target_rest[within]
             found = {"row_max": row_max, "row_rest": rest, "target_rest": of_target}
@@ -123,7 +127,7 @@ def forward(
                     place[k, rows] = found[name]
 
 
-def backward(
+def backward_torch(
     dlogits: Tensor,  # [K, N, V], zeros where there is a mask; may be the logits themselves
     logits: Tensor,
     target: Tensor,  # [N, V]
@@ -135,7 +139,9 @@ def backward(
     """dlogits = p (on_p + on_cross) - on_cross q."""
     n_pairs, n_rows, vocab_size = logits.shape
     dtype = accumulation_dtype(logits.dtype)
-    parts = list(_slabs(n_rows, vocab_size, mask if mask is None else mask.view(n_pairs, n_rows)))
+    parts = list(
+        _slabs_torch(n_rows, vocab_size, mask if mask is None else mask.view(n_pairs, n_rows))
+    )
     most = max((slab.stop - slab.start for slab, _ in parts), default=0)
     scratch = Scratch(most, vocab_size, dtype, logits.device)
     for slab, pairs in parts:

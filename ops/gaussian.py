@@ -435,7 +435,7 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
     if on_mahalanobis is None:  # of the log-determinant nothing but std has a gradient
         sides[:3] = [None] * 3
     needs = [
-        bool(need) and side is not None
+        need and side is not None
         for need, side in zip(ctx.needs_input_grad[:4], sides, strict=True)
     ]
     grads: list[Tensor | None] = [None] * 4

@@ -378,7 +378,7 @@ def _forward_torch(
     out: dict[str, Tensor],  # [K, N] each
 ) -> None:
     if _pair_cross_entropy.serves(want):
-        _pair_cross_entropy.forward(logits, target, mask, probs, out)
+        _pair_cross_entropy.forward_torch(logits, target, mask, probs, out)
         return
     n_pairs, n_rows, vocab_size = logits.shape
     for k, kept in _pairs(n_pairs, n_rows, mask):
@@ -406,7 +406,9 @@ def _backward_torch(
         and dtarget is None
         and _pair_cross_entropy.serves_gradient(coefficients)
     ):
-        _pair_cross_entropy.backward(dlogits, logits, target, mask, probs, facts, coefficients)
+        _pair_cross_entropy.backward_torch(
+            dlogits, logits, target, mask, probs, facts, coefficients
+        )
         return
     n_pairs, n_rows, vocab_size = logits.shape
     # Rows outside, pairs inside: a target row's gradient is summed in one accumulation dtype,

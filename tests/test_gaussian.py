@@ -18,7 +18,7 @@ from torch import Tensor
 import onepass
 from onepass.ops import gaussian as module
 from onepass.ops._philox import Normals
-from support.environment import NO_INTERPRETER
+from support.environment import DEVICE, NO_INTERPRETER
 from support.guard import count_bytes, guard
 from support.pair_truth import laid_out
 from support.truth import Truth, error_in_u, worst_error
@@ -947,9 +947,9 @@ def test_nothing_of_the_noise_is_kept(impl: str, device: str) -> None:
     assert sum(tensor.numel() for tensor in kept) == 4 + 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA graphs")
-def test_a_replayed_graph_has_new_noise() -> None:
-    zeros = torch.zeros(4, 64, device="cuda")
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs CUDA graphs")
+def test_a_replayed_graph_has_new_noise(device: str) -> None:
+    zeros = torch.zeros(4, 64, device=device)
     cloak(zeros, zeros, zeros + 1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

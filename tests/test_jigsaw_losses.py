@@ -442,7 +442,7 @@ def test_power_law_of_embeddings_that_stay(exponent: float) -> None:
         x.detach(), x, mask_of("full"), exponent_of_decay=exponent, characteristic_length=1e3
     )
     loss.backward()
-    assert float(loss) == pytest.approx(1e6, rel=1e-4)
+    assert loss.item() == pytest.approx(1e6, rel=1e-4)
     assert x.grad is not None and not x.grad.any()
 
 

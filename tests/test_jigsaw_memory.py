@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from onepass.bench.jigsaw import JIGSAW_CASE
 from onepass.bench.measure import _peak_bytes, forward_backward
 from onepass.bench.schema import Size
 from onepass.ops.head import SLAB_BYTES_ON_CPU
+from support.flops import counted_flops
 
 PROVIDERS = {provider.name: provider for provider in JIGSAW_CASE.providers}
 
@@ -37,3 +39,21 @@ def test_more_rows_need_no_more_logits() -> None:
     peaks = [peak_of("onepass", size, "cpu") for size in (few, many)]
     beside = [peak - 2 * gradients for peak, gradients in peaks]
     assert beside[1] <= beside[0] * 1.1 + (4 << 20)
+
+
+@pytest.mark.parametrize(("wrt", "products"), [(("teacher", "student"), 7), ((), 4)])
+def test_products_are_the_least(wrt: tuple[str, ...], products: int) -> None:
+    """Four sides forward; backward those that are differentiated, the clean teacher never."""
+    size = Size(64, 96, 24, dtype="float32")
+    inputs = JIGSAW_CASE.inputs(size, torch.Generator().manual_seed(0))
+    for name in wrt:
+        inputs[name].requires_grad_()
+    function = PROVIDERS["onepass"].load()
+
+    def call() -> None:
+        loss = torch.stack(function(inputs)).sum()
+        if wrt:
+            loss.backward()
+
+    call()
+    assert counted_flops(call) == products * 2 * 64 * 24 * 96

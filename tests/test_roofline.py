@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from onepass.bench import command, report, roofline
 from onepass.bench.cases import CASES, case
@@ -20,6 +19,7 @@ from onepass.bench.roofline import CARDS, predict
 from onepass.bench.schema import Case, Size
 from onepass.ops import head as head_module
 from support.environment import NO_INTERPRETER
+from support.flops import counted_flops
 from support.guard import Moved, count_bytes
 
 LOGITS_CASES = [case for case in CASES if case.traffic is not None]
@@ -35,22 +35,6 @@ def run_once(case: Case, size: Size, mode: str, provider: str) -> Contender:
     contender.call()  # whatever is made once
     contender.prepare()
     return contender
-
-
-def counted_flops(contender: Contender) -> int:
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        contender.call()
-    total = 0
-    for event in profiler.events():
-        first = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}.get(event.name)
-        if first is not None:
-            (rows, inner), (_, columns) = event.input_shapes[first : first + 2]
-            total += 2 * rows * inner * columns
-        elif event.name == "mkldnn::_linear_pointwise":  # a b^T
-            (rows, inner), (columns, _) = event.input_shapes[:2]
-            total += 2 * rows * inner * columns
-        assert event.name not in ("aten::bmm", "aten::baddbmm"), "a product that is not counted"
-    return total
 
 
 UNITS = {  # of N D V multiply-adds, twice for each: forward without gradients, backward, both
@@ -73,10 +57,10 @@ def test_products_are_those_that_are_made(name: str, mode: str, masked: float) -
     units = UNITS[name][("forward", "backward", "full").index(mode)]
     assert found.gemm_units == units
     assert found.flops == units * 40 * (1 - masked) * 24 * 96
-    assert counted_flops(run_once(head_case, size, mode, "onepass")) == found.flops
+    assert counted_flops(run_once(head_case, size, mode, "onepass").call) == found.flops
     bare = predict(head_case, size, mode, "gemms")
     assert bare is not None and bare.launches is None
-    assert counted_flops(run_once(head_case, size, mode, "gemms")) == bare.flops
+    assert counted_flops(run_once(head_case, size, mode, "gemms").call) == bare.flops
 
 
 @interpreted

@@ -9,21 +9,61 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "ActivationsDict": ".activations",
+    "BoundedMeanParameterization": ".parameterizations",
+    "CloakStandardDeviationParameterization": ".parameterizations",
+    "ComponentLossesDict": ".activations",
+    "DirectStandardDeviationParameterization": ".parameterizations",
+    "HyperparametersDict": ".activations",
+    "NoiseMaskedNoisyTransformerModel": ".models",
+    "NoisyOutput": ".models",
+    "PeftNoiseMaskedNoisyTransformerModel": ".models",
+    "TransformerCloak": ".cloak",
+    "compute_jigsaw_ce_losses": ".losses",
+    "compute_jigsaw_l2_losses": ".losses",
+    "compute_masked_cross_entropy": ".losses",
+    "compute_masked_normalized_l2_loss": ".losses",
     "gaussian_entropy_log_loss": ".entropy",
     "gaussian_mixture_entropy": ".entropy",
+    "jigsaw_loss_factory": ".loss",
+    "jigsaw_sgt_loss_factory": ".loss",
     "mutual_information_sub_batch": ".entropy",
     "square_mahalanobis_distance": ".entropy",
     "voronoi_characteristic_length": ".entropy",
 }
 __all__ = [
+    "ActivationsDict",
+    "BoundedMeanParameterization",
+    "CloakStandardDeviationParameterization",
+    "ComponentLossesDict",
+    "DirectStandardDeviationParameterization",
+    "HyperparametersDict",
+    "NoiseMaskedNoisyTransformerModel",
+    "NoisyOutput",
+    "PeftNoiseMaskedNoisyTransformerModel",
+    "TransformerCloak",
+    "compute_jigsaw_ce_losses",
+    "compute_jigsaw_l2_losses",
+    "compute_masked_cross_entropy",
+    "compute_masked_normalized_l2_loss",
+    "entropy",
     "gaussian_entropy_log_loss",
     "gaussian_mixture_entropy",
+    "jigsaw_loss_factory",
+    "jigsaw_sgt_loss_factory",
     "mutual_information_sub_batch",
     "square_mahalanobis_distance",
     "voronoi_characteristic_length",
 ]
 
 if TYPE_CHECKING:
+    from . import entropy as entropy
+    from .activations import (
+        ActivationsDict,
+        ComponentLossesDict,
+        HyperparametersDict,
+    )
+    from .cloak import TransformerCloak
     from .entropy import (
         gaussian_entropy_log_loss,
         gaussian_mixture_entropy,
@@ -31,9 +71,31 @@ if TYPE_CHECKING:
         square_mahalanobis_distance,
         voronoi_characteristic_length,
     )
+    from .loss import (
+        jigsaw_loss_factory,
+        jigsaw_sgt_loss_factory,
+    )
+    from .losses import (
+        compute_jigsaw_ce_losses,
+        compute_jigsaw_l2_losses,
+        compute_masked_cross_entropy,
+        compute_masked_normalized_l2_loss,
+    )
+    from .models import (
+        NoiseMaskedNoisyTransformerModel,
+        NoisyOutput,
+        PeftNoiseMaskedNoisyTransformerModel,
+    )
+    from .parameterizations import (
+        BoundedMeanParameterization,
+        CloakStandardDeviationParameterization,
+        DirectStandardDeviationParameterization,
+    )
 
 
 def __getattr__(name: str) -> Any:
+    if name == "entropy":
+        return import_module(".entropy", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module 'onepass.jigsaw' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name], __name__), name)

@@ -291,7 +291,7 @@ def _check_stds(name: str, stds: Tensor, mask: Tensor | None, *, or_zero: bool =
     if bad.any():
         at = bad.nonzero()[0].tolist()
         wanted = "at least 0" if or_zero else "positive"
-        raise ValueError(f"{name}{at} must be {wanted}: got {float(stds[tuple(at)])}")
+        raise ValueError(f"{name}{at} must be {wanted}: got {stds[tuple(at)].item()}")
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from ..ops._check import check_choice, check_number, check_weights
 from ..ops.row_moments import row_moments
 from ..reduce import masked_mean
 from .activations import ActivationsDict, ComponentLossesDict, HyperparametersDict
-from .entropy import mutual_information_sub_batch
+from .entropy import ESTIMATORS, mutual_information_sub_batch
 from .input_losses import (
     MEDIAN_NORM_FORMS,
     STD_FORMS,
@@ -127,6 +127,7 @@ def jigsaw_sgt_loss_factory(
     check_choice("target", target, TARGETS)
     check_choice("normalization", normalization, NORMALIZATIONS)
     check_choice("median_norm_form", median_norm_form, MEDIAN_NORM_FORMS)
+    check_choice("mutual_information_estimator", mutual_information_estimator, ESTIMATORS)
     ce_terms = tuple(term for term, weight in ce_weights.items() if weight)
     l2_terms = tuple(term for term, weight in l2_weights.items() if weight)
     if l2_terms and distillation_layer_index is None:
