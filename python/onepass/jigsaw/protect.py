@@ -107,6 +107,7 @@ def _transform(name: str) -> tuple[Path, dict[str, Any]]:
 def _base_model(asked: str | None, sgt: Path, folder: Path, settings: dict[str, Any]) -> str:
     """The model that --model names, or else that the run or the transform does."""
     from ..training.models import check_folder
+    from ..training.small_model import MODEL
 
     if asked is not None:
         if not asked:
@@ -116,7 +117,7 @@ def _base_model(asked: str | None, sgt: Path, folder: Path, settings: dict[str, 
     named = settings.get("base_model_name_or_path")
     run = folder.parent if folder.name == SGT else sgt
     runs = (run, run.parent) if run.name.startswith("checkpoint-") else (run,)
-    own = [str(r / "base-model") for r in runs if (r / "base-model" / "config.json").is_file()]
+    own = [str(r / MODEL) for r in runs if (r / MODEL / "config.json").is_file()]
     hint = "name it with --model NAME_OR_DIR"
     if own:  # made by the run; moves with it
         return own[0]
@@ -217,7 +218,7 @@ def _protect(
         tokenizer = AutoTokenizer.from_pretrained(base)
     except Exception as error:  # each kind of tokenizer file has errors of its own
         why = one_line(error) or type(error).__name__
-        raise Failed(f"--model: cannot load {base!r}: {why}") from error
+        raise Failed(f"cannot load the base model {base!r}: {why}") from error
     ids = tokenizer(text)["input_ids"]
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not ids:
@@ -266,7 +267,7 @@ def _embeddings(base: str, stored: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(base).eval().requires_grad_(False)
     except (OSError, ValueError, ImportError) as error:
         why = one_line(error) or type(error).__name__
-        raise Failed(f"--model: cannot load {base!r}: {why}") from error
+        raise Failed(f"cannot load the base model {base!r}: {why}") from error
 
 
 def _write(args: argparse.Namespace, tokenizer: Any, done: Protection, model: Any) -> list[str]:
@@ -307,7 +308,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         if piece is None:
             text = f"<{int(token_id)}>"
         elif not text or "\ufffd" in text:
-            text = str(piece)
+            text = f"<{str(piece).strip('<>')}>"
         elif piece.startswith("\u2581") and not text.startswith(" "):  # SentencePiece's blank
             text = " " + text
         texts.append(text)

@@ -34,7 +34,9 @@ def write_png(path: Path, done: Protection, texts: Sequence[str], model: nn.Modu
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 8.4), layout="constrained")
-    axes = figure.subplot_mosaic([["bars", "bars"], ["map", "ranks"]], height_ratios=(1, 1.25))
+    axes: dict[str, Axes] = figure.subplot_mosaic(
+        [["bars", "bars"], ["map", "ranks"]], height_ratios=(1, 1.25)
+    )
     _bars(axes["bars"], done, texts)
     _map(axes["map"], done, vocabulary_sample(model))
     _ranks(axes["ranks"], done, model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
@@ -111,8 +113,9 @@ def _map(axes: Axes, done: Protection, rows: Tensor) -> None:
     """Clean and noisy embeddings of the first draw over the vocabulary, on its principal axes."""
     mean, directions, shares = principal_axes(rows)
 
-    def flat(x: Tensor) -> list[list[float]]:
-        return ((x.float() - mean) @ directions).T.cpu().tolist()  # type: ignore[no-any-return]
+    def flat(x: Tensor) -> tuple[list[float], list[float]]:
+        first, second = ((x.float() - mean) @ directions).T.tolist()
+        return first, second
 
     moved = done.noise_mask.nonzero()[:MAX_LINES, 0]
     hit = done.recovered["either"][0][moved].tolist()
@@ -138,24 +141,22 @@ def _map(axes: Axes, done: Protection, rows: Tensor) -> None:
                 label=name, zorder=4,
             )  # fmt: skip
     axes.set_aspect("equal", adjustable="datalim")
-    for name, setter, share in zip(
-        "12", (axes.set_xlabel, axes.set_ylabel), shares.tolist(), strict=True
-    ):
-        setter(f"principal axis {name} of the vocabulary ({share:.1%} of its variance)")
+    labels = [
+        f"axis {k} ({share:.1%} of the vocabulary's variance)"
+        for k, share in zip("12", shares.tolist(), strict=True)
+    ]
+    axes.set(xlabel=labels[0], ylabel=labels[1])
     n = int(done.noise_mask.sum())
     which = f", the first {len(moved)} of {n}" if len(moved) < n else ""
-    axes.set_title(f"Embeddings, 2 of {rows.shape[1]} dimensions{which}")
+    axes.set_title(f"Embeddings along 2 of {rows.shape[1]} principal axes{which}")
     axes.legend(frameon=False, fontsize=8, loc="best")
     axes.grid(alpha=0.3)
 
 
 def _ranks(axes: Axes, done: Protection, vocab_size: int) -> None:
     """Where the true token stands in the attacks' order, over all draws."""
-    edges = [1, 2]
-    while edges[-1] <= vocab_size:
-        edges.append(edges[-1] * 5 if str(edges[-1])[0] in "2" else edges[-1] * 2)
-    edges = edges[:-1] + [vocab_size + 1]
-    edges = sorted({e for e in edges if e <= vocab_size + 1})
+    decades = [10**k for k in range(1, 12) if 10**k <= vocab_size]
+    edges = [1, 2, *decades, vocab_size + 1]
     bins = list(zip(edges[:-1], edges[1:], strict=True))
     places = torch.arange(len(bins), dtype=torch.float64)
     styles = {"l2": (BLUE, "", "nearest by L2"), "cosine": (GREEN, "....", "nearest by cosine")}
