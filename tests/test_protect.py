@@ -163,6 +163,7 @@ def test_noise_without_a_seed_is_not_torchs(model: Any, ids: Tensor, device: str
         ({"input_ids": [1, 2]}, TypeError, "input_ids must be a torch.Tensor"),
         ({"input_ids": torch.ones(1, 3, dtype=torch.long)}, ValueError, r"got \[1, 3\]"),
         ({"input_ids": torch.ones(0, dtype=torch.long)}, ValueError, r"got \[0\]"),
+        ({"input_ids": torch.tensor([0, V])}, ValueError, f"from 0 to {V - 1}, .* got 0 to {V}"),
         ({"noise_mask": torch.ones(3)}, ValueError, "as input_ids"),
         ({"samples": 0}, ValueError, "samples must be"),
         ({"samples": True}, ValueError, "samples must be"),
@@ -174,6 +175,17 @@ def test_what_protect_refuses(
 ) -> None:
     with pytest.raises(error, match=words):
         protect(model, transform(model).to(device), **{"input_ids": ids, **bad})
+
+
+def test_a_transform_that_diverged(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cloak = TransformerCloak.from_pretrained(files / "run" / "sgt")
+    cloak.mean_estimator[-1].bias.data[0] = float("nan")  # type: ignore[index, union-attr, operator]
+    cloak.save_pretrained(tmp_path / "sgt")
+    path = tmp_path / "a.safetensors"
+    code, out, err = cli(capsys, "--sgt", tmp_path, TEXT, *SEEDED, "--output", path)
+    assert (code, out) == (1, "") and "not finite" in err and not path.exists()
 
 
 @pytest.mark.parametrize("metric", METRICS)

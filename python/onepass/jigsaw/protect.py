@@ -234,13 +234,12 @@ def _protect(
         raise Failed(f"--sgt: {one_line(error)}") from error
     model = _embeddings(base, stored)
     _check_width(hidden_size, model.get_input_embeddings().weight.shape[-1], base)
-    done = protect(
-        model.to(device),
-        cloak.to(device),
-        torch.tensor(ids, device=device),
-        seed=args.seed,
-        samples=args.samples,
-    )
+    input_ids = torch.tensor(ids, device=device)
+    options = {"seed": args.seed, "samples": args.samples}
+    try:
+        done = protect(model.to(device), cloak.to(device), input_ids, **options)
+    except ValueError as error:
+        raise Failed(f"{base!r} and {str(folder)!r}: {one_line(error)}") from error
     return tokenizer, done, model
 
 

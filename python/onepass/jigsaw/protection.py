@@ -93,7 +93,8 @@ def protect(
         samples: N, draws of the noise.
 
     Raises:
-        TypeError: not tensors. ValueError: shapes or numbers that do not fit, no tokens.
+        TypeError: not tensors. ValueError: shapes or numbers that do not fit, no tokens, tokens
+        without a row, a transform that makes embeddings that are not finite.
     """
     for name, tensor in (("input_ids", input_ids), ("noise_mask", noise_mask)):
         if tensor is None:
@@ -109,6 +110,12 @@ def protect(
     if not 0 <= first <= MAX_SEED - samples:
         raise ValueError(f"seed must be from 0 to {MAX_SEED - samples}: got {seed}")
     layer: Any = model.get_input_embeddings()  # type: ignore[operator]
+    n_rows = layer.weight.shape[0]
+    if int(input_ids.max()) >= n_rows or int(input_ids.min()) < 0:
+        raise ValueError(
+            f"input_ids must be from 0 to {n_rows - 1}, the rows of the embeddings: got"
+            f" {int(input_ids.min())} to {int(input_ids.max())}"
+        )
     clean = layer(input_ids)  # [S, D]
     attended = torch.ones_like(input_ids)
     moved = attended.bool() if noise_mask is None else noise_mask != 0
@@ -124,6 +131,8 @@ def protect(
         noisy = draw(k).noisy[0].float()
         distances.append((noisy - x).norm(dim=-1))
         cosines.append(torch.cosine_similarity(noisy, x, dim=-1))
+    if not torch.stack(distances).isfinite().all():
+        raise ValueError("the transform makes embeddings that are not finite: it is damaged")
     found, ranks = {}, {}
     for metric in METRICS:  # one copy of the vocabulary at a time; a draw costs less than to keep
         attack = NearestEmbedding(model, metric)

@@ -43,10 +43,10 @@ def write_png(path: Path, done: Protection, texts: Sequence[str], model: nn.Modu
     for one in axes.values():
         one.spines[["top", "right"]].set_visible(False)
     totals = done.totals()
-    draws = f", {done.n_draws} draws of the noise" if done.n_draws > 1 else ""
+    draws = f", mean of {done.n_draws} draws" if done.n_draws > 1 else ""
     figure.suptitle(
-        f"Transformed text: an attack recovers {totals['recovered_either']:.1%} of"
-        f" {totals['transformed']} transformed tokens{draws}"
+        f"Nearest-embedding attack, L2 or cosine: {totals['recovered_either']:.1%} of"
+        f" {totals['transformed']} transformed tokens recovered{draws}"
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a token of a script without a font
@@ -97,7 +97,7 @@ def _bars(axes: Axes, done: Protection, texts: Sequence[str]) -> None:
     which = f", the first {n} of {len(texts)} tokens" if n < len(texts) else ""
     of = "mean movement" if done.n_draws > 1 else "movement"
     axes.set_title(f"{of.capitalize()} of each token{which}")
-    ever = " in a draw" if done.n_draws > 1 else ""
+    ever = " in any draw" if done.n_draws > 1 else ""
     shown = [Patch(color=BLUE, label="not recovered")]
     shown.append(
         Patch(facecolor=VERMILION, hatch="////", edgecolor="white", label=f"recovered{ever}")
@@ -147,7 +147,8 @@ def _map(axes: Axes, done: Protection, rows: Tensor) -> None:
     ]
     axes.set(xlabel=labels[0], ylabel=labels[1])
     n = int(done.noise_mask.sum())
-    which = f", the first {len(moved)} of {n}" if len(moved) < n else ""
+    which = f", the first {len(moved)} of {n} tokens" if len(moved) < n else ""
+    which += ", first draw" if done.n_draws > 1 else ""
     axes.set_title(f"Embeddings along 2 of {rows.shape[1]} principal axes{which}")
     axes.legend(frameon=False, fontsize=8, loc="best")
     axes.grid(alpha=0.3)
@@ -177,8 +178,8 @@ def _ranks(axes: Axes, done: Protection, vocab_size: int) -> None:
     names = [str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in bins]
     axes.set_xticks(places.tolist(), names, rotation=45, ha="right", fontsize=8)
     axes.set_ylim(0, 1)
-    axes.set_xlabel(f"rank of the true token among {vocab_size:,}; 1 is recovered")
+    axes.set_xlabel(f"rank among the {vocab_size:,} of the vocabulary; 1 is recovered")
     axes.set_ylabel("share of transformed tokens")
-    axes.set_title("What the attacks think of the true token")
+    axes.set_title("Rank of the true token in the attack's eyes")
     axes.legend(frameon=False)
     axes.grid(axis="y", alpha=0.3)
