@@ -147,6 +147,47 @@ def test_a_transform_that_does_nothing_hides_nothing(model: Any, ids: Tensor, de
     assert all(int(done.ranks[metric].max()) == 1 for metric in METRICS)
 
 
+def test_who_has_the_transform(model: Any, ids: Tensor, device: str) -> None:
+    cloak = transform(model).to(device)
+    done = protect(model, cloak, ids, seed=0, samples=2, informed=True)
+    assert list(done.found) == [*METRICS, "informed"]
+    rows = rows_of(model)
+    moved = rows + cloak(rows[None]).means[0]
+    for k in range(2):
+        noisy = cloak(rows[ids][None], seed=torch.tensor(k, device=device)).noisy[0]
+        nearest = torch.cdist(noisy.double(), moved.double()).argmin(-1)
+        assert torch.equal(done.found["informed"][k], nearest)
+        assert torch.equal(done.ranks["informed"][k] == 1, nearest == ids)
+    totals = done.totals()
+    assert totals["recovered_informed"] == pytest.approx(
+        float((done.found["informed"] == ids).double().mean())
+    )
+    plain = torch.stack([done.found[metric] == ids for metric in METRICS]).any(0)
+    assert torch.equal(done.recovered["either"], plain)
+    with pytest.raises(ValueError, match='estimator "mlp"'):
+        protect(model, transform(model, estimator="transformer").to(device), ids, informed=True)
+
+
+def test_a_shift_alone_hides_nothing_from_who_has_it(
+    files: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    cloak = TransformerCloak.from_pretrained(files / "run" / "sgt")
+    last: Any = cloak.rho_estimator[-1]
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.constant_(last.bias, -9.0)  # hardly any noise
+    last = cloak.mean_estimator[-1]
+    torch.nn.init.normal_(last.weight, std=3.0)
+    cloak.save_pretrained(tmp_path)
+    args = ("--sgt", tmp_path, TEXT, *SEEDED, "--informed")
+    code, out, _ = cli(capsys, *args, "--json")
+    totals = json.loads(out)["totals"]
+    assert code == 0 and totals["recovered_informed"] == 1 and totals["recovered_either"] < 0.5
+    code, out, _ = cli(capsys, *args, "--samples", "2", "--png", tmp_path / "a.png")
+    assert code == 0 and "; by one who has the transform 100.0% +- 0.0%;" in out
+    assert out.splitlines()[1].endswith("hit, L2  hit, cosine  hit, informed")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
 def test_noise_without_a_seed_is_not_torchs(model: Any, ids: Tensor, device: str) -> None:
     cloak = transform(model).to(device)
 
@@ -439,6 +480,8 @@ def test_refused_before_anything_is_loaded(files: Path, tmp_path: Path) -> None:
     shutil.copy(files / "model" / "model.safetensors", base)
     damaged = saved(tmp_path / "damaged", None)
     (damaged / "model.safetensors").write_bytes(b"\x20" + b"\0" * 7 + b"{not json")
+    context = tmp_path / "context"
+    TransformerCloak(D, estimator="transformer").save_pretrained(context)
     crashed = tmp_path / "crashed"
     shutil.copytree(files / "run" / "sgt", crashed / "checkpoint-4" / "sgt")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
@@ -470,6 +513,7 @@ def test_refused_before_anything_is_loaded(files: Path, tmp_path: Path) -> None:
         ([*good, "--png", "a.jpg"], "wanted a name that ends in .png"),
         ([*good, "--output", "a.pt"], "wanted a name that ends in .safetensors"),
         ([*good, "--output", str(there / "a.safetensors")], "is a file, not a folder"),
+        (["--sgt", str(context), TEXT, "--informed"], "looks at more than one token"),
         ([*good, "--outptu", "a.safetensors"], "did you mean --output?"),
     ]
     script = (

@@ -1,10 +1,12 @@
 """The nearest-embedding attack: each transformed embedding is taken for the row of the model's
-embedding matrix that lies nearest to it.
+embedding matrix that lies nearest to it; who has the transform looks among the rows it moved.
 
 The scores go through LazyLogits: their argmax is found without a tensor [n, V].
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,9 @@ from ..lazy_logits import LazyLogits
 from ..ops._check import check_choice, check_floating, check_weights
 from ..reduce import masked_mean
 from .embeddings import embedding_rows
+
+if TYPE_CHECKING:
+    from .cloak import TransformerCloak
 
 METRICS = ("l2", "cosine")
 MAX_SCORES = 2**24  # at a time, where ranks are asked for
@@ -24,14 +29,22 @@ class NearestEmbedding:
     Args:
         model: with get_input_embeddings(). Its rows are taken once, in float32.
         metric: "l2" by distance, "cosine" by angle.
+        cloak: look among the rows as this transform shifts them on average, which is what one can
+            do who has it. Of one that looks at the tokens before (estimator "transformer") there
+            are no such rows.
 
     Raises:
-        ValueError: another metric, a model without input embeddings.
+        ValueError: another metric, a model without input embeddings, a transform of another width
+        or of another estimator than "mlp".
     """
 
-    def __init__(self, model: nn.Module, metric: str = "l2") -> None:
+    def __init__(
+        self, model: nn.Module, metric: str = "l2", cloak: TransformerCloak | None = None
+    ) -> None:
         check_choice("metric", metric, METRICS)
-        rows = torch.cat([part.float() for part in embedding_rows(model)])
+        if cloak is not None and not by_token(cloak):
+            raise ValueError('cloak must have the estimator "mlp", which looks at a token alone')
+        rows = torch.cat([_shifted(part, cloak) for part in embedding_rows(model)])
         self.bias: Tensor | None = None
         if metric == "cosine":
             rows = nn.functional.normalize(rows, dim=-1)
@@ -90,6 +103,17 @@ class NearestEmbedding:
             raise ValueError(
                 f"embeddings must be [..., {width}] as the model's: got {list(embeddings.shape)}"
             )
+
+
+def by_token(cloak: TransformerCloak) -> bool:
+    """Whether the transform of a token depends on no other token."""
+    return cloak.context is None
+
+
+@torch.no_grad()
+def _shifted(rows: Tensor, cloak: TransformerCloak | None) -> Tensor:
+    """[n, D] rows, in float32, where the transform moves them on average."""
+    return rows.float() if cloak is None else rows.float() + cloak(rows[None]).means[0]
 
 
 def recovery_rate(found: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:

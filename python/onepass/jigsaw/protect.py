@@ -27,7 +27,7 @@ MAX_SEED = 2**62  # leaves room for the draws after the first
 MAX_SAMPLES = 100_000
 MARK = "*"
 LONGEST = 32  # characters of a token in a table
-NAMES = {"l2": "L2", "cosine": "cosine"}
+NAMES = {"l2": "L2", "cosine": "cosine", "informed": "informed"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the base model, where --sgt does not say it or it has moved",
     )
     add("--samples", type=_number(1, MAX_SAMPLES), default=1, metavar="N", help="draws of noise")
+    add(
+        "--informed",
+        action="store_true",
+        help="also attack as one who has the transform: runs it on the whole vocabulary",
+    )
     add(
         "--seed",
         type=_number(0, MAX_SEED),
@@ -72,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Refuse what cannot work, then protect, write and print; returns the exit code."""
     folder, settings = _transform(args.sgt)
+    if args.informed and settings.get("estimator") == "transformer":
+        text = "--informed: this transform looks at more than one token, which it cannot invert"
+        raise UsageError(text, hint="leave out --informed")
     base = _base_model(args.model, Path(args.sgt), folder, settings)
     _check_files(args)
     text = _text(args)
@@ -235,7 +243,7 @@ def _protect(
     model = _embeddings(base, stored)
     _check_width(hidden_size, model.get_input_embeddings().weight.shape[-1], base)
     input_ids = torch.tensor(ids, device=device)
-    options = {"seed": args.seed, "samples": args.samples}
+    options = {"seed": args.seed, "samples": args.samples, "informed": args.informed}
     try:
         done = protect(model.to(device), cloak.to(device), input_ids, **options)
     except ValueError as error:
@@ -358,16 +366,16 @@ def show(done: Protection, tokenizer: Any) -> None:
         row += [
             f"{fact[name]:.3g}" if name != "cosine" else f"{fact[name]:.2f}" for name in numbers
         ]
-        for metric in NAMES:
+        for metric in done.found:
             mark = MARK if fact[f"nearest_{metric}_id"] == fact["id"] else " "
             row.append(f"{mark} {_printable(fact[f'nearest_{metric}'])}")
         if several:
-            row += [f"{fact[f'recovered_{metric}']:.0%}" for metric in NAMES]
+            row += [f"{fact[f'recovered_{metric}']:.0%}" for metric in done.found]
         rows.append(row)
     columns = ["token", "noise", "|x|", "moved", "/ |x|", "cos", "std"]
-    columns += [f"nearest, {name}" for name in NAMES.values()]
+    columns += [f"nearest, {NAMES[metric]}" for metric in done.found]
     if several:
-        columns += [f"hit, {name}" for name in NAMES.values()]
+        columns += [f"hit, {NAMES[metric]}" for metric in done.found]
     title = f"What the nearest embedding gives away ({MARK} the token itself)"
     if several:
         title += f"; first of {done.n_draws} draws, moved, cos and hit over all"
@@ -387,10 +395,13 @@ def totals_line(totals: dict[str, Any]) -> str:
     if not moved:
         return f"none of {n} tokens transformed"
     over = f" over {draws} draws" if draws > 1 else ""
-    by_metric = ", ".join(f"{name} {share(metric)}" for metric, name in NAMES.items())
+    by_metric = ", ".join(f"{NAMES[metric]} {share(metric)}" for metric in ("l2", "cosine"))
+    known = ""
+    if "recovered_informed" in totals:
+        known = f"; by one who has the transform {share('informed')}"
     return (
         f"{moved} of {n} tokens transformed; recovered{over} by either attack {share('either')}"
-        f" ({by_metric}); mean |cos| {totals['abs_cosine']:.3f}; mean distance"
+        f" ({by_metric}){known}; mean |cos| {totals['abs_cosine']:.3f}; mean distance"
         f" {totals['distance']:.3g}, {totals['relative_distance']:.3g} |x|"
     )
 

@@ -14,6 +14,7 @@ from .attack import METRICS, NearestEmbedding
 from .cloak import TransformerCloak
 
 MAX_SEED = 2**63 - 1
+INFORMED = "informed"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Protection:
     std: Tensor  # [S] mean over the features
     distance: Tensor  # [N, S] from clean to noisy
     cosine: Tensor  # [N, S]
-    found: dict[str, Tensor]  # by metric of the attack: the ids [N, S] that it takes them for
+    found: dict[str, Tensor]  # by attack: the ids [N, S] that it takes them for
     ranks: dict[str, Tensor]  # and 1 + the number of tokens that it finds likelier, [N, S]
 
     @property
@@ -40,9 +41,10 @@ class Protection:
 
     @property
     def recovered(self) -> dict[str, Tensor]:
-        """Where an attack finds the token itself, [N, S] bool by metric; "either": one of them."""
-        by_metric = {name: ids == self.input_ids for name, ids in self.found.items()}
-        return {**by_metric, "either": torch.stack([*by_metric.values()]).any(0)}
+        """Where an attack finds the token itself, [N, S] bool by attack; "either": by L2 or by
+        cosine."""
+        hits = {name: ids == self.input_ids for name, ids in self.found.items()}
+        return {**hits, "either": torch.stack([hits[metric] for metric in METRICS]).any(0)}
 
     def totals(self) -> dict[str, float | None]:
         """Means over the transformed tokens and the draws. recovered_*: the share that an attack
@@ -80,6 +82,7 @@ def protect(
     *,
     seed: int | None = None,
     samples: int = 1,
+    informed: bool = False,
 ) -> Protection:
     """Apply a transform to one text and attack what comes out.
 
@@ -91,6 +94,9 @@ def protect(
         seed: of the first draw, from 0; draw k has seed + k. None takes one from the operating
             system: torch's own generator starts every process with the same number.
         samples: N, draws of the noise.
+        informed: also attack as one who has the transform (see `NearestEmbedding`), under the name
+            "informed": what it finds, noise alone did not hide. The transform runs on the whole
+            vocabulary for that.
 
     Raises:
         TypeError: not tensors. ValueError: shapes or numbers that do not fit, no tokens, tokens
@@ -134,13 +140,16 @@ def protect(
     if not torch.stack(distances).isfinite().all():
         raise ValueError("the transform makes embeddings that are not finite: it is damaged")
     found, ranks = {}, {}
-    for metric in METRICS:  # one copy of the vocabulary at a time; a draw costs less than to keep
-        attack = NearestEmbedding(model, metric)
+    attacks: list[tuple[str, str, TransformerCloak | None]] = [(m, m, None) for m in METRICS]
+    if informed:
+        attacks.append((INFORMED, "l2", cloak))
+    for name, metric, known in attacks:  # one copy of the vocabulary at a time
+        attack = NearestEmbedding(model, metric, known)
         pairs = [
             (attack(noisy), attack.ranks(noisy, input_ids))
             for noisy in (draw(k).noisy[0] for k in range(samples))
         ]
-        found[metric], ranks[metric] = (torch.stack(x) for x in zip(*pairs, strict=True))
+        found[name], ranks[name] = (torch.stack(x) for x in zip(*pairs, strict=True))
         del attack
     return Protection(
         input_ids=input_ids,

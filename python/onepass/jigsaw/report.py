@@ -17,7 +17,7 @@ from .protection import Protection
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BLUE, VERMILION, GREEN = COLOURS[:3]
+BLUE, VERMILION, GREEN, PURPLE = COLOURS[:4]
 GREY, PALE = "0.35", "0.78"
 MAX_BARS = 48
 MAX_LINES = 48  # from clean to noisy
@@ -44,9 +44,12 @@ def write_png(path: Path, done: Protection, texts: Sequence[str], model: nn.Modu
         one.spines[["top", "right"]].set_visible(False)
     totals = done.totals()
     draws = f", mean of {done.n_draws} draws" if done.n_draws > 1 else ""
+    known = ""
+    if "recovered_informed" in totals:
+        known = f"; {totals['recovered_informed']:.1%} by one who has the transform"
     figure.suptitle(
         f"Nearest-embedding attack, L2 or cosine: {totals['recovered_either']:.1%} of"
-        f" {totals['transformed']} transformed tokens recovered{draws}"
+        f" {totals['transformed']} transformed tokens recovered{known}{draws}"
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a token of a script without a font
@@ -160,26 +163,33 @@ def _ranks(axes: Axes, done: Protection, vocab_size: int) -> None:
     edges = [1, 2, *decades, vocab_size + 1]
     bins = list(zip(edges[:-1], edges[1:], strict=True))
     places = torch.arange(len(bins), dtype=torch.float64)
-    styles = {"l2": (BLUE, "", "nearest by L2"), "cosine": (GREEN, "....", "nearest by cosine")}
-    width = 0.4
-    for i, (metric, (colour, hatch, label)) in enumerate(styles.items()):
+    styles = {
+        "l2": (BLUE, "", "nearest by L2"),
+        "cosine": (GREEN, "....", "nearest by cosine"),
+        "informed": (PURPLE, "\\\\\\\\", "by one who has the transform"),
+    }
+    width = 0.8 / len(done.ranks)
+    for i, metric in enumerate(done.ranks):
+        colour, hatch, label = styles[metric]
         ranks = done.ranks[metric][:, done.noise_mask].flatten().cpu()
         n = max(1, len(ranks))
         shares = [float(((ranks >= low) & (ranks < high)).sum()) / n for low, high in bins]
-        axes.bar(
-            (places + (i - 0.5) * width).tolist(), shares, width, color=colour, hatch=hatch,
-            edgecolor="white", label=label,
-        )  # fmt: skip
+        at = (places + (i - (len(done.ranks) - 1) / 2) * width).tolist()
+        style = {"color": colour, "hatch": hatch, "edgecolor": "white"}
+        axes.bar(at, shares, width, label=label, **style)  # type: ignore[arg-type]
     chance = [(high - low) / vocab_size for low, high in bins]
     axes.plot(
         places.tolist(), chance, linestyle="none", marker="_", markersize=26, markeredgewidth=2,
-        color="black", label="at random",
+        color="black", label="by chance",
     )  # fmt: skip
     names = [str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in bins]
     axes.set_xticks(places.tolist(), names, rotation=45, ha="right", fontsize=8)
     axes.set_ylim(0, 1)
     axes.set_xlabel(f"rank among the {vocab_size:,} of the vocabulary; 1 is recovered")
     axes.set_ylabel("share of transformed tokens")
-    axes.set_title("Rank of the true token in the attack's eyes")
-    axes.legend(frameon=False)
+    axes.set_title("Rank of the true token in the attack's eyes", pad=24)
+    axes.legend(
+        frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1),
+        columnspacing=1, handletextpad=0.5,
+    )  # fmt: skip
     axes.grid(axis="y", alpha=0.3)
