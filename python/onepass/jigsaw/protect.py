@@ -364,7 +364,7 @@ def show(done: Protection, tokenizer: Any) -> None:
         row = [_printable(fact["token"]), "yes" if fact["transformed"] else "no"]
         numbers = ("norm", "distance", "relative_distance", "cosine", "std")
         row += [
-            f"{fact[name]:.3g}" if name != "cosine" else f"{fact[name]:.2f}" for name in numbers
+            f"{fact[name]:#.3g}" if name != "cosine" else f"{fact[name]:.2f}" for name in numbers
         ]
         for metric in done.found:
             mark = MARK if fact[f"nearest_{metric}_id"] == fact["id"] else " "
@@ -402,7 +402,7 @@ def totals_line(totals: dict[str, Any]) -> str:
     return (
         f"{moved} of {n} tokens transformed; recovered{over} by either attack {share('either')}"
         f" ({by_metric}){known}; mean |cos| {totals['abs_cosine']:.3f}; mean distance"
-        f" {totals['distance']:.3g}, {totals['relative_distance']:.3g} |x|"
+        f" {totals['distance']:#.3g}, {totals['relative_distance']:#.3g} |x|"
     )
 
 

@@ -179,7 +179,7 @@ def _ranks(axes: Axes, done: Protection, vocab_size: int) -> None:
         axes.bar(at, shares, width, label=label, **style)  # type: ignore[arg-type]
     chance = [(high - low) / vocab_size for low, high in bins]
     axes.plot(
-        places.tolist(), chance, linestyle="none", marker="_", markersize=26, markeredgewidth=2,
+        places.tolist(), chance, linestyle="none", marker="_", markersize=20, markeredgewidth=2,
         color="black", label="by chance",
     )  # fmt: skip
     names = [str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in bins]
