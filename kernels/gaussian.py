@@ -239,7 +239,7 @@ def normal_pair(first, second):
     """
     uniform = first.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
     radius = tl.sqrt(-2.0 * tl.log(uniform))
-    turn = (second ^ 0x80000000).to(tl.int32, bitcast=True).to(tl.float32) * 4.656612873077393e-10
+    turn = second.to(tl.int32, bitcast=True).to(tl.float32) * 4.656612873077393e-10
     quarter = tl.floor(2.0 * turn + 0.5)
     near = turn - 0.5 * quarter
     w = near * near

@@ -28,16 +28,21 @@ class Normals:
             for turn in range(ROUNDS)
         ]
         self.device = seed.device
-        self.room: list[Tensor] = []
+        self.room: dict[str, Tensor] = {}
+
+    def _empty(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Room of this name, as large as the largest slab so far."""
+        numel = math.prod(shape)
+        if name not in self.room or self.room[name].numel() < numel:
+            self.room[name] = torch.empty(numel, dtype=dtype, device=self.device)
+        return self.room[name][:numel].view(shape)
 
     def _words(self, first: int, count: int) -> list[Tensor]:
         """The four words of counters first, first + 1, ...: all in the low halves; only words 0 and
         2 are clear above."""
-        if not self.room or len(self.room[0]) < count:
-            self.room = [
-                torch.empty(count, dtype=torch.int64, device=self.device) for _ in range(6)
-            ]
-        a, b, c, d, spare, other = (tensor[:count] for tensor in self.room)
+        a, b, c, d, spare, other = (
+            self._empty(name, torch.int64, count) for name in ("a", "b", "c", "d", "spare", "other")
+        )
         torch.arange(first, first + count, out=spare)
         torch.bitwise_right_shift(spare, 32, out=b)
         torch.bitwise_and(spare, WORD, out=a)
@@ -54,15 +59,20 @@ class Normals:
         return [a, b, c, d]
 
     def draw(self, first: int, count: int) -> Tensor:
-        """The normals of elements first, first + 1, ..."""
+        """The normals of elements first, first + 1, ...; the caller's until the next draw."""
         start, stop = first // 4, -(-(first + count) // 4)
-        made = torch.empty(stop - start, 4, dtype=torch.float32, device=self.device)
-        a, b, c, d = self._words(start, stop - start)
+        n = stop - start
+        made = self._empty("made", torch.float32, n, 4)
+        radius, angle, wave = (
+            self._empty(name, torch.float32, n) for name in ("radius", "angle", "wave")
+        )
+        low = self._empty("low", torch.int32, n)
+        a, b, c, d = self._words(start, n)
         for at, (radius_word, angle_word) in enumerate(((a, b), (c, d))):
-            uniform = radius_word.float().mul_(2.0**-32).add_(2.0**-33)
-            radius = uniform.log_().mul_(-2.0).sqrt_()
-            # The low half as a signed number: half turns in [-1, 1) once the top bit is flipped.
-            angle = angle_word.bitwise_xor_(1 << 31).int().float().mul_(math.pi * 2.0**-31)
-            torch.mul(angle.cos(), radius, out=made[:, 2 * at])
-            torch.mul(angle.sin_(), radius, out=made[:, 2 * at + 1])
+            radius.copy_(radius_word).mul_(2.0**-32).add_(2.0**-33)
+            radius.log_().mul_(-2.0).sqrt_()
+            low.copy_(angle_word)  # the low half as a signed number: half turns in [-1, 1)
+            angle.copy_(low).mul_(math.pi * 2.0**-31)
+            torch.mul(torch.cos(angle, out=wave), radius, out=made[:, 2 * at])
+            torch.mul(torch.sin(angle, out=wave), radius, out=made[:, 2 * at + 1])
         return made.view(-1)[first - 4 * start :][:count]

@@ -55,7 +55,7 @@ def _widest(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-SLAB_NUMEL = 1 << 16  # elements at a time on a CPU: all that a slab needs stays in a core's cache
+SLAB_NUMEL = 1 << 17  # elements at a time on a CPU: all that a slab needs stays in a core's cache
 
 
 def _dense(like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -67,7 +67,7 @@ def _boxes(lead: Sequence[int], like: Tensor) -> Iterator[tuple[slice, ...]]:
     """Cuts of the leading dimensions, in the order of the rows, each with few elements."""
     if math.prod(lead) == 0:
         return
-    parts = torch.get_num_threads() if like.device.type == "cpu" else 256
+    parts = torch.get_num_threads() if like.device.type == "cpu" else 32
     rows = max(1, parts * SLAB_NUMEL // like.shape[-1])
     steps = []
     for size in reversed(lead):
@@ -229,17 +229,33 @@ def _backward_torch(
     for side, grad in zip(sides, grads, strict=True):
         whole = side is None or grad is None or side.shape[:-1] == lead
         totals.append(None if whole or grad is None else torch.zeros_like(grad, dtype=dtype))
+    on_mahalanobis, on_log_det = upstream
     for box in _boxes(lead, std):
-        parts = [None if t is None else _part(t, box) for t in sides]
-        keep = None if mask is None else _part(mask, box)
-        made = gaussian_stats_backward_reference(
-            parts, keep, *(None if g is None else g[box] for g in upstream)
-        )
-        for grad, total, part in zip(grads, totals, made, strict=True):
-            if grad is not None and total is not None and part is not None:
-                _part(total, box).add_(part)
-            elif grad is not None and part is not None:
+        x, mean, location, s = (None if t is None else _part(t, box) for t in sides)
+        assert s is not None
+        hidden = None if mask is None else ~_part(mask, box)
+        pull = dstd = None
+        s = s.to(dtype)
+        if on_log_det is not None:
+            dstd = on_log_det[box].unsqueeze(-1) / s
+        if on_mahalanobis is not None and x is not None:
+            z = _distance(x, mean, location, dtype) / s
+            pull = (z / s).mul_(2 * on_mahalanobis[box].unsqueeze(-1))
+            if grads[3] is not None:
+                dstd = z.mul_(pull).neg_() if dstd is None else dstd.addcmul_(z, pull, value=-1)
+        if hidden is not None:  # set, not multiplied: NaN may stand there
+            pull, dstd = (t if t is None else t.masked_fill_(hidden, 0.0) for t in (pull, dstd))
+        for at, part in enumerate((pull, pull, pull, dstd)):
+            if at == 1 and part is not None:
+                part.neg_()  # the pull on x has reached its place
+            grad, total = grads[at], totals[at]
+            if part is None or grad is None:
+                continue
+            if total is None:
                 grad[box].copy_(part)
+            else:
+                own = _part(total, box)
+                own.add_(_like_shape(part, own.shape))
     for grad, total in zip(grads, totals, strict=True):
         if grad is not None and total is not None:
             grad.copy_(total)
@@ -477,9 +493,9 @@ def _cloak_torch(
         rows = x[box]
         noise = normals.draw(first, rows.numel()).view(rows.shape).to(dtype)
         first += rows.numel()
-        noise = noise.mul_(std[box]).add_(mean[box])
+        noise.mul_(std[box]).add_(mean[box])
         if mask is None:
-            out[box] = noise.add_(rows)
+            torch.add(rows, noise, out=out[box])
         else:  # where, not a product: x itself to the bit, whatever the noise holds
             out[box] = torch.where(_part(mask, box), noise.add_(rows).to(x.dtype), rows)
 
@@ -495,8 +511,14 @@ def _cloak_backward_torch(
         if dmean is not None:
             dmean[box] = rows if keep is None else torch.where(keep, rows, 0.0)
         if dstd is not None:
-            slope = normals.draw(first, rows.numel()).view(rows.shape).to(dtype).mul_(rows)
-            dstd[box] = slope if keep is None else torch.where(keep, slope, 0.0)
+            noise = normals.draw(first, rows.numel()).view(rows.shape)
+            slope = dstd[box]
+            if slope.dtype == dtype:
+                torch.mul(noise, rows, out=slope)
+            else:
+                slope.copy_(noise.mul_(rows))
+            if keep is not None:
+                slope.masked_fill_(~keep, 0.0)
         first += rows.numel()
 
 

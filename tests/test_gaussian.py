@@ -733,7 +733,7 @@ def plain_normal(seed: int, element: int) -> float:
     first, second = words[2 * (element % 4 // 2) :][:2]
     uniform = float(torch.tensor(float(first)).mul(2.0**-32).add(2.0**-33))
     radius = math.sqrt(-2 * math.log(uniform))
-    angle = math.pi * (second / 2.0**31 - 1)
+    angle = math.pi * (second - (second >> 31 << 32)) / 2.0**31  # a signed word
     return radius * (math.sin(angle) if element % 2 else math.cos(angle))
 
 

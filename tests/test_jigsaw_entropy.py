@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from onepass.bench.measure import _peak_bytes
 from onepass.jigsaw import entropy as module
 from onepass.jigsaw import (
     gaussian_entropy_log_loss,
@@ -17,6 +18,7 @@ from onepass.jigsaw import (
     square_mahalanobis_distance,
     voronoi_characteristic_length,
 )
+from onepass.ops import gaussian
 
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 HALF_LOG = 0.5 * math.log(2 * math.pi)
@@ -416,3 +418,30 @@ def test_a_masked_std_may_be_anything() -> None:
     stds[:, 0] = 0.0
     mask = torch.tensor([[0, 1, 1]] * 4)
     assert torch.isfinite(mi(M, stds, mask, C, N))
+
+
+@pytest.mark.parametrize("estimator", ["pairwise", "mixture"])
+def test_compiled_is_eager(impl: str, estimator: str, device: str) -> None:
+    mask = torch.ones(4, 3).to(device)
+
+    def loss(means: Tensor, stds: Tensor, clean: Tensor, noisy: Tensor) -> Tensor:
+        sides = {"means": means, "stds": stds, "clean": clean, "noisy": noisy}
+        return mutual(sides, mask, estimator=estimator, symmetrise=True, impl=impl)
+
+    b = batch(device)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(**b)
+    close(compiled, loss(**b))
+    for mine, theirs in zip(gradients(compiled, b), gradients(loss(**b), b), strict=True):
+        close(mine, theirs)
+
+
+def test_no_pair_is_held_whole(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 x 8 pairs of sequences: the memory of the batch and of a slab, not of the pairs."""
+    monkeypatch.setattr(gaussian, "SLAB_NUMEL", 1 << 12)
+    b = batch(device, sequences=16, length=16, width=256)
+    mask = torch.ones(16, 16).to(device)
+
+    with _peak_bytes(torch.device(device)) as peak:
+        mutual(b, mask, estimator="mixture", impl="torch").backward()
+    own, one_of_pairs = (4 * n * 16 * 256 for n in (4 * 16, 8 * 8))
+    assert peak[0] < 3 * own and 3 * own < 5 * one_of_pairs, peak[0] / own

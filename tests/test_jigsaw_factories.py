@@ -396,3 +396,29 @@ def test_loss_masks_that_do_not_fit() -> None:
     student(**inputs)
     with pytest.raises(ValueError, match=r"loss_mask must have the shape of its rows, \(3, 7\)"):
         loss(LOSS_MASK.T)
+
+
+def test_a_base_model_in_bf16() -> None:
+    """The transform stays in float32; every component is near that of a float32 base."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        teacher, student = pair(
+            distillation_layer_index=0, cloak={"scale": (0.2, 2.0), "init_std": 0.5}
+        )
+        teacher.base_model.to(dtype)
+        onepass.lazy_head(teacher.base_model.get_base_model())
+        weights: dict[str, Any] = {f"{name}_weight": w for name, w in SGT_WEIGHTS.items()}
+        sgt = jigsaw_sgt_loss_factory(teacher, student, distillation_layer_index=0, **weights)
+        at_layer = jigsaw_loss_factory(
+            teacher, student, 0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, True, 1.0, 1.0
+        )
+        inputs = batch()
+        torch.manual_seed(0)
+        teacher(**inputs)
+        student(**inputs)
+        losses = [made[0](LOSS_MASK) for made in (sgt, at_layer)]
+        sum(losses[1:], losses[0]).backward()
+        assert all(p.grad is not None for p in teacher.cloak.parameters())
+        found.append({**sgt[1](), **at_layer[1]()})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=2e-2, atol=2e-2)

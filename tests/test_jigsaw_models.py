@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import onepass
 from onepass.jigsaw.cloak import TransformerCloak
-from onepass.jigsaw.models import (
-    NoiseMaskedNoisyTransformerModel,
-    NoisyOutput,
-    PeftNoiseMaskedNoisyTransformerModel,
-)
 from onepass.jigsaw.parameterizations import (
     BoundedMeanParameterization,
     CloakStandardDeviationParameterization,
@@ -25,7 +18,7 @@ from onepass.jigsaw.parameterizations import (
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-from support.tiny_jigsaw import B, S, adapted, batch, moved, pair  # noqa: E402
+from support.tiny_jigsaw import B, S, batch, moved, pair  # noqa: E402
 from support.tiny_models import D, V, tiny  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -210,179 +203,3 @@ def test_a_super_batch_is_both_halves(family: str, left: bool) -> None:
                 other = model(inputs_embeds=noisy, use_cache=False).logits[0]
             torch.testing.assert_close(got[row][kept], clean, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(got[B + row][kept], other, rtol=1e-4, atol=1e-4)
-
-
-def test_one_sample_in_either_order_and_a_new_one_the_next_time() -> None:
-    teacher, student = pair()
-    inputs = batch()
-    noisy = [m(**inputs).noisy_input_embeddings for m in (teacher, student, student, teacher)]
-    assert noisy[0] is noisy[1] and noisy[2] is noisy[3]
-    assert not torch.equal(noisy[0], noisy[2])
-    again = [teacher(**inputs).noisy_input_embeddings for _ in range(2)]
-    assert not torch.equal(again[0], again[1])
-    other = batch(seed=3)
-    assert not torch.equal(student(**other).clean_input_embeddings, noisy[0])
-
-
-def test_masks_are_filled_in() -> None:
-    teacher, _ = pair()
-    inputs = batch()
-    out = teacher(inputs["input_ids"])
-    assert out.attention_mask.all() and out.noise_mask.all() and out.loss_mask.all()
-    out = teacher(**inputs)
-    assert torch.equal(out.loss_mask, inputs["noise_mask"])
-    features = inputs["noise_mask"][..., None].expand(B, S, D).clone()
-    features[0, 1] = 0
-    out = teacher(inputs["input_ids"], inputs["attention_mask"], features)
-    assert not out.loss_mask[0, 1] and out.loss_mask[0, 2]
-
-
-def gradients(teacher: Any, inputs: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    torch.manual_seed(seed)
-    teacher.zero_grad()
-    out: NoisyOutput = teacher(**inputs)
-    assert out.logits is not None
-    out.logits[B:].float().square().mean().backward()
-    return {n: p.grad.clone() for n, p in teacher.named_parameters() if p.grad is not None}
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("raw", [False, True], ids=["peft", "injected"])
-def test_gradients_of_the_teacher_reach_the_transform_alone(raw: bool, checkpointing: bool) -> None:
-    """As through a copy of the base without adapters, and so even where the blocks would be
-    recomputed in the backward, with the adapters on again."""
-    plain = tiny("llama")
-    model = adapted(copy.deepcopy(plain))
-    cloak = moved(TransformerCloak.from_model(model))
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    base = model.get_base_model() if raw else model
-    teacher = NoiseMaskedNoisyTransformerModel(base, cloak)
-    alone = NoiseMaskedNoisyTransformerModel(plain, cloak)
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    got, wanted = gradients(teacher, batch(), 3), gradients(alone, batch(), 3)
-    assert got.keys() == wanted.keys() and all(n.startswith("cloak.") for n in got)
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-7)
-    assert model.training and {n for n, p in model.named_parameters() if p.requires_grad} == trained
-    assert not any(p.requires_grad for p in plain.parameters())
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_of_the_student(checkpointing: bool) -> None:
-    teacher, student = pair()
-    student.base_model.train()
-    if checkpointing:
-        student.base_model.gradient_checkpointing_enable({"use_reentrant": False})
-    got = gradients(student, batch(), 3)
-    names = {n for n, p in student.named_parameters() if p.requires_grad}
-    assert got.keys() == names and any("lora_A" in n for n in names)
-    if checkpointing:
-        student.base_model.gradient_checkpointing_disable()
-        for name, gradient in gradients(student, batch(), 3).items():
-            torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("index", [0, 1, -1, -2])
-@pytest.mark.parametrize("truncated", [False, True])
-def test_distillation_layer(index: int, truncated: bool) -> None:
-    teacher, student = pair(distillation_layer_index=index, truncated=truncated)
-    inputs = batch()
-    outs = [m(**inputs) for m in (teacher, student)]
-    whole, _ = pair(distillation_layer_index=index)
-    clean = whole(**inputs)
-    for out in outs:
-        assert (out.logits is None) == truncated
-        assert out.embeddings.shape == (2 * B, S, D)
-    kept = inputs["attention_mask"] != 0
-    torch.testing.assert_close(outs[0].embeddings[:B][kept], clean.embeddings[:B][kept])
-    blocks = teacher.base_model.get_base_model().model.layers
-    assert len(blocks) == 2, "all there again"
-
-
-def test_a_truncated_model_runs_no_later_block() -> None:
-    teacher, _ = pair(distillation_layer_index=0, truncated=True)
-    model, ran = teacher.base_model.get_base_model(), []
-    for number, block in enumerate(model.model.layers):
-        block.register_forward_hook(lambda *_, number=number: ran.append(number))
-    model.lm_head.register_forward_hook(lambda *_: ran.append(out) if (out := _[2]).numel() else 0)
-    teacher(**batch())
-    assert ran == [0]
-
-
-def test_lazy_heads_stay_lazy() -> None:
-    teacher, student = pair()
-    onepass.lazy_head(teacher.base_model.get_base_model())
-    inputs = batch()
-    with onepass.strict():
-        for model in (teacher, student):
-            out = model(**inputs)
-            assert isinstance(out.logits[:B], onepass.LazyLogits)
-            assert isinstance(out.logits[B:].detach(), onepass.LazyLogits)
-
-
-def test_a_prompt_protected_and_answered() -> None:
-    teacher, student = pair()
-    inputs = batch(left=True)
-    seed = torch.tensor(7)
-    noisy = student.protect(**inputs, seed=seed).noisy
-    assert torch.equal(noisy, teacher.protect(**inputs, seed=seed).noisy)
-    student.base_model.eval()
-    made = student.base_model.generate(
-        inputs_embeds=noisy.detach(),
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=3,
-        min_new_tokens=3,
-        do_sample=False,
-    )
-    with torch.no_grad():
-        torch.manual_seed(0)
-        logits = student.base_model(
-            inputs_embeds=noisy, attention_mask=inputs["attention_mask"], use_cache=False
-        ).logits
-    assert made.shape == (B, 3) and int(made[0, 0]) == int(logits[0, -1].argmax())
-
-
-def test_what_models_refuse() -> None:
-    model, plain = adapted(tiny("llama")), tiny("llama")
-    cloak = TransformerCloak(D)
-    make = NoiseMaskedNoisyTransformerModel
-    with pytest.raises(
-        ValueError, match="embeddings of size 16, those of LlamaForCausalLM have 32"
-    ):
-        make(plain, TransformerCloak(16))
-    with pytest.raises(ValueError, match="has no input embeddings"):
-        make(torch.nn.Linear(2, 2), cloak)
-    with pytest.raises(ValueError, match="is no causal language model"):
-        make(tiny("t5_encoder_decoder"), cloak)
-    with pytest.raises(ValueError, match="a decoder layer from -2 to 1: got 2"):
-        make(model, cloak, distillation_layer_index=2)
-    with pytest.raises(ValueError, match="wants a distillation_layer_index"):
-        make(model, cloak, truncated=True)
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no PEFT adapter"):
-        PeftNoiseMaskedNoisyTransformerModel(plain, cloak)
-    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
-    with pytest.raises(ValueError, match="trains the input embeddings"):
-        PeftNoiseMaskedNoisyTransformerModel(peft.get_peft_model(tiny("llama"), config), cloak)
-    kept = make(model, cloak, distillation_layer_index=-1)
-    with pytest.raises(ValueError, match="distillation_layer_index 0 is not the one"):
-        kept.keep_layer(0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"input_ids": torch.zeros(S, dtype=torch.long)}, r"input_ids must be whole numbers"),
-        (
-            {"attention_mask": torch.ones(B, S + 1)},
-            r"attention_mask must be \[3, 7\].*got \[3, 8\]",
-        ),
-        ({"noise_mask": torch.ones(B, S, 5)}, r"noise_mask must be \[3, 7\] or \[3, 7, 32\]"),
-        ({"loss_mask": torch.ones(S, B)}, r"loss_mask must be \[3, 7\].*got \[7, 3\]"),
-    ],
-)
-def test_batches_that_are_refused(changes: dict[str, Tensor], message: str) -> None:
-    teacher, _ = pair()
-    with pytest.raises(ValueError, match=message):
-        teacher(**{**batch(), **changes})

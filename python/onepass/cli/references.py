@@ -234,7 +234,8 @@ def normals(seed: Tensor, count: int) -> Tensor:
         key, other = key + 0x9E3779B9 & word, other + 0xBB67AE85 & word
     radius = torch.stack([a, c], -1).float() * 2.0**-32 + 2.0**-33
     radius = (-2 * radius.log()).sqrt()
-    angle = (torch.stack([b, d], -1) - 2**31).float() * (torch.pi * 2.0**-31)
+    angle = torch.stack([b, d], -1)
+    angle = (angle - (angle >> 31 << 32)).float() * (torch.pi * 2.0**-31)  # signed: half turns
     return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten()[:count]
 
 

@@ -15,7 +15,9 @@ _HOMES = {
     "ComponentLossesDict": ".activations",
     "DirectStandardDeviationParameterization": ".parameterizations",
     "HyperparametersDict": ".activations",
+    "JigsawDataset": ".data",
     "NoiseMaskedNoisyTransformerModel": ".models",
+    "NoiseTokenizer": ".data",
     "NoisyOutput": ".models",
     "PeftNoiseMaskedNoisyTransformerModel": ".models",
     "TransformerCloak": ".cloak",
@@ -38,7 +40,9 @@ __all__ = [
     "ComponentLossesDict",
     "DirectStandardDeviationParameterization",
     "HyperparametersDict",
+    "JigsawDataset",
     "NoiseMaskedNoisyTransformerModel",
+    "NoiseTokenizer",
     "NoisyOutput",
     "PeftNoiseMaskedNoisyTransformerModel",
     "TransformerCloak",
@@ -64,6 +68,7 @@ if TYPE_CHECKING:
         HyperparametersDict,
     )
     from .cloak import TransformerCloak
+    from .data import JigsawDataset, NoiseTokenizer
     from .entropy import (
         gaussian_entropy_log_loss,
         gaussian_mixture_entropy,

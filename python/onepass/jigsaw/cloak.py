@@ -7,7 +7,7 @@ that one setting suits models whose embeddings differ a hundredfold.
 from __future__ import annotations
 
 import json
-from functools import partial
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ..cli.errors import one_line
 from ..cli.files import replace, replace_text
-from ..ops._check import check_choice, check_floating
+from ..ops._check import check_choice, check_floating, check_weights
 from ..ops.gaussian import cloak
-from .embeddings import embedding_norms
-from .input_losses import check_above_0
+from .embeddings import embedding_norms, embedding_rows
+from .input_losses import check_above_0, positions
 from .parameterizations import (
     BoundedMeanParameterization,
     CloakStandardDeviationParameterization,
@@ -123,14 +123,24 @@ class TransformerCloak(nn.Module):
 
     @classmethod
     def from_model(cls, base_model: nn.Module, **options: Any) -> TransformerCloak:
-        """A transform for the input embeddings of a transformers model, in their units."""
-        norms = embedding_norms(base_model)
-        hidden_size = int(base_model.get_input_embeddings().weight.shape[-1])  # type: ignore[operator]
-        scale = float(norms.median()) / hidden_size**0.5
+        """A transform for the input embeddings of a transformers model, in their units and on
+        their device.
+
+        Raises:
+            ValueError: a model without input embeddings, or with a median one of norm 0.
+        """
+        rows = next(embedding_rows(base_model))
+        norm = float(embedding_norms(base_model).median())
+        if not 0 < norm < math.inf:
+            raise ValueError(
+                f"the median norm of {type(base_model).__name__}'s input embeddings is {norm}:"
+                " wanted a model with weights"
+            )
+        hidden_size = rows.shape[-1]
+        scale = norm / math.sqrt(hidden_size)
         name = getattr(getattr(base_model, "config", None), "_name_or_path", None) or None
-        return cls(
-            hidden_size, **{"embedding_scale": scale, "base_model_name_or_path": name, **options}
-        )
+        options = {"embedding_scale": scale, "base_model_name_or_path": name, **options}
+        return cls(hidden_size, **options).to(rows.device)
 
     @property
     def max_std(self) -> float:
@@ -143,16 +153,17 @@ class TransformerCloak(nn.Module):
         noise_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
-        seed: Tensor | None = None,
+        seed: Tensor | int | None = None,
     ) -> CloakOutput:
         """The transform of `embeddings`.
 
         Args:
             embeddings: [B, S, D].
             noise_mask: [B, S] positions or [B, S, D] features to change (nonzero); the others come
-                out to the bit. None: all.
-            attention_mask: [B, S] tokens that the "transformer" estimator may look at.
-            seed: one int64 on the device of the embeddings; None draws one from torch's generator.
+                out to the bit. None: what the attention mask has, and without one all.
+            attention_mask: [B, S], 0 at padding, which no token's noise depends on.
+            seed: of the noise, an int or one int64 on the device of the embeddings; None draws one
+                from torch's generator.
 
         Raises:
             TypeError: not a tensor. ValueError: shapes that do not fit.
@@ -162,8 +173,13 @@ class TransformerCloak(nn.Module):
             raise ValueError(
                 f"embeddings must be [B, S, {self.hidden_size}]: got {list(embeddings.shape)}"
             )
-        if seed is None:
-            seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=embeddings.device)
+        check_weights("attention_mask", attention_mask, embeddings.shape[:-1])
+        if noise_mask is None:
+            noise_mask = attention_mask
+        else:
+            positions(noise_mask, embeddings.shape)
+        if not isinstance(seed, Tensor):
+            seed = _seed(seed, embeddings.device)
         first: Any = self.mean_estimator[0]
         x = embeddings.to(first.weight.dtype) / self.embedding_scale
         if self.context is not None:
@@ -173,17 +189,22 @@ class TransformerCloak(nn.Module):
         noisy = cloak(embeddings, means, stds, noise_mask, seed=seed)
         return CloakOutput(noisy, means, stds, seed)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path) -> None:
         """Write model.safetensors, which holds the settings too, and config.json, which repeats
         them for readers; whole or not at all."""
         from safetensors.torch import save_file
 
-        folder = Path(folder)
+        folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
         config = json.dumps(self.config, indent=1)
         metadata = {"format": "pt", "kind": FORMAT, "config": config}
-        replace(folder / WEIGHTS, partial(save_file, state, metadata=metadata))
+
+        def write(new: Path) -> None:
+            save_file(state, new, metadata=metadata)
+            new.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files for the owner alone
+
+        replace(folder / WEIGHTS, write)
         replace_text(folder / CONFIG, config + "\n")
 
     @classmethod
@@ -214,6 +235,14 @@ class TransformerCloak(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"{path} does not fit its settings: {one_line(error)}") from error
         return made
+
+
+def _seed(seed: int | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be an int of 64 bits, a tensor of one or None: got {seed!r}")
+    return torch.tensor(seed, dtype=torch.int64, device=device)
 
 
 def _estimator(hidden_size: int, width: int) -> nn.Sequential:

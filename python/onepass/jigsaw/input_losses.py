@@ -7,6 +7,8 @@ position counts where one of its features does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,20 +25,20 @@ LARGEST = 1e6  # of a row's power law, which has no bound at distance 0
 LEAST_STD = 1e-8
 
 
-def positions(noise_mask: Tensor, like: Tensor) -> Tensor:
-    """The positions [B, S] at which a noise mask changes anything of `like` [B, S, D].
+def positions(noise_mask: Tensor, shape: Sequence[int]) -> Tensor:
+    """The positions [B, S] at which a noise mask changes anything of embeddings of `shape` [B, S,
+    D].
 
     Raises:
-        ValueError: a mask of another shape.
+        TypeError: not a tensor. ValueError: a mask of another shape.
     """
     if not isinstance(noise_mask, Tensor):
         raise TypeError(f"noise_mask must be a torch.Tensor: got {type(noise_mask).__name__}")
-    if noise_mask.shape == like.shape:
+    if tuple(noise_mask.shape) == tuple(shape):
         return (noise_mask != 0).any(-1)
-    if noise_mask.shape != like.shape[:-1]:
+    if tuple(noise_mask.shape) != tuple(shape[:-1]):
         raise ValueError(
-            f"noise_mask must be {list(like.shape[:-1])} or {list(like.shape)}:"
-            f" got {list(noise_mask.shape)}"
+            f"noise_mask must be {list(shape[:-1])} or {list(shape)}: got {list(noise_mask.shape)}"
         )
     return noise_mask != 0
 
@@ -63,7 +65,7 @@ def cosine_similarity_loss(
     Formula: masked_mean(<x, y> / (|x| |y|)), 0 for a row of norm 0.
     """
     check_rows_alike("clean_embeddings", clean_embeddings, "noisy_embeddings", noisy_embeddings)
-    mask = positions(noise_mask, clean_embeddings)
+    mask = positions(noise_mask, clean_embeddings.shape)
     return masked_inner_product(
         noisy_embeddings, clean_embeddings, mask, absolute=absolute, impl=impl
     )
@@ -93,9 +95,13 @@ def median_norm_loss(
     Formula: token masked_mean(| |x + mean| - median |); batch | masked_mean(|x + mean|) - median |.
     """
     check_choice("form", form, MEDIAN_NORM_FORMS)
-    check_rows_alike("clean_embeddings", clean_embeddings, "means", means)
-    mask = positions(noise_mask, clean_embeddings)
-    norms = safe_sqrt(row_moments(clean_embeddings, -means, mask, want=("dd",), impl=impl).dd)
+    check_floating("clean_embeddings", clean_embeddings)
+    check_floating("means", means)
+    wide = torch.promote_types(clean_embeddings.dtype, means.dtype)  # means may be the finer ones
+    x, shift = clean_embeddings.to(wide), -means.to(wide)
+    check_rows_alike("clean_embeddings", x, "means", shift)
+    mask = positions(noise_mask, x.shape)
+    norms = safe_sqrt(row_moments(x, shift, mask, want=("dd",), impl=impl).dd)
     if form == "token":
         return masked_mean((norms - median_norm).abs(), mask)
     return torch.where(mask.any(), (masked_mean(norms, mask) - median_norm).abs(), 0.0)
@@ -122,7 +128,7 @@ def std_log_ratio_loss(
     check_number("reference", reference)
     if reference <= 0:
         raise ValueError(f"reference must be above 0: got {reference}")
-    positions(noise_mask, stds)
+    positions(noise_mask, stds.shape)
     mask = noise_mask if noise_mask.shape == stds.shape else noise_mask.unsqueeze(-1)
     mask = (mask != 0).expand(stds.shape)
     wide = stds.to(accumulation_dtype(stds.dtype))
@@ -160,7 +166,7 @@ def inverse_l2_power_law_loss(
     check_above_0("characteristic_length", characteristic_length)
     check_above_0("exponent_of_decay", exponent_of_decay)
     check_rows_alike("clean_embeddings", clean_embeddings, "noisy_embeddings", noisy_embeddings)
-    mask = positions(noise_mask, clean_embeddings)
+    mask = positions(noise_mask, clean_embeddings.shape)
     moments = row_moments(noisy_embeddings, clean_embeddings, mask, want=("dd",), impl=impl)
     distances = (moments.dd + SHORTEST).sqrt() / characteristic_length
     # Clamped before the power, which would overflow and leave a slope of 0 * inf.

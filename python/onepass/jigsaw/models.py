@@ -1,19 +1,23 @@
-"""A causal language model behind a Stained Glass Transform: the teacher, and the student with
-adapters.
+"""Teacher and student: a causal language model on a super batch of embeddings before and after a
+Stained Glass transform.
 
-Both run on one super batch, the clean half first, and on one sample of the noise.
+Rows [0:B] are clean, rows [B:2B] noisy, and both models see one sample of the noise. The embeddings
+are the base model's own, frozen: whoever transforms them has no adapter.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..ops._check import check_same_device, check_weights, values_checked
 from ..training.hidden_states import (
     adapter_off,
     blocks_of,
@@ -25,75 +29,106 @@ from ..training.hidden_states import (
     without_adapter,
 )
 from .cloak import CloakOutput, TransformerCloak
+from .input_losses import positions
 
 
-class NoisyOutput(NamedTuple):
-    """What a model made of a super batch of B clean and B noisy sequences, in that order."""
+# Neither a tuple nor a mapping: what wraps a model for mixed precision copies those, tensor by
+# tensor, and would make logits of lazy ones and two samples of one.
+@dataclass(frozen=True, eq=False)
+class NoisyOutput:
+    """What a model made of B sequences before and after the transform, and the masks it used."""
 
     logits: Tensor | None  # [2B, S, V], lazy where the head is; None of a truncated model
-    embeddings: Tensor | None  # [2B, S, D] output of the distillation layer, where there is one
+    embeddings: Tensor | None  # [2B, S, D] output of the distillation layer, where one is kept
     clean_input_embeddings: Tensor  # [B, S, D]
     noisy_input_embeddings: Tensor
     means: Tensor
     stds: Tensor
     attention_mask: Tensor  # [B, S]
-    noise_mask: Tensor  # [B, S] or [B, S, D]
+    noise_mask: Tensor  # [B, S] or [B, S, D], nowhere where attention_mask is 0
     loss_mask: Tensor  # [B, S]
 
 
 class Sample(NamedTuple):
-    """A batch before and after the transform, with its masks."""
+    """One sample of the noise for one batch."""
 
     clean: Tensor  # [B, S, D]
     cloaked: CloakOutput
-    attention_mask: Tensor
     noise_mask: Tensor
 
 
-class NoiseCache:
-    """One sample of the noise for both models of a pair.
+Batch = tuple[Tensor | None, ...]
 
-    The first of the two that runs on a batch draws it, the second takes it, and it is let go. A
+
+class NoiseCache:
+    """One sample of the noise a batch for all models that share the cache.
+
+    The first of them that runs on a batch draws it, the others take it, and with the last it is let
+    go. A batch is the same where its tensors are, unchanged since, under the same gradient mode. A
     model that runs on a batch again draws anew.
     """
 
     def __init__(self) -> None:
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._waiting: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._batch: Batch = ()
+        self._state: tuple[Any, ...] = ()
         self._sample: Sample | None = None
-        self._batch: tuple[Tensor | None, ...] = ()
-        self._owner: object = None
 
-    def take(self, reader: object, batch: tuple[Tensor | None, ...]) -> Sample | None:
-        """The sample that another reader drew for these very tensors."""
-        mine = self._owner is not reader and len(batch) == len(self._batch)
-        if not mine or any(a is not b for a, b in zip(batch, self._batch, strict=True)):
-            return None
+    def join(self, model: nn.Module) -> None:
+        """Let a model share the cache."""
+        self._models.add(model)
+
+    def sample(self, model: nn.Module, batch: Batch, draw: Callable[[], Sample]) -> Sample:
+        """What another model drew for these tensors, or what `draw` gives."""
+        state = (torch.is_grad_enabled(), *map(_version, batch))
+        is_same = (
+            self._sample is not None
+            and model in self._waiting
+            and state == self._state
+            and all(a is b for a, b in zip(batch, self._batch, strict=True))
+        )
+        if not is_same:
+            self._release()  # before another takes its memory
+            self._sample = draw()
+            self._batch, self._state = batch, state
+            self._waiting = weakref.WeakSet(self._models)
         sample = self._sample
-        self._sample, self._batch, self._owner = None, (), None
+        assert sample is not None
+        self._waiting.discard(model)
+        if not self._waiting:
+            self._release()
         return sample
 
-    def put(self, owner: object, batch: tuple[Tensor | None, ...], sample: Sample) -> None:
-        """Keep what `owner` drew for the other one."""
-        self._sample, self._batch, self._owner = sample, batch, owner
+    def _release(self) -> None:
+        self._sample, self._batch, self._waiting = None, (), weakref.WeakSet()
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    """Grows with each change in place; tensors made in inference mode do not count theirs."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 class NoiseMaskedNoisyTransformerModel(nn.Module):
-    """A frozen causal language model that sees embeddings before and after a transform.
+    """The base model behind a transform: the teacher.
 
-    Adapters in the base model are off while it runs, and so is dropout; gradients reach the
-    transform and nothing else.
+    Adapters and dropout are off while it runs. Its weights are frozen, while gradients pass through
+    it to the transform. Nothing of it is checkpointed: a recomputation would come in the backward,
+    when the adapters are on again.
 
     Args:
-        base_model: a causal language model of transformers, alone, which freezes it, or with a PEFT
-            adapter.
+        base_model: a causal language model of transformers. One without adapters is frozen; of one
+            with adapters of PEFT's (wrapped, or put into it) PEFT has frozen the rest.
         cloak: the transform, for embeddings of the model's hidden size.
         distillation_layer_index: decoder layer whose output to keep; negative ones count from the
-            end. None: none.
-        truncated: the model ends after that layer and makes no logits.
-        noise_cache: of the model to share the noise with.
+            end; None keeps none.
+        truncated: end after that layer, and make no logits.
+        noise_cache: that of the model to share noise with.
 
     Raises:
-        ValueError: a model without input embeddings or decoder layers, a layer that it has not, a
-        transform of another hidden size, truncated without a layer.
+        ValueError: a model without input embeddings, with adapters on them or trained ones, or of
+        an encoder and a decoder; no such layer; truncated without a layer; a transform of another
+        hidden size.
 
     Source: Stained Glass Engine 2.8.1, loss.jigsaw.
     """
@@ -109,108 +144,55 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
     ) -> None:
         super().__init__()
         inner = without_adapter(base_model)
-        layer = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
-        weight = getattr(layer, "weight", None)
-        if not isinstance(weight, Tensor):
-            raise ValueError(f"{type(inner).__name__} has no input embeddings to transform")
-        if getattr(inner.config, "is_encoder_decoder", False):
-            raise ValueError(f"{type(inner).__name__} is no causal language model")
-        if weight.shape[-1] != cloak.hidden_size:
+        weight = getattr(_input_embeddings(inner), "weight", None)
+        kind = type(inner).__name__
+        if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+            raise ValueError(f"{kind} has an encoder: wanted a causal language model")
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
             raise ValueError(
-                f"the transform is for embeddings of size {cloak.hidden_size}, those of"
-                f" {type(inner).__name__} have {weight.shape[-1]}"
+                f"{kind} has no input embeddings: wanted get_input_embeddings() to return a layer"
+                " with a weight [V, D]"
+            )
+        if weight.shape[1] != cloak.hidden_size:
+            raise ValueError(
+                f"the transform is for embeddings of size {cloak.hidden_size}, those of {kind} have"
+                f" {weight.shape[1]}: make one with TransformerCloak.from_model"
+            )
+        n_layers = len(blocks_of(base_model))
+        layer = _layer_of(distillation_layer_index, n_layers)
+        if truncated and layer is None:
+            raise ValueError(
+                "truncated=True needs a distillation_layer_index, the layer to end after: got None"
+            )
+        if not has_adapter(base_model):
+            base_model.requires_grad_(False)
+        elif has_adapter(_input_embeddings(inner)) or weight.requires_grad:
+            raise ValueError(
+                f"the input embeddings of {kind} are trained, but the transform starts from the"
+                " base model's: leave them out of target_modules and modules_to_save"
             )
         self.base_model, self.cloak = base_model, cloak
+        self.distillation_layer_index, self.is_truncated = layer, truncated
+        self.n_layers = n_layers
         self.noise_cache = NoiseCache() if noise_cache is None else noise_cache
-        self.n_layers = len(blocks_of(base_model))
-        self.is_truncated = truncated
-        self.distillation_layer_index: int | None = None
-        self.keep_layer(distillation_layer_index)
-        if truncated and distillation_layer_index is None:
-            raise ValueError("truncated=True wants a distillation_layer_index to end after")
-        if not has_adapter(base_model):  # PEFT has frozen all but its own
-            base_model.requires_grad_(False)
-        accepted = inspect.signature(inner.forward).parameters
-        self._takes_positions = "position_ids" in accepted
+        self.noise_cache.join(self)
+        self._takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
 
     def keep_layer(self, index: int | None) -> None:
-        """Keep the output of that decoder layer from now on; None changes nothing.
+        """Keep the output of this decoder layer from now on; None leaves it as it is.
 
         Raises:
-            ValueError: no such layer, or another than the one that is kept.
+            ValueError: no such layer, or another one is kept.
         """
-        if index is None:
+        layer, kept = _layer_of(index, self.n_layers), self.distillation_layer_index
+        if layer is None:
             return
-        n = self.n_layers
-        if isinstance(index, bool) or not isinstance(index, int) or not -n <= index < n:
+        if kept not in (None, layer):
             raise ValueError(
-                f"distillation_layer_index must be a decoder layer from {-n} to {n - 1}: got"
-                f" {index!r}"
+                f"distillation_layer_index must be {kept}, which the model was built with: got"
+                f" {index}"
             )
-        if self.distillation_layer_index not in (None, index % n):
-            raise ValueError(
-                f"distillation_layer_index {index} is not the one that the model was built with,"
-                f" {self.distillation_layer_index}"
-            )
-        self.distillation_layer_index = index % n
-
-    @contextlib.contextmanager
-    def _mode(self) -> Iterator[None]:
-        """Adapters and dropout off. Without training mode nothing is checkpointed either: its
-        recomputation would come later, with the adapters on."""
-        with training_mode(self.base_model, False), contextlib.ExitStack() as stack:
-            if has_adapter(self.base_model):
-                stack.enter_context(adapter_off(self.base_model))
-            yield
-
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """The clean embeddings [B, S, D] of token ids [B, S]."""
-        with torch.no_grad():
-            embeddings: Tensor = without_adapter(self.base_model).get_input_embeddings()(input_ids)
-        return embeddings
-
-    def protect(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        noise_mask: Tensor | None = None,
-        *,
-        seed: Tensor | None = None,
-    ) -> CloakOutput:
-        """The transform of a prompt, for `base_model.generate(inputs_embeds=...)`.
-
-        Args:
-            input_ids, attention_mask: [B, S]. noise_mask: [B, S] or [B, S, D]; where None, all that
-                the attention mask has.
-            seed: see `TransformerCloak`.
-
-        Raises:
-            TypeError: not tensors. ValueError: shapes that do not fit.
-        """
-        return self._draw(input_ids, attention_mask, noise_mask, seed).cloaked
-
-    def _draw(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        noise_mask: Tensor | None,
-        seed: Tensor | None = None,
-    ) -> Sample:
-        if not isinstance(input_ids, Tensor):
-            raise TypeError(f"input_ids must be a torch.Tensor: got {type(input_ids).__name__}")
-        if input_ids.dim() != 2 or input_ids.is_floating_point():
-            raise ValueError(
-                f"input_ids must be whole numbers [B, S]: got {input_ids.dtype}"
-                f" {list(input_ids.shape)}"
-            )
-        attended = _mask("attention_mask", attention_mask, input_ids.shape)
-        if attended is None:
-            attended = torch.ones_like(input_ids)
-        noised = _mask("noise_mask", noise_mask, input_ids.shape, self.cloak.hidden_size)
-        if noised is None:
-            noised = attended
-        clean = self.embed(input_ids)
-        return Sample(clean, self.cloak(clean, noised, attended, seed=seed), attended, noised)
+        self.distillation_layer_index = layer
 
     def forward(
         self,
@@ -219,26 +201,27 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         noise_mask: Tensor | None = None,
         loss_mask: Tensor | None = None,
     ) -> NoisyOutput:
-        """Run the model on the clean and the noisy half.
+        """Run on the super batch.
 
         Args:
-            input_ids: [B, S]. attention_mask: [B, S]; where None, all tokens.
-            noise_mask: [B, S] or [B, S, D] to transform; where None, what attention_mask has.
-            loss_mask: [B, S] that protection and guardrails count; where None, what noise_mask has.
+            input_ids: [B, S].
+            attention_mask: [B, S]; None: all ones. Padding may be on either side.
+            noise_mask: [B, S] or [B, S, D], nonzero where to transform, within attention_mask;
+                None: all of it.
+            loss_mask: [B, S] that protection and guardrails count; None: what is transformed.
 
         Raises:
-            TypeError: not tensors. ValueError: shapes that do not fit.
+            TypeError: not tensors. ValueError: shapes, dtypes, devices or ids that do not fit.
         """
-        counted = _mask("loss_mask", loss_mask, input_ids.shape)
+        self._check(input_ids, attention_mask, noise_mask, loss_mask)
         batch = (input_ids, attention_mask, noise_mask)
-        sample = self.noise_cache.take(self, batch)
-        if sample is None:
-            sample = self._draw(input_ids, attention_mask, noise_mask)
-            self.noise_cache.put(self, batch, sample)
-        if counted is None:
+        sample = self.noise_cache.sample(self, batch, lambda: self._draw(*batch, seed=None))
+        logits, embeddings = self._run(sample, attention_mask)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if loss_mask is None:
             noised = sample.noise_mask
-            counted = noised if noised.dim() == 2 else (noised != 0).any(-1)
-        logits, embeddings = self._run(sample)
+            loss_mask = noised if noised.dim() == 2 else (noised != 0).any(-1)
         return NoisyOutput(
             logits,
             embeddings,
@@ -246,49 +229,145 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             sample.cloaked.noisy,
             sample.cloaked.means,
             sample.cloaked.stds,
-            sample.attention_mask,
+            attention_mask,
             sample.noise_mask,
-            counted,
+            loss_mask,
         )
 
-    def _run(self, sample: Sample) -> tuple[Tensor | None, Tensor | None]:
-        """(logits [2B, S, V], hidden states [2B, S, D] of the distillation layer)."""
-        attention_mask = torch.cat([sample.attention_mask] * 2)
-        inputs: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False}
-        inputs["inputs_embeds"] = torch.cat([sample.clean, sample.cloaked.noisy])
-        if self._takes_positions:  # else padding on the left would be counted
-            inputs["position_ids"] = ((attention_mask != 0).cumsum(-1) - 1).clamp_min(0)
+    @torch.no_grad()
+    def protect(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        noise_mask: Tensor | None = None,
+        *,
+        seed: Tensor | int | None = None,
+    ) -> CloakOutput:
+        """The transform of a prompt alone: its `noisy` is what
+        `base_model.generate(inputs_embeds=..., attention_mask=...)` takes.
+
+        Args:
+            input_ids, attention_mask, noise_mask: as in `forward`.
+            seed: of the noise, as in `TransformerCloak.forward`.
+
+        Raises:
+            As `forward`.
+        """
+        self._check(input_ids, attention_mask, noise_mask, None)
+        return self._draw(input_ids, attention_mask, noise_mask, seed=seed).cloaked
+
+    def _check(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        noise_mask: Tensor | None,
+        loss_mask: Tensor | None,
+    ) -> None:
+        if not isinstance(input_ids, Tensor):
+            raise TypeError(f"input_ids must be a torch.Tensor: got {type(input_ids).__name__}")
+        shape, dtype = tuple(input_ids.shape), input_ids.dtype
+        if dtype not in (torch.int64, torch.int32) or len(shape) != 2 or 0 in shape:
+            raise ValueError(f"input_ids must be integers [B, S], not empty: got {dtype} {shape}")
+        weight = self._embedding_layer().weight
+        if values_checked(input_ids):
+            low, high = int(input_ids.min()), int(input_ids.max())
+            if low < 0 or high >= weight.shape[0]:
+                raise ValueError(
+                    f"input_ids must be from 0 to {weight.shape[0] - 1}, the vocabulary: got"
+                    f" {low if low < 0 else high}"
+                )
+        check_weights("attention_mask", attention_mask, shape)
+        check_weights("loss_mask", loss_mask, shape)
+        if noise_mask is not None:
+            positions(noise_mask, (*shape, weight.shape[1]))
+        masks = {
+            "attention_mask": attention_mask,
+            "noise_mask": noise_mask,
+            "loss_mask": loss_mask,
+        }
+        for name, mask in masks.items():
+            if mask is not None:
+                check_same_device(name, mask, "input_ids", input_ids)
+
+    def _embedding_layer(self) -> Any:
+        return _input_embeddings(without_adapter(self.base_model))
+
+    def _draw(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        noise_mask: Tensor | None,
+        *,
+        seed: Tensor | int | None,
+    ) -> Sample:
+        with torch.no_grad():  # detached: training with checkpoints makes the layer's output a leaf
+            clean = self._embedding_layer()(input_ids).detach()
+        attended = None if attention_mask is None else attention_mask != 0
+        if noise_mask is None:
+            noised = torch.ones_like(input_ids, dtype=torch.bool) if attended is None else attended
+        else:
+            noised = noise_mask != 0
+            if attended is not None:
+                noised = noised & (attended if noised.dim() == 2 else attended.unsqueeze(-1))
+        return Sample(clean, self.cloak(clean, noised, attention_mask, seed=seed), noised)
+
+    def _run(
+        self, sample: Sample, attention_mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(logits [2B, S, V], output of the distillation layer [2B, S, D])."""
+        embeddings = torch.cat([sample.clean, sample.cloaked.noisy])
+        inputs: dict[str, Any] = {"inputs_embeds": embeddings, "use_cache": False}
+        if attention_mask is not None:
+            inputs["attention_mask"] = torch.cat([attention_mask, attention_mask])
+            if self._takes_positions:  # else padding on the left would count
+                positions = ((attention_mask != 0).cumsum(-1) - 1).clamp_min(0)
+                inputs["position_ids"] = torch.cat([positions, positions])
         layer = self.distillation_layer_index
-        with self._mode(), contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._mode())
             found: dict[int, Any] = {}
-            if layer is not None:
-                found = stack.enter_context(capture(self.base_model, [layer], "block"))
-            if self.is_truncated and layer is not None:
+            if self.is_truncated:
+                assert layer is not None
                 stack.enter_context(only_blocks(self.base_model, layer + 1))
                 stack.enter_context(no_logits(self.base_model))
+            if layer is not None:
+                found = stack.enter_context(capture(self.base_model, [layer], "block"))
             logits = self.base_model(**inputs).logits
-        return None if self.is_truncated else logits, None if layer is None else found[layer]
+        hidden = None if layer is None else found[layer]
+        if hidden is not None and embeddings.requires_grad and not hidden.requires_grad:
+            raise RuntimeError(
+                f"the output of decoder layer {layer} has no gradient: with gradient checkpointing"
+                " pass gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        return None if self.is_truncated else logits, hidden
+
+    @contextlib.contextmanager
+    def _mode(self) -> Iterator[None]:
+        """Adapters, dropout and (with the training mode) checkpoints off."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(training_mode(self.base_model, False))
+            if has_adapter(self.base_model):
+                stack.enter_context(adapter_off(self.base_model))
+            yield
 
 
 class PeftNoiseMaskedNoisyTransformerModel(NoiseMaskedNoisyTransformerModel):
-    """The same with a PEFT adapter, which is on and trained, in the mode that the model is in.
+    """The base model with its adapters on, in its own mode, behind a transform: the student.
 
-    Build it with `noise_cache=teacher.noise_cache` and the teacher's `cloak`.
+    Args:
+        base_model: as above, with adapters of PEFT's.
+        cloak, noise_cache: those of the teacher, for one transform and one noise.
+        others: as above.
 
     Raises:
-        ValueError: also a base model without an adapter, or with trained input embeddings.
+        ValueError: as above, and for a model without adapters in its layers.
     """
 
     def __init__(self, base_model: nn.Module, cloak: TransformerCloak, **options: Any) -> None:
-        if not has_adapter(base_model):
+        if not has_adapter(without_adapter(base_model)):
             raise ValueError(
-                f"{type(base_model).__name__} has no PEFT adapter: wrap it with peft.get_peft_model"
-            )
-        embeddings = without_adapter(base_model).get_input_embeddings()
-        if any(p.requires_grad for p in embeddings.parameters()):
-            raise ValueError(
-                "the adapter trains the input embeddings, which the transform starts from: leave"
-                " them out of target_modules and modules_to_save"
+                f"{type(base_model).__name__} has no PEFT adapter in its layers: wrap it with"
+                " peft.get_peft_model, with LoRA or another that is no prompt"
             )
         super().__init__(base_model, cloak, **options)
 
@@ -297,14 +376,20 @@ class PeftNoiseMaskedNoisyTransformerModel(NoiseMaskedNoisyTransformerModel):
         yield
 
 
-def _mask(name: str, mask: Any, shape: torch.Size, hidden_size: int | None = None) -> Tensor | None:
-    """The mask, after checking that it has a flag for each token, or for each feature."""
-    if mask is None:
+def _input_embeddings(inner: Any) -> Any:
+    try:
+        return inner.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
         return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor: got {type(mask).__name__}")
-    allowed = [tuple(shape)] + ([(*shape, hidden_size)] if hidden_size is not None else [])
-    if tuple(mask.shape) not in allowed:
-        wanted = " or ".join(str(list(a)) for a in allowed)
-        raise ValueError(f"{name} must be {wanted}, as the input_ids: got {list(mask.shape)}")
-    return mask
+
+
+def _layer_of(index: int | None, n_layers: int) -> int | None:
+    """The layer counted from 0; ValueError where the model has none of that number."""
+    if index is None:
+        return None
+    if isinstance(index, bool) or not isinstance(index, int) or not -n_layers <= index < n_layers:
+        raise ValueError(
+            f"distillation_layer_index must be a decoder layer from {-n_layers} to {n_layers - 1}:"
+            f" got {index!r}"
+        )
+    return index % n_layers

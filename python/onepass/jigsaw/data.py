@@ -1,0 +1,388 @@
+"""Text and conversations as batches of token ids that say which tokens a transform is for.
+
+Of a conversation those are the contents of its messages; what the chat template writes around them
+stays as it is. Where a template reworks a content so that its ends are lost, what lies between its
+neighbours counts as content: rather a marker too many than a word too few.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..cli.errors import one_line
+from ..ops._check import check_choice
+from ..training.prompts import FIELDS, Prompt, read_prompts
+
+MULTIPLE = 8  # of a padded length
+SIDES = ("left", "right")
+SYSTEM = ("system", "developer")  # the roles that are a system prompt
+MARKS = 0xF0000  # the first of the private characters that stand at the ends of contents
+logger = logging.getLogger("onepass")
+
+Conversation = Sequence[Mapping[str, Any]]
+Entry = str | Conversation
+Span = tuple[int, int]  # of characters, the end not in it
+
+
+class Encoded(NamedTuple):
+    """The tokens of one entry, and whether each is transformed and counted."""
+
+    input_ids: list[int]
+    noise_mask: list[bool]
+    loss_mask: list[bool]
+
+
+class NoiseTokenizer:
+    """A tokenizer that also marks what a transform is for.
+
+    Args:
+        tokenizer: of transformers; a fast one for conversations.
+        max_length: at most so many tokens, what is longer loses its end; None: the model_max_length
+            of the tokenizer.
+        transform_system: whether system prompts are transformed.
+        ignore_prompt_loss: whether protection and guardrails count the assistant's messages of a
+            conversation only; otherwise they count all that is transformed.
+        padding_side: "left" or "right"; None: the tokenizer's.
+        pad_to_multiple_of: a padded length is one, or max_length.
+
+    Special tokens and padding are neither transformed nor counted.
+
+    Source: Stained Glass Engine, NoiseTokenizer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int | None = None,
+        transform_system: bool = True,
+        ignore_prompt_loss: bool = False,
+        padding_side: str | None = None,
+        pad_to_multiple_of: int = MULTIPLE,
+    ) -> None:
+        self.padding_side = tokenizer.padding_side if padding_side is None else padding_side
+        check_choice("padding_side", self.padding_side, SIDES)
+        if max_length is None:  # where a tokenizer has none it says 10^30
+            max_length = int(min(tokenizer.model_max_length, sys.maxsize))
+        for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number above 0: got {value!r}")
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.transform_system, self.ignore_prompt_loss = transform_system, ignore_prompt_loss
+        self.pad_to_multiple_of = pad_to_multiple_of
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self._special = {
+            *tokenizer.all_special_ids,
+            *(number for number, token in added.items() if token.special),
+        }
+        # A word that the vocabulary has not is content, where its token is no other's.
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        if unknown not in (tokenizer.eos_token_id, getattr(tokenizer, "bos_token_id", None)):
+            self._special -= {unknown}
+
+    def __call__(
+        self, entries: Entry | Sequence[Entry], *, add_generation_prompt: bool = False
+    ) -> dict[str, Tensor]:
+        """A batch: input_ids and attention_mask (int64), noise_mask and loss_mask (bool), [B, S].
+
+        Args:
+            entries: texts and conversations (lists of {"role", "content"}), or one of either.
+            add_generation_prompt: let conversations end where the assistant begins to answer.
+
+        Raises:
+            TypeError, ValueError: an entry that is neither or is empty; a conversation where there
+            is no chat template, or that it refuses.
+        """
+        one = isinstance(entries, str) or (bool(entries) and isinstance(entries[0], Mapping))
+        listed: Any = [entries] if one else list(entries)
+        if not listed:
+            raise ValueError("entries must be texts or conversations: got none")
+        encoded = [self._whole(entry, add_generation_prompt) for entry in listed]
+        return self.pad(self._cut(encoded))
+
+    def encode(self, entries: Iterable[Entry]) -> list[Encoded]:
+        """The tokens of each entry, without padding; raises as a call does."""
+        return self._cut([self._whole(entry, False) for entry in entries])
+
+    def pad(self, encoded: Sequence[Encoded]) -> dict[str, Tensor]:
+        """The batch of what `encode` gave, padded on this tokenizer's side with its token."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return data_collator(
+            [e._asdict() for e in encoded],
+            pad_token_id=next((number for number in known if number is not None), 0),
+            padding_side=self.padding_side,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            max_length=self.max_length,
+        )
+
+    def _cut(self, encoded: Sequence[Encoded]) -> list[Encoded]:
+        at_most = self.max_length
+        if n_cut := sum(len(e.input_ids) > at_most for e in encoded):
+            logger.warning(
+                "%d of %d entries have more than %d tokens and lose their end",
+                *(n_cut, len(encoded), at_most),
+            )
+        return [Encoded(ids[:at_most], n[:at_most], c[:at_most]) for ids, n, c in encoded]
+
+    def _whole(self, entry: Any, add_generation_prompt: bool) -> Encoded:
+        if isinstance(entry, str):
+            encoded = self._text(entry)
+        elif isinstance(entry, Sequence):
+            encoded = self._conversation(entry, add_generation_prompt)
+        else:
+            raise TypeError(
+                f"an entry must be a string or a list of messages: got {type(entry).__name__}"
+            )
+        if not encoded.input_ids:
+            raise ValueError("an entry must have tokens: got an empty one")
+        return encoded
+
+    def _text(self, text: str) -> Encoded:
+        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
+        noised = [number not in self._special for number in ids]
+        return Encoded(ids, noised, list(noised))
+
+    def _conversation(self, turns: Conversation, add_generation_prompt: bool) -> Encoded:
+        if not turns or not all(map(_is_turn, turns)):
+            raise ValueError(
+                'a conversation must be a list of {"role": ..., "content": text}: got'
+                f" {_shown(turns)}"
+            )
+        name = type(self.tokenizer).__name__
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                f"{name} has no chat template, so that nobody knows how it would write messages:"
+                " set tokenizer.chat_template, or pass texts"
+            )
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ValueError(
+                f"{name} does not tell where its tokens lie in the text: conversations need a fast"
+                " tokenizer"
+            )
+
+        def render(contents: Sequence[str]) -> str:
+            messages = [
+                {**turn, "content": content} for turn, content in zip(turns, contents, strict=True)
+            ]
+            rendered: str = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+            return rendered
+
+        contents = [turn["content"] for turn in turns]
+        try:
+            text = render(contents)
+        except Exception as error:  # a template raises what its language has
+            raise ValueError(f"the chat template refuses it: {one_line(error)}") from error
+        spans = _spans(text, contents, render)
+        noised_spans, counted_spans = [], []
+        for turn, own in zip(turns, spans, strict=True):
+            if turn["role"] in SYSTEM and not self.transform_system:
+                continue
+            noised_spans += own
+            if turn["role"] == "assistant" or not self.ignore_prompt_loss:
+                counted_spans += own
+        found = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ids, offsets = list(found["input_ids"]), found["offset_mapping"]
+        plain = [number not in self._special for number in ids]
+        noised, counted = (
+            [is_plain and _touches(o, own) for is_plain, o in zip(plain, offsets, strict=True)]
+            for own in (noised_spans, counted_spans)
+        )
+        return Encoded(ids, noised, counted)
+
+
+class JigsawDataset(Dataset[dict[str, Any]]):
+    """The entries of a file, or of a list, as the trainer takes them.
+
+    Args:
+        tokenizer: a NoiseTokenizer, or one of transformers.
+        source: a file as `read_prompts` takes it; or texts, conversations and its prompts. A record
+            with "messages" (or another of its fields holding messages) is a conversation.
+        num_examples: at most so many; None takes all.
+
+    An item has input_ids, noise_mask and loss_mask, [S] each. Entries of one token, which has
+    nothing to tell of, are left out.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as `read_prompts` and `NoiseTokenizer`, with file
+        and line; or where nothing is left.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        source: str | Path | Sequence[Entry | Prompt],
+        num_examples: int | None = None,
+    ) -> None:
+        if not isinstance(tokenizer, NoiseTokenizer):
+            tokenizer = NoiseTokenizer(tokenizer)
+        entries = read_prompts(source) if isinstance(source, str | Path) else source
+        encoded = [_placed(tokenizer, entry) for entry in entries[:num_examples]]
+        kept = [e for e in tokenizer._cut(encoded) if len(e.input_ids) > 1 and any(e.noise_mask)]
+        if not kept:
+            raise ValueError(f"none of {len(encoded)} entries has text to transform")
+        self.encoded = kept
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: torch.tensor(x) for name, x in self.encoded[index]._asdict().items()}
+
+
+def data_collator(
+    items: Sequence[Mapping[str, Any]],
+    *,
+    pad_token_id: int = 0,
+    padding_side: str = "right",
+    pad_to_multiple_of: int = MULTIPLE,
+    max_length: int | None = None,
+) -> dict[str, Tensor]:
+    """A batch of items, as a call of NoiseTokenizer returns it.
+
+    Args:
+        items: each with input_ids [S], and noise_mask and loss_mask [S], or without: then noise is
+            for all tokens, and what is transformed is counted.
+        pad_token_id: what stands in the padding, which attention_mask leaves out.
+        padding_side, pad_to_multiple_of: of the padding.
+        max_length: to which a length that is no multiple may be padded.
+
+    Raises:
+        ValueError: an item without input_ids, or whose masks have another length.
+    """
+    check_choice("padding_side", padding_side, SIDES)
+    rows = []
+    for number, item in enumerate(items):
+        if "input_ids" not in item:
+            raise ValueError(f"item {number} has no input_ids: got {', '.join(item) or 'nothing'}")
+        ids = torch.as_tensor(item["input_ids"], dtype=torch.long)
+        noised = torch.as_tensor(item.get("noise_mask", [True] * len(ids)), dtype=torch.bool)
+        counted = torch.as_tensor(item.get("loss_mask", noised), dtype=torch.bool)
+        if not len(ids) == len(noised) == len(counted):
+            raise ValueError(
+                f"item {number} must have masks as long as its input_ids, {len(ids)}: got"
+                f" {len(noised)} and {len(counted)}"
+            )
+        rows.append((ids, noised, counted))
+    longest = max(len(ids) for ids, _, _ in rows)
+    length = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    if max_length is not None:
+        length = max(min(length, max_length), longest)
+    shape = (len(rows), length)
+    batch = {
+        "input_ids": torch.full(shape, pad_token_id),
+        "attention_mask": torch.zeros(shape, dtype=torch.long),
+        "noise_mask": torch.zeros(shape, dtype=torch.bool),
+        "loss_mask": torch.zeros(shape, dtype=torch.bool),
+    }
+    for row, (ids, noised, counted) in enumerate(rows):
+        here = slice(0, len(ids)) if padding_side == "right" else slice(length - len(ids), length)
+        batch["input_ids"][row, here] = ids
+        batch["attention_mask"][row, here] = 1
+        batch["noise_mask"][row, here] = noised
+        batch["loss_mask"][row, here] = counted
+    return batch
+
+
+def _placed(tokenizer: NoiseTokenizer, entry: Any) -> Encoded:
+    """The tokens of an entry; what is wrong with a file's is said with its place."""
+    if not isinstance(entry, Prompt):
+        return tokenizer._whole(entry, False)
+    fields = [entry.record[name] for name in FIELDS if name in entry.record]
+    value = fields[0] if fields and isinstance(fields[0], list) else entry.text
+    try:
+        return tokenizer._whole(value, False)
+    except ValueError as error:
+        where = f"{entry.file}:{entry.line}" if entry.line else str(entry.file)
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and all(
+        isinstance(turn.get(name), str) for name in ("role", "content")
+    )
+
+
+def _shown(turns: Any) -> str:
+    wrong = next((turn for turn in turns if not _is_turn(turn)), None)
+    return "none" if wrong is None else one_line(ValueError(repr(wrong)[:80]))
+
+
+def _spans(text: str, contents: Sequence[str], render: Any) -> list[list[Span]]:
+    """Where each content lies in the rendered text; a content may be there more than once.
+
+    The template is given the contents again with a private character at both ends of what strip()
+    leaves of each, and is asked for where those end up.
+    """
+    first = MARKS
+    while any(first <= ord(c) < first + 2 * len(contents) for c in "".join([text, *contents])):
+        first += 2 * len(contents)
+    cores = [content.strip() for content in contents]
+    marked_contents = [
+        content.replace(core, chr(first + 2 * n) + core + chr(first + 2 * n + 1), 1)
+        if core
+        else content
+        for n, (content, core) in enumerate(zip(contents, cores, strict=True))
+    ]
+    everything: list[list[Span]] = [[(0, len(text))] if core else [] for core in cores]
+    try:
+        marked = render(marked_contents)
+    except Exception:  # refuses what is like the content and is not it
+        return everything
+    clean: list[str] = []
+    ends: list[tuple[int, int]] = []  # place in the clean text, which mark
+    for character in marked:
+        mark = ord(character) - first
+        if 0 <= mark < 2 * len(contents):
+            ends.append((len(clean), mark))
+        else:
+            clean.append(character)
+    if "".join(clean) != text:  # depends on more than where the contents stand
+        return everything
+    spans: list[list[Span]] = []
+    lost = []
+    for n, (content, core) in enumerate(zip(contents, cores, strict=True)):
+        starts = [place for place, mark in ends if mark == 2 * n]
+        stops = [place for place, mark in ends if mark == 2 * n + 1]
+        own = list(zip(starts, stops, strict=False))
+        if core and (not own or len(starts) != len(stops) or any(a > b for a, b in own)):
+            lost.append(n)
+        spans.append([_widened(span, content, core, text) for span in own])
+    for n in lost:
+        before = [b for known in spans[:n] for _, b in known]
+        begin = max(before, default=0)
+        after = [a for known in spans[n + 1 :] for a, _ in known if a >= begin]
+        spans[n] = [(begin, min(after, default=len(text)))]
+    return spans
+
+
+def _widened(span: Span, content: str, core: str, text: str) -> Span:
+    """The span with the whitespace around the content that the template left there."""
+    start, stop = span
+    at = content.index(core)
+    lead, trail = content[:at], content[at + len(core) :]
+    if lead and text[:start].endswith(lead):
+        start -= len(lead)
+    if trail and text.startswith(trail, stop):
+        stop += len(trail)
+    return start, stop
+
+
+def _touches(token: Span, spans: Sequence[Span]) -> bool:
+    """Whether a token has a character in a span; one without characters (tokenizers leave spaces
+    out of their places) whether it lies in one or at its end."""
+    start, stop = token
+    if start == stop:
+        return any(a <= start <= b and a < b for a, b in spans)
+    return any(start < b and stop > a for a, b in spans)

@@ -1,0 +1,270 @@
+"""Text and conversations as batches: what is transformed, what is counted, what is padding."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from onepass.jigsaw.data import JigsawDataset, NoiseTokenizer, data_collator
+from onepass.training.prompts import read_prompts
+
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+from support.tiny_language_model import CHAT, tokenizer  # noqa: E402
+
+ASK = "What is the capital of France?"
+SAY = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": ASK},
+    {"role": "assistant", "content": "Paris, user."},
+    {"role": "user", "content": "user"},  # a role's name, and the end of another content
+]
+STRIPS = (
+    "{% for m in messages %}<{{ m.role }}>\n{{ m.content | trim }}\n</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+# As reasoning models do: what was thought is left out of all answers but a last one.
+THINKS = (
+    "{% for m in messages %}<{{ m.role }}>"
+    "{% if '</think>' in m.content %}"
+    "{% if loop.last %}<think>{{ m.content.split('</think>')[0].split('<think>')[-1] }}</think>"
+    "{% endif %}{{ m.content.split('</think>')[-1] }}"
+    "{% else %}{{ m.content }}{% endif %}</s>{% endfor %}"
+)
+TWICE = "{{ messages[0].content }}#" + CHAT
+COUNTS = "{% for m in messages %}<{{ m.role }} {{ m.content | length }}>{{ m.content }}{% endfor %}"
+
+
+def shown(batch: dict[str, Tensor], name: str, template: str = CHAT, row: int = 0) -> str:
+    """The text of the tokens that a mask marks, with a bar for each gap."""
+    made = tokenizer(template)
+    parts, last = [], True
+    for number, marked in zip(batch["input_ids"][row], batch[name][row].bool(), strict=True):
+        if marked:
+            parts.append(made.convert_ids_to_tokens(int(number)))
+        elif last:
+            parts.append("|")
+        last = bool(marked)
+    return "".join(parts).replace("Ġ", " ").replace("Ċ", "\n").strip("|")
+
+
+def test_text_is_all_transformed_but_special_tokens() -> None:
+    made = tokenizer()
+    batch = NoiseTokenizer(made)(["<s>ab</s>", "abcdef</s>ghi"])
+    assert batch["input_ids"].shape == (2, 16)
+    assert {name: x.dtype for name, x in batch.items()} == {
+        "input_ids": torch.int64,
+        "attention_mask": torch.int64,
+        "noise_mask": torch.bool,
+        "loss_mask": torch.bool,
+    }
+    assert shown(batch, "noise_mask") == "ab" and batch["noise_mask"][0].tolist()[:4] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert shown(batch, "noise_mask", row=1) == "abcdef|ghi"
+    assert torch.equal(batch["loss_mask"], batch["noise_mask"])
+    assert batch["attention_mask"].sum(1).tolist() == [4, 10]
+    assert not batch["noise_mask"][batch["attention_mask"] == 0].any()
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == made.pad_token_id).all()
+    one = NoiseTokenizer(made)("<s>ab</s>")
+    assert torch.equal(one["input_ids"][0], batch["input_ids"][0, :8])
+
+
+def test_contents_are_transformed_and_what_the_template_writes_is_not() -> None:
+    made = tokenizer(CHAT)
+    batch = NoiseTokenizer(made)([SAY, SAY[:2]], add_generation_prompt=True)
+    wanted = made.apply_chat_template(SAY, add_generation_prompt=True)["input_ids"]
+    assert batch["input_ids"][0, : len(wanted)].tolist() == wanted
+    contents = [turn["content"] for turn in SAY]
+    assert shown(batch, "noise_mask") == "|".join(contents)
+    assert shown(batch, "noise_mask", row=1) == "|".join(contents[:2])
+    assert torch.equal(batch["loss_mask"], batch["noise_mask"])
+
+
+def test_an_unknown_word_is_content() -> None:
+    made = tokenizer()
+    made.unk_token = "<unk>"
+    assert shown(NoiseTokenizer(made)("ab<unk></s>"), "noise_mask") == "ab<unk>"
+    made.unk_token = "</s>"  # as GPT-2 has it
+    assert shown(NoiseTokenizer(made)("ab</s>"), "noise_mask") == "ab"
+
+
+def test_options_of_roles() -> None:
+    made = tokenizer(CHAT)
+    batch = NoiseTokenizer(made, transform_system=False)(SAY)
+    assert shown(batch, "noise_mask") == f"{ASK}|Paris, user.|user"
+    batch = NoiseTokenizer(made, ignore_prompt_loss=True)(SAY)
+    assert shown(batch, "loss_mask") == "Paris, user."
+    assert shown(batch, "noise_mask").startswith("Be brief.|")
+
+
+@pytest.mark.parametrize("template", [CHAT, STRIPS])
+def test_whitespace_around_contents(template: str) -> None:
+    turns = [
+        {"role": "user", "content": "  user \n"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": " \n "},
+        {"role": "user", "content": "\nuser"},
+    ]
+    batch = NoiseTokenizer(tokenizer(template))(turns)
+    got = shown(batch, "noise_mask", template)
+    assert got.split("|") == (["  user \n", "\nuser"] if template == CHAT else ["user", "\nuser"])
+
+
+def test_a_template_that_leaves_thoughts_out() -> None:
+    thought = "<think>secret plan</think>the answer"
+    turns = [
+        {"role": "user", "content": "ask"},
+        {"role": "assistant", "content": thought},
+        {"role": "user", "content": "again"},
+        {"role": "assistant", "content": thought},
+    ]
+    batch = NoiseTokenizer(tokenizer(THINKS))(turns)
+    got = shown(batch, "noise_mask", THINKS)
+    for word in ("ask", "the answer", "again", "secret plan"):
+        assert word in got  # with some of the markers around them
+    assert not got.startswith("<user>")
+    assert got.count("the answer") == 2 and got.count("secret plan") == 1
+
+
+def test_a_content_that_the_template_writes_twice() -> None:
+    batch = NoiseTokenizer(tokenizer(TWICE))(SAY[:2])
+    assert shown(batch, "noise_mask", TWICE) == f"Be brief.|Be brief.|{ASK}"
+
+
+def test_a_template_that_looks_into_contents_has_all_transformed() -> None:
+    batch = NoiseTokenizer(tokenizer(COUNTS))(SAY[:2])
+    assert shown(batch, "noise_mask") == f"<system 9>Be brief.<user {len(ASK)}>{ASK}"
+
+
+def test_tokens_across_the_border_and_other_scripts() -> None:
+    """Of a tokenizer that joins a marker's end and a content's start, and bytes of one letter."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE(unk_token=None))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=270, initial_alphabet=alphabet, special_tokens=["<pad>"], show_progress=False
+    )
+    raw.train_from_iterator([">na" * 50 + "ve" * 9], trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>")
+    made.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    turns = [{"role": "user", "content": "naïve 日本 "}, {"role": "user", "content": "nah"}]
+    batch = NoiseTokenizer(made)(turns)
+    ids, noised = batch["input_ids"][0], batch["noise_mask"][0]
+    marked = made.decode(ids[noised])
+    assert "naïve 日本" in marked and marked.endswith("nah") and "user" not in marked
+    assert ">n" in marked  # the token that holds both
+
+
+def test_padding_on_the_left_and_to_a_multiple() -> None:
+    batch = NoiseTokenizer(tokenizer(), padding_side="left", pad_to_multiple_of=5)(
+        ["abc", "abcdef"]
+    )
+    assert batch["attention_mask"].tolist()[0] == [0] * 7 + [1] * 3
+    assert batch["noise_mask"].tolist()[1] == [False] * 4 + [True] * 6
+    made = tokenizer()
+    made.padding_side = "left"
+    assert NoiseTokenizer(made)("abc")["attention_mask"].tolist() == [[0] * 5 + [1] * 3]
+
+
+def test_truncation_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "onepass"):
+        batch = NoiseTokenizer(tokenizer(), max_length=11)(["abc", "a" * 12, "b" * 11])
+    assert batch["input_ids"].shape == (3, 11)
+    assert caplog.messages == ["1 of 3 entries have more than 11 tokens and lose their end"]
+    made = tokenizer()
+    made.model_max_length = 4
+    assert NoiseTokenizer(made)("abcdef")["input_ids"].shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "message"),
+    [
+        (lambda: NoiseTokenizer(tokenizer())(SAY), ValueError, "has no chat template"),
+        (lambda: NoiseTokenizer(tokenizer())([]), ValueError, "got none"),
+        (lambda: NoiseTokenizer(tokenizer())(""), ValueError, "got an empty one"),
+        (lambda: NoiseTokenizer(tokenizer())([3]), TypeError, "list of messages: got int"),  # type: ignore
+        (lambda: NoiseTokenizer(tokenizer(CHAT))([[]]), ValueError, "a conversation must be"),
+        (
+            lambda: NoiseTokenizer(tokenizer(CHAT))([{"role": "user", "content": [{"text": "a"}]}]),
+            ValueError,
+            r"must be a list of .*got \{'role'",
+        ),
+        (
+            lambda: NoiseTokenizer(tokenizer("{{ raise_exception('no\nsuch turn') }}"))(SAY),
+            ValueError,
+            "the chat template refuses it: no",
+        ),
+        (lambda: NoiseTokenizer(tokenizer(), max_length=0), ValueError, "max_length .*got 0"),
+        (lambda: NoiseTokenizer(tokenizer(), padding_side="top"), ValueError, "got 'top'"),
+        (lambda: NoiseTokenizer(tokenizer(), pad_to_multiple_of=0), ValueError, "got 0"),
+        (lambda: data_collator([{"labels": [1]}]), ValueError, "item 0 has no input_ids"),
+        (
+            lambda: data_collator([{"input_ids": [1, 2], "noise_mask": [True]}]),
+            ValueError,
+            "as long as its input_ids, 2: got 1",
+        ),
+        (lambda: JigsawDataset(tokenizer(), ["a", "<s>"]), ValueError, "none of 2 entries"),
+        (lambda: JigsawDataset(tokenizer(), "nowhere.jsonl"), FileNotFoundError, "no such file"),
+    ],
+)
+def test_refused(use: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        use()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_without_offsets_takes_text_alone() -> None:
+    class Slow:
+        """What of a tokenizer is asked, without places in the text."""
+
+        is_fast, chat_template, padding_side, model_max_length = False, CHAT, "right", 10**30
+        all_special_ids: list[int] = []
+        pad_token_id = eos_token_id = None
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [ord(c) for c in text]}
+
+    assert NoiseTokenizer(Slow())("abc")["input_ids"].tolist() == [[97, 98, 99, 0, 0, 0, 0, 0]]
+    with pytest.raises(ValueError, match="need a fast tokenizer"):
+        NoiseTokenizer(Slow())(SAY)
+
+
+def test_files_become_items_and_batches(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    records: list[Any] = ["some text", {"messages": SAY}, {"text": "more"}, {"prompt": "x"}]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    data = JigsawDataset(tokenizer(CHAT), file)
+    assert len(data) == 3  # one token tells of nothing
+    batch = data_collator([data[n] for n in range(len(data))])
+    assert {x.shape for x in batch.values()} == {batch["input_ids"].shape}
+    assert shown(batch, "noise_mask") == "some text"
+    assert shown(batch, "noise_mask", row=1) == "|".join(turn["content"] for turn in SAY)
+    assert len(JigsawDataset(tokenizer(CHAT), file, 1)) == 1
+    again = JigsawDataset(tokenizer(CHAT), read_prompts(file))
+    assert all(torch.equal(again[1][name], x) for name, x in data[1].items())
+    with pytest.raises(ValueError, match=r"data.jsonl:2: .*has no chat template") as caught:
+        JigsawDataset(tokenizer(), file)
+    assert "\n" not in str(caught.value)
+    mixed = JigsawDataset(NoiseTokenizer(tokenizer(CHAT), max_length=4), ["some text", SAY[:1]])
+    assert len(mixed) == 1 and len(mixed[0]["input_ids"]) == 4  # nothing but markers is left
+
+
+def test_items_of_ids_alone() -> None:
+    batch = data_collator([{"input_ids": [5, 6, 7]}, {"input_ids": [5], "noise_mask": [False]}])
+    assert batch["noise_mask"].tolist() == [[True] * 3 + [False] * 5, [False] * 8]
+    assert torch.equal(batch["loss_mask"], batch["noise_mask"])
