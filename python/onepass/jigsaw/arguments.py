@@ -24,10 +24,10 @@ L2_WEIGHTS = ("jigsaw_l2_performance_loss_weight", "jigsaw_l2_protection_loss_we
 class JigsawArguments:
     """The loss and the transform."""
 
-    absolute_cosine_similarity_penalty_weight: float = flag(3.0, "of |cos| to the embeddings")
+    absolute_cosine_similarity_penalty_weight: float = flag(4.0, "of |cos| to the embeddings")
     jigsaw_ce_performance_loss_weight: float = flag(2.5, "student on transformed text")
     jigsaw_ce_protection_loss_weight: float = flag(1.0, "teacher on transformed text")
-    jigsaw_clean_embeddings_guardrails_loss_weight: float = flag(1.5, "student on clean text")
+    jigsaw_clean_embeddings_guardrails_loss_weight: float = flag(2.0, "student on clean text")
     jigsaw_ce_protection_max_loss: float | None = flag(4.0, "cap of protection, guardrails")
     jigsaw_ce_protection_loss_scaling_factor: float = flag(
         1.0, "of the cross-entropy in the cap's sigmoid", advanced=True
@@ -36,7 +36,7 @@ class JigsawArguments:
         0.1, "of the distance of norms from the vocabulary's median", advanced=True
     )
     mutual_information_loss_weight: float = flag(
-        0.0, "of the mutual information's estimate", advanced=True
+        0.001, "of the mutual information's estimate", advanced=True
     )
     distillation_layer_index: int | None = flag(
         None, "block whose outputs the two l2 losses compare", advanced=True
@@ -64,8 +64,8 @@ class JigsawArguments:
 
     def loss_options(self) -> dict[str, Any]:
         """The keyword arguments of `jigsaw_sgt_loss_factory`."""
-        ours = ("sgt_estimator", "sgt_learning_rate", "model_max_length")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ours}
+        ours = [f.name for f in fields(self) if not f.name.startswith("sgt_")]
+        return {name: getattr(self, name) for name in ours if name != "model_max_length"}
 
     def check(self) -> None:
         """ValueError for what no training can be made of; a model is not needed."""

@@ -109,6 +109,10 @@ class DataFlags:
     validation_ratio: float = flag(0.1, "that share; 0: measure on all")
     max_train_samples: int | None = flag(None, "at most (default: all)", advanced=True)
     max_eval_samples: int | None = flag(None, "measured at most (default: all)")
+    transform_system: bool = flag(True, "transform system prompts too", advanced=True)
+    ignore_prompt_loss: bool = flag(
+        False, "count the assistant's messages only, of conversations", advanced=True
+    )
     fast: bool = flag(False, "a smaller model, where one is made here")
 
 
@@ -233,6 +237,7 @@ def _train(
     from ..training.models import load_language_model
     from ..training.monitor import fit
     from ..training.push import push
+    from .data import JigsawDataset, NoiseTokenizer
     from .evaluate import attacks_on, measure
     from .trainer import JigsawTrainer, lora_config
 
@@ -244,14 +249,19 @@ def _train(
         jigsaw.model_max_length = min(positions, jigsaw.model_max_length)
     _check_layer(jigsaw, len(blocks_of(model)))
     try:
-        dataset, collate = _dataset(tokenizer, prompts["data"], data.max_train_samples, jigsaw)
-        measured, _ = _dataset(
-            tokenizer, prompts.get("val", prompts["data"]), data.max_eval_samples, jigsaw
+        marking = NoiseTokenizer(
+            tokenizer,
+            max_length=jigsaw.model_max_length,
+            transform_system=data.transform_system,
+            ignore_prompt_loss=data.ignore_prompt_loss,
         )
+        dataset = JigsawDataset(marking, prompts["data"], data.max_train_samples)
+        held_out = prompts.get("val", prompts["data"])
+        measured = JigsawDataset(marking, held_out, data.max_eval_samples)
         trainer = JigsawTrainer(
             model,
             args,
-            collate,
+            marking.collate,
             dataset,
             jigsaw_args=jigsaw,
             peft_config=lora_config(model, flags[LoraFlags], jigsaw),
@@ -267,7 +277,8 @@ def _train(
 
     def measured_now() -> dict[str, float]:
         batches = (
-            collate([measured[i] for i in range(s, min(s + size, len(measured)))]) for s in starts
+            marking.collate([measured[i] for i in range(s, min(s + size, len(measured)))])
+            for s in starts
         )
         with trainer.accelerator.autocast():
             return measure(pair, batches, attacks, args.seed)
@@ -307,20 +318,6 @@ def _train(
 
 def _shown(name: str, value: float) -> str:
     return f"{value:.1%}" if name in SHARES else f"{value:.3f}"
-
-
-def _dataset(
-    tokenizer: Any, prompts: list[Prompt], at_most: int | None, jigsaw: JigsawArguments
-) -> tuple[Any, Any]:
-    """(items, their collator)."""
-    from .data import data_collator
-
-    items = [
-        {"input_ids": ids}
-        for prompt in prompts[:at_most]
-        if len(ids := tokenizer(prompt.text)["input_ids"][: jigsaw.model_max_length]) > 1
-    ]
-    return items, data_collator
 
 
 def save(

@@ -123,6 +123,10 @@ class NoiseTokenizer:
             max_length=self.max_length,
         )
 
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The batch of items of `JigsawDataset`, padded likewise: a Trainer's data_collator."""
+        return self.pad([Encoded(**item) for item in items])
+
     def _cut(self, encoded: Sequence[Encoded]) -> list[Encoded]:
         at_most = self.max_length
         if n_cut := sum(len(e.input_ids) > at_most for e in encoded):

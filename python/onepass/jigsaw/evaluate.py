@@ -30,7 +30,7 @@ def facts_of(teacher: NoisyOutput, student: NoisyOutput) -> Facts:
     models the last two."""
     clean, noisy = teacher.clean_input_embeddings, teacher.noisy_input_embeddings
     attended = teacher.attention_mask
-    moved = positions(teacher.noise_mask, clean) & (attended != 0)
+    moved = positions(teacher.noise_mask, clean.shape) & (attended != 0)
     facts: Facts = {
         "abs_cosine": (torch.cosine_similarity(clean.float(), noisy.float(), dim=-1).abs(), moved),
         "std": (teacher.stds.float().mean(-1), moved),

@@ -139,7 +139,7 @@ class JigsawTrainer(Trainer):
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
         _check_adapter(unwrapped(model))
         if cloak is None:
-            cloak = make_cloak(model, jigsaw)
+            cloak = TransformerCloak.from_model(model, estimator=jigsaw.sgt_estimator)
         pair = JigsawModel(model, cloak, jigsaw)
         make_lazy(model)
         if args is not None:
@@ -263,13 +263,6 @@ class JigsawTrainer(Trainer):
         adapter = load_file(folder / ADAPTER / "adapter_model.safetensors")
         set_peft_model_state_dict(self.pair.base, adapter)
         self.pair.cloak.load_state_dict(load_file(folder / SGT / "model.safetensors"))
-
-
-def make_cloak(model: nn.Module, jigsaw: JigsawArguments) -> TransformerCloak:
-    """A new transform for a model's embeddings, on its device."""
-    return TransformerCloak(
-        model.get_input_embeddings().weight.shape[1], estimator=jigsaw.sgt_estimator
-    )  # type: ignore
 
 
 def lora_config(model: nn.Module, lora: LoraFlags, jigsaw: JigsawArguments) -> LoraConfig:
