@@ -91,6 +91,7 @@ def test_starts_within_its_budget(args: list[str], budget: float) -> None:
         ("doctor --help", []),
         ("bench --help", ["onepass.bench", "onepass.bench.command"]),
         ("demo --help", ["onepass.demo"]),
+        ("protect --help", []),
     ],
 )
 def test_loads_no_heavy_module(args: str, own: list[str]) -> None:
@@ -241,6 +242,10 @@ WRONG = [
     ("train circuit-breaker --max_stepps 3", ["'--max_stepps'", "did you mean --max_steps?"]),
     ("train circuit-breaker --max_steps many", ["--max_steps", "'many'", "a whole number"]),
     ("train circuit-breaker --output_dir {file}", ["--output_dir: '{file}' is a file"]),
+    ("protect", ["required", "--sgt"]),
+    ("protect --sgt {file} text", ["--sgt: '{file}' is a file, wanted a folder"]),
+    ("protect --stg a text", ["'--stg'", "did you mean --sgt?"]),
+    ("protect --sgt a --samples some", ["--samples", "'some'", "a whole number"]),
     ("toy", ["required", "mode, --seed"]),
     ("toy fast", ["required", "--seed"]),
     ("toy fats --seed 1", ["no mode 'fats'", "fast, slow", "did you mean fast?"]),

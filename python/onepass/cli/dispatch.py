@@ -55,6 +55,12 @@ COMMANDS = {
         "train a system on your model and data: circuit-breaker, ...",
         "Train with the losses of onepass.",
     ),
+    "protect": Command(
+        ".jigsaw.protect",
+        "transform a text's embeddings, show what an attack recovers",
+        "Apply a trained Stained Glass Transform to a text and print, for each token, how far its"
+        " embedding moved and what the nearest-embedding attack recovers.",
+    ),
 }
 # The extra in pyproject.toml that brings a module.
 EXTRAS = {

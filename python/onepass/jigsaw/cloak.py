@@ -27,9 +27,8 @@ from .parameterizations import (
     DirectMeanParameterization,
     DirectStandardDeviationParameterization,
 )
+from .transform_file import CONFIG, FORMAT, WEIGHTS
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-FORMAT = "onepass.jigsaw.TransformerCloak/1"
 ESTIMATORS = ("mlp", "transformer")
 STD_PARAMETERIZATIONS = ("cloak", "direct")
 HEAD_SIZE = 64  # of the attention, where the width is a multiple of it

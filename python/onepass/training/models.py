@@ -9,7 +9,7 @@ from ..cli.errors import Failed, UsageError, one_line
 from .flags import ModelFlags
 
 
-def _check_folder(name: str) -> None:
+def check_folder(name: str) -> None:
     """UsageError for a path that holds no model, which transformers would look for on the Hub."""
     path = Path(name).expanduser()
     looks_local = name.startswith((".", "~", "/")) or name.count("/") > 1
@@ -57,7 +57,7 @@ def load_language_model(flags: ModelFlags, args: Any) -> tuple[Any, Any]:
             bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else torch.float16,
         )
         options["device_map"] = {"": args.device}
-    _check_folder(str(name))
+    check_folder(str(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except Exception as error:  # each kind of tokenizer file has errors of its own
