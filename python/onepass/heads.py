@@ -83,7 +83,8 @@ def run_head(
     module = of()
     if module is None:
         raise RuntimeError("the head of this forward is gone: it was copied without its module")
-    weight, bias = module.weight, getattr(module, "bias", None)
+    weight: Any = module.weight
+    bias = getattr(module, "bias", None)
     parts = [t for t in (hidden, weight, bias) if t is not None]
     for name, part in zip(("hidden states", "weight", "bias"), (hidden, weight, bias), strict=True):
         if part is not None and type(part) not in (Tensor, nn.Parameter):
