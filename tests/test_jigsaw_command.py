@@ -255,23 +255,29 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(
     assert json.loads((folder / "summary.json").read_text())["after"] == summaries[0]["after"]
 
 
-def test_two_processes_train_as_one_that_accumulates(files: Path, tmp_path: Path) -> None:
-    """Up to the noise, which the two draw each for themselves: it is small at the start."""
-    flags = [*given(files), *QUICK, "--lora_dropout", "0", "--validation_ratio", "0"]
-    flags += ["--max_steps", "3", "--logging_steps", "1"]
-    flags += ["--mutual_information_loss_weight", "0"]
-    one = [*flags, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")]
-    two = [*flags, "--output_dir", str(tmp_path / "two")]
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    for process in (start(one), start(two, *launcher)):
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this torch was built without gloo",
+)
+def test_two_processes_train_and_have_the_gradients_of_one(files: Path, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(PYTHON.parent / "tests"), str(PYTHON)])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "support.jigsaw_on_two"]
+    runs = [
+        subprocess.Popen(
+            [*command, str(rank), f"file://{tmp_path}/rendezvous"], env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in runs:
         code, _, err = finish(process)
         assert code == 0, err
-    for alone, together in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-2)
-        assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=0.1)
-        for name in ("ce_performance_loss", "absolute_cosine_similarity_penalty"):
-            key = f"jigsaw/{name}"
-            assert together[key] == pytest.approx(alone[key], rel=1e-2)
+    flags = [*given(files), *QUICK, "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    code, out, err = finish(start(flags, *launcher))
+    assert code == 0 and out.count("tokens recovered, nearest by L2") == 1, err
+    assert metrics(tmp_path / "run")[-1]["step"] == 2
 
 
 def test_the_default_protects_and_the_student_alone_understands(tmp_path: Path) -> None:
