@@ -379,3 +379,13 @@ def test_the_factories_take_the_pair() -> None:
     out = truncated[0](ids, LEFT)
     truncated[1](ids, LEFT)
     assert loss(out.loss_mask).isfinite()
+
+
+def test_protection_draws_noise_that_no_seed_of_torchs_foretells() -> None:
+    teacher, _ = pair()
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        drawn.append(teacher.protect(ids_of()))
+    assert int(drawn[0].seed) != int(drawn[1].seed)
+    assert not torch.equal(drawn[0].noisy, drawn[1].noisy)

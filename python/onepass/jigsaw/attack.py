@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .cloak import TransformerCloak
 
 METRICS = ("l2", "cosine")
+INFORMED = "informed"  # the attack, by L2, of one who has the transform
 MAX_SCORES = 2**24  # at a time, where ranks are asked for
 
 

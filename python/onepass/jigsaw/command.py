@@ -62,10 +62,11 @@ MEASURES = {
     "agreement": "next token of student, as teacher's",
     "recovery_l2": "tokens recovered, nearest by L2",
     "recovery_cosine": "tokens recovered, nearest by cosine",
+    "recovery_informed": "tokens recovered, given the transform",
     "abs_cosine": "|cos| to the clean embeddings",
     "std": "standard deviation of the noise",
 }
-SHARES = ("agreement", "recovery_l2", "recovery_cosine")
+SHARES = ("agreement", "recovery_l2", "recovery_cosine", "recovery_informed")
 PANELS: list[tuple[str, str, dict[str, str], dict[str, Any]]] = [
     (
         "Distance to the clean teacher",
@@ -94,7 +95,7 @@ PANELS: list[tuple[str, str, dict[str, str], dict[str, Any]]] = [
             "jigsaw/median_norm_penalty": "median norm",
             "jigsaw/mutual_information_loss": "mutual information",
         },
-        {},
+        {"yscale": "symlog"},
     ),
     ("Noise", "mean standard deviation", {"jigsaw/std": "of the transform"}, {}),
 ]
@@ -280,7 +281,7 @@ def _train(
             for s in starts
         )
         with trainer.accelerator.autocast():
-            return measure(pair, batches, attacks_on(pair.base), args.seed)
+            return measure(pair, batches, attacks_on(pair.base, pair.cloak), args.seed)
 
     before = measured_now()
     fit(trainer, run)
@@ -311,6 +312,11 @@ def _train(
             f"the nearest embedding still gives {recovered:.0%} of the tokens away: train longer"
             " (--max_steps), or raise --learning_rate or"
             " --absolute_cosine_similarity_penalty_weight"
+        )
+    if (informed := after.get("recovery_informed", 0.0)) > WEAK:
+        tell(
+            f"who has the transform recovers {informed:.0%} of the tokens: keep it from those who"
+            " see what it makes of text, or raise --mutual_information_loss_weight"
         )
     return 0
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..ops.vocab_pair_stats import vocab_pair_stats
 from ..training.hidden_states import same_draws, training_mode
-from .attack import METRICS, NearestEmbedding
+from .attack import INFORMED, METRICS, NearestEmbedding, by_token
 from .input_losses import positions
 
 if TYPE_CHECKING:
+    from .cloak import TransformerCloak
     from .models import NoisyOutput
     from .trainer import JigsawModel
 
@@ -51,9 +52,13 @@ def facts_of(teacher: NoisyOutput, student: NoisyOutput) -> Facts:
     return {**facts, "agreement": (same.float(), attended)}
 
 
-def attacks_on(model: nn.Module) -> dict[str, NearestEmbedding]:
-    """The nearest-embedding attack by each metric."""
-    return {metric: NearestEmbedding(model, metric) for metric in METRICS}
+def attacks_on(model: nn.Module, cloak: TransformerCloak) -> dict[str, NearestEmbedding]:
+    """The nearest-embedding attack by each metric, and that of one who has the transform as it is
+    now, where that looks at each token alone."""
+    attacks = {metric: NearestEmbedding(model, metric) for metric in METRICS}
+    if by_token(cloak):
+        attacks[INFORMED] = NearestEmbedding(model, cloak=cloak)
+    return attacks
 
 
 @torch.no_grad()
@@ -64,7 +69,7 @@ def measure(
     seed: int = 0,
 ) -> dict[str, float]:
     """Means over all positions of the batches of what `facts_of` says, and the share of the
-    transformed tokens that each attack recovers (recovery_l2, recovery_cosine).
+    transformed tokens that each attack recovers (recovery_l2, recovery_cosine, ...).
 
     Args:
         pair: as JigsawTrainer trains it.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import secrets
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -248,11 +249,14 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
 
         Args:
             input_ids, attention_mask, noise_mask: as in `forward`.
-            seed: of the noise, as in `TransformerCloak.forward`.
+            seed: of the noise, as in `TransformerCloak.forward`; None draws one from the operating
+                system's generator: torch's begins alike in every process.
 
         Raises:
             As `forward`.
         """
+        if seed is None:
+            seed = secrets.randbits(63)
         self._check(input_ids, attention_mask, noise_mask, None)
         return self._draw(input_ids, attention_mask, noise_mask, seed=seed).cloaked
 

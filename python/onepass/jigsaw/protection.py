@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attack import METRICS, NearestEmbedding
+from .attack import INFORMED, METRICS, NearestEmbedding
 from .cloak import TransformerCloak
 
 MAX_SEED = 2**63 - 1
-INFORMED = "informed"
 
 
 @dataclass(frozen=True)
