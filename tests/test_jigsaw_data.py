@@ -118,7 +118,34 @@ def test_whitespace_around_contents(template: str) -> None:
     ]
     batch = NoiseTokenizer(tokenizer(template))(turns)
     got = shown(batch, "noise_mask", template)
-    assert got.split("|") == (["  user \n", "\nuser"] if template == CHAT else ["user", "\nuser"])
+    assert got.split("|") == (["  user \n", "\nuser"] if template == CHAT else ["user"] * 2)
+
+
+@pytest.mark.parametrize(
+    ("template", "contents", "marked"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", [" a\n", "\nb\n"], " a\n\nb\n"),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", ["a\n", "b\n"], "a\n|b\n"),
+        ("{% for m in messages %}{{ '\\n' + m.content }}{% endfor %}", ["\na", "b"], "\na|b"),
+        ("{% for m in messages %} {{ m.content | trim }}\n{% endfor %}", [" a\n", " b\n"], "a|b"),
+        ("{% for m in messages %}#{{ m.content.rstrip() }}\n{% endfor %}", [" a\n", "b\n"], " a|b"),
+        (
+            "{% for m in messages %}#\n{{ m.content.lstrip('\\n') }} {% endfor %}",
+            ["\n\n a ", "\n"],
+            " a ",
+        ),
+        (  # where it looks into the whitespace, all that is there counts
+            "{% for m in messages %}{% if m.content[0] == ' ' %}?{% endif %}#\n{{ m.content }}"
+            "{% endfor %}",
+            [" a", "\nb"],
+            "\n a|\nb",
+        ),
+    ],
+)
+def test_whitespace_of_templates_is_theirs(template: str, contents: list[str], marked: str) -> None:
+    turns = [{"role": "user", "content": content} for content in contents]
+    got = shown(NoiseTokenizer(tokenizer(template))(turns), "noise_mask")
+    assert got == marked
 
 
 def test_a_template_that_leaves_thoughts_out() -> None:
@@ -140,6 +167,13 @@ def test_a_template_that_leaves_thoughts_out() -> None:
 def test_a_content_that_the_template_writes_twice() -> None:
     batch = NoiseTokenizer(tokenizer(TWICE))(SAY[:2])
     assert shown(batch, "noise_mask", TWICE) == f"Be brief.|Be brief.|{ASK}"
+
+
+def test_a_part_of_a_content_that_stands_elsewhere_is_transformed_too() -> None:
+    template = "{{ messages[1].content.split('.')[0] }}#" + CHAT
+    turns = [SAY[1], {"role": "user", "content": "A secret. Keep it."}]
+    got = shown(NoiseTokenizer(tokenizer(template))(turns), "noise_mask", template)
+    assert got.startswith("A secret") and got.endswith("A secret. Keep it.") and ASK in got
 
 
 def test_a_template_that_looks_into_contents_has_all_transformed() -> None:

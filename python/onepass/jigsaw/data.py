@@ -8,6 +8,7 @@ neighbours counts as content: rather a marker too many than a word too few.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -387,60 +388,68 @@ def _spans(text: str, contents: Sequence[str], render: Any) -> list[list[Span]]:
     """Where each content lies in the rendered text; a content may be there more than once.
 
     The template is given the contents again with a private character at both ends of what strip()
-    leaves of each, and is asked for where those end up.
+    leaves of each, and is asked for where those end up; then without the whitespace around them, so
+    that what still is there between two ends is its own.
     """
     first = MARKS
     while any(first <= ord(c) < first + 2 * len(contents) for c in "".join([text, *contents])):
         first += 2 * len(contents)
     cores = [content.strip() for content in contents]
-    marked_contents = [
-        content.replace(core, chr(first + 2 * n) + core + chr(first + 2 * n + 1), 1)
-        if core
-        else content
-        for n, (content, core) in enumerate(zip(contents, cores, strict=True))
-    ]
+    marked = [chr(first + 2 * n) + core + chr(first + 2 * n + 1) for n, core in enumerate(cores)]
+    within, alone = [], []
+    for content, core, own in zip(contents, cores, marked, strict=True):
+        within.append(content.replace(core, own, 1) if core else content)
+        alone.append(own if core else content)
     everything: list[list[Span]] = [[(0, len(text))] if core else [] for core in cores]
     try:
-        marked = render(marked_contents)
+        gaps, marks = _gaps(render(within), first, len(contents))
+        own_gaps, own_marks = _gaps(render(alone), first, len(contents))
     except Exception:  # refuses what is like the content and is not it
         return everything
-    clean: list[str] = []
-    ends: list[tuple[int, int]] = []  # place in the clean text, which mark
-    for character in marked:
-        mark = ord(character) - first
-        if 0 <= mark < 2 * len(contents):
-            ends.append((len(clean), mark))
-        else:
-            clean.append(character)
-    if "".join(clean) != text:  # depends on more than where the contents stand
+    if "".join(gaps) != text:  # depends on more than where the contents stand
         return everything
+    if marks != own_marks:
+        own_gaps = [gap.strip() for gap in gaps]
+    befores = ["", *(contents[mark // 2] for mark in marks)]
+    kept = [_kept(*its) for its in zip(gaps, own_gaps, befores, strict=True)]
+    ends: list[tuple[int, int]] = []  # place in the text, which mark
+    place = 0
+    for n, mark in enumerate(marks):
+        place += len(gaps[n])
+        ends.append((place + kept[n + 1][0] if mark % 2 else place - kept[n][1], mark))
     spans: list[list[Span]] = []
     lost = []
-    for n, (content, core) in enumerate(zip(contents, cores, strict=True)):
+    for n, core in enumerate(cores):
         starts = [place for place, mark in ends if mark == 2 * n]
         stops = [place for place, mark in ends if mark == 2 * n + 1]
-        own = list(zip(starts, stops, strict=False))
-        if core and (not own or len(starts) != len(stops) or any(a > b for a, b in own)):
+        spans.append(list(zip(starts, stops, strict=False)))
+        if core and (not starts or len(starts) != len(stops) or any(a > b for a, b in spans[n])):
             lost.append(n)
-        spans.append([_widened(span, content, core, text) for span in own])
     for n in lost:
-        before = [b for known in spans[:n] for _, b in known]
-        begin = max(before, default=0)
-        after = [a for known in spans[n + 1 :] for a, _ in known if a >= begin]
-        spans[n] = [(begin, min(after, default=len(text)))]
+        left = [place for place, mark in ends if mark // 2 == n]
+        begin = max((b for known in spans[:n] for _, b in known), default=0)
+        stop = min(
+            (a for known in spans[n + 1 :] for a, _ in known if a >= begin), default=len(text)
+        )
+        spans[n] = [(min([begin, *left]), max([stop, *left]))]
     return spans
 
 
-def _widened(span: Span, content: str, core: str, text: str) -> Span:
-    """The span with the whitespace around the content that the template left there."""
-    start, stop = span
-    at = content.index(core)
-    lead, trail = content[:at], content[at + len(core) :]
-    if lead and text[:start].endswith(lead):
-        start -= len(lead)
-    if trail and text.startswith(trail, stop):
-        stop += len(trail)
-    return start, stop
+def _gaps(rendered: str, first: int, n_contents: int) -> tuple[list[str], list[int]]:
+    """The text before each mark and after the last one, and the marks."""
+    parts = re.split(f"([{chr(first)}-{chr(first + 2 * n_contents - 1)}])", rendered)
+    return parts[::2], [ord(mark) - first for mark in parts[1::2]]
+
+
+def _kept(gap: str, own: str, before: str) -> tuple[int, int]:
+    """How much whitespace around the template's own text is that of the contents before and after;
+    where that text is not there, all that could be."""
+    find = str.rfind if before[-1:].isspace() else str.find
+    at = find(gap, own)
+    if at < 0 or (gap[:at] + gap[at + len(own) :]).strip():
+        own = gap.strip()
+        at = find(gap, own)
+    return at, len(gap) - at - len(own)
 
 
 def _touches(token: Span, spans: Sequence[Span]) -> bool:
