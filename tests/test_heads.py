@@ -123,6 +123,33 @@ def test_autocast_at_creation(name: str, dtype: torch.dtype, device: str) -> Non
     assert {grad.dtype for grad in got[1].values()} == {dtype}
 
 
+def test_a_frozen_head_is_cast_once_for_logits_that_live_together(device: str) -> None:
+    """Else a teacher's and a student's of one head would not join without being made."""
+    model = tiny("phi_bias", device)
+    onepass.lazy_head(model)
+    hidden = torch.randn(5, 32, device=device)
+    with torch.autocast(device, torch.bfloat16), onepass.strict():
+        of_trained = [model.lm_head(hidden) for _ in range(2)]
+        weights = [logits.onepass_head.weight[0] for logits in of_trained]
+        assert weights[0] is not weights[1]  # each a part of its own graph
+        model.requires_grad_(False)
+        with torch.no_grad():
+            first = model.lm_head(hidden)
+        second = model.lm_head(hidden)
+        assert first.onepass_head.weight[0] is second.onepass_head.weight[0]
+        assert torch.cat([first, second]).shape == (10, V)
+        cast = weakref.ref(first.onepass_head.weight[0])
+        with torch.no_grad():
+            model.lm_head.weight.add_(1.0)
+        third = model.lm_head(hidden)
+        torch.testing.assert_close(
+            third.materialize(), functional.linear(hidden, model.lm_head.weight, model.lm_head.bias)
+        )
+    del first, second, weights, of_trained
+    gc.collect()
+    assert cast() is None
+
+
 # -- what stays ---------------------------------------------------------------------------------
 
 

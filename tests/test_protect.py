@@ -28,7 +28,7 @@ transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 from onepass.jigsaw.embedding_layer import find_embeddings, load_embeddings  # noqa: E402
 from onepass.jigsaw.protect import quoted, token_texts  # noqa: E402
-from support.tiny_language_model import tokenizer  # noqa: E402
+from support.tiny_language_model import CHAT, tokenizer  # noqa: E402
 from support.tiny_models import D, V, tiny  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -441,6 +441,32 @@ def test_the_text_comes_from_anywhere(
         assert cli(capsys, *args, *more)[1] == wanted
 
 
+def test_a_conversation(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = tmp_path / "chat"
+    shutil.copytree(files / "model", chat)
+    tokenizer(CHAT).save_pretrained(chat)
+    turns = [{"role": "system", "content": "Be"}, {"role": "user", "content": "hi you"}]
+    run = tmp_path / "run"
+    shutil.copytree(files / "run", run)
+    args = ("--sgt", run, "--model", chat, *SEEDED, "--json", "--file", tmp_path / "c.json")
+    wanted = "<system>Be</s><user>hi you</s><assistant>"
+    for holds, transform_system in ((turns, True), ({"messages": turns}, False)):
+        (tmp_path / "c.json").write_text(json.dumps(holds))
+        record = {"program": "onepass train", "flags": {"transform_system": transform_system}}
+        (run / "run.json").write_text(json.dumps(record))
+        code, out, _ = cli(capsys, *args)
+        rows = json.loads(out)["tokens"]
+        assert code == 0 and "".join(row["token"] for row in rows) == wanted
+        told = "".join(row["token"] for row in rows if row["transformed"])
+        assert told == ("Behi you" if transform_system else "hi you")
+        assert all(row["distance"] == 0 for row in rows if not row["transformed"])
+    (tmp_path / "c.json").write_text(json.dumps([*turns, {"role": "assistant", "content": "ok"}]))
+    rows = json.loads(cli(capsys, *args)[1])["tokens"]
+    assert "".join(row["token"] for row in rows).endswith("</s><assistant>ok</s>")
+    code, out, err = cli(capsys, *args, "--model", files / "model")
+    assert (code, out) == (2, "") and "no chat template" in err
+
+
 def test_a_run_is_found_after_a_move(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -486,6 +512,11 @@ def test_refused_before_anything_is_loaded(files: Path, tmp_path: Path) -> None:
     shutil.copytree(files / "run" / "sgt", crashed / "checkpoint-4" / "sgt")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     (tmp_path / "blank").write_bytes(b"\n")
+
+    def write(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
     good = ["--sgt", run, TEXT]
     refused: list[tuple[list[str], str]] = [
         ([TEXT], "--sgt"),
@@ -503,6 +534,13 @@ def test_refused_before_anything_is_loaded(files: Path, tmp_path: Path) -> None:
         (["--sgt", run, "--file", str(tmp_path / "no")], "No such file"),
         (["--sgt", run, "--file", str(tmp_path)], "cannot read"),
         ([*good, "--file", str(there)], "both TEXT and --file"),
+        (["--sgt", run, "--file", write("a.json", "{")], "is not JSON"),
+        (["--sgt", run, "--file", write("b.json", "[]")], "holds no conversation"),
+        (["--sgt", run, "--file", write("c.json", '[{"role": "user"}]')], "message 1: wanted"),
+        (
+            ["--sgt", run, "--file", write("d.json", '[{"role": "user", "content": " "}]')],
+            "all messages are empty",
+        ),
         ([*good, "--model", ""], "--model: got an empty name"),
         ([*good, "--model", str(tmp_path / "no")], "--model: no such folder"),
         ([*good, "--model", str(base)], "--model: no config.json"),
@@ -579,7 +617,7 @@ def test_refused_before_the_weights_are_read(
     monkeypatch.setattr("onepass.jigsaw.protect._embeddings", never)
     monkeypatch.setattr(TransformerCloak, "from_pretrained", never)
     code, _, err = cli(capsys, "--sgt", files / "run", "x" * 65, *SEEDED)
-    assert code == 2 and "TEXT: 65 tokens, wanted 64 at most" in err
+    assert code == 2 and "the text has 65 tokens, wanted 64 at most" in err
     wide = saved(tmp_path / "wide", str(files / "model"), 48)
     code, _, err = cli(capsys, "--sgt", wide, TEXT, *SEEDED)
     assert code == 2 and f"of size 48, those of {str(files / 'model')!r} have 32" in err

@@ -22,6 +22,8 @@ from .lazy_probs import LazyProbs
 from .ops._check import FLOATS
 
 Model = TypeVar("Model", bound=nn.Module)
+# by name: the cast and what it was made of, neither kept alive, and how often that was written to
+Casts = dict[str, tuple[Callable[[], "Tensor | None"], Callable[[], "Tensor | None"], int]]
 
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 # What replaces a model's forward or torch's loss, and how to go without.
@@ -43,10 +45,11 @@ class LazyForward:
 
     def __init__(self, module: nn.Module, options: Mapping[str, Any]) -> None:
         self._module, self._options = weakref.ref(module), options
+        self._casts: Casts = {}
         self._run = graph_breaking()
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self._run(self._module, self._options, hidden)
+        return self._run(self._module, self._options, self._casts, hidden)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LazyForward:
         module = self._module()
@@ -74,13 +77,14 @@ def graph_breaking() -> Callable[..., Tensor]:
 
 
 def run_head(
-    of: Callable[[], nn.Module | None], options: Mapping[str, Any], hidden: Tensor
+    of: Callable[[], nn.Module | None], options: Mapping[str, Any], casts: Casts, hidden: Tensor
 ) -> Tensor:
     """A linear module's LazyLogits, cast as torch.nn.functional.linear casts under autocast."""
     module = of()
     if module is None:
         raise RuntimeError("the head of this forward is gone: it was copied without its module")
-    weight, bias = module.weight, getattr(module, "bias", None)
+    weight: Any = module.weight
+    bias = getattr(module, "bias", None)
     parts = [t for t in (hidden, weight, bias) if t is not None]
     for name, part in zip(("hidden states", "weight", "bias"), (hidden, weight, bias), strict=True):
         if part is not None and type(part) not in (Tensor, nn.Parameter):
@@ -95,9 +99,26 @@ def run_head(
         )
     if autocasts(device) and all(t.dtype != torch.float64 for t in parts):
         dtype = torch.get_autocast_dtype(device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        hidden, weight = hidden.to(dtype), cast_once(casts, "weight", weight, dtype)
+        bias = None if bias is None else cast_once(casts, "bias", bias, dtype)
     return LazyLogits(hidden, weight, bias, **options)
+
+
+def cast_once(casts: Casts, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A frozen parameter in `dtype`: one tensor for as long as something holds it, so that logits
+    of two forwards (a teacher's, a student's) are known to have one head."""
+    if tensor.dtype == dtype or tensor.requires_grad or torch.is_inference_mode_enabled():
+        return tensor.to(dtype)
+    if tensor.is_inference():
+        return tensor.to(dtype)
+    made, source, version = casts.get(name, (lambda: None, lambda: None, -1))
+    found = made()
+    if found is not None and source() is tensor and version == tensor._version:
+        if found.dtype == dtype and not found.is_inference():
+            return found
+    cast = tensor.to(dtype)
+    casts[name] = weakref.ref(cast), weakref.ref(tensor), tensor._version
+    return cast
 
 
 # ---------------------------------------------------------------- where the head is

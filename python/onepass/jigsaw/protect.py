@@ -25,6 +25,7 @@ PROGRAM, SCHEMA = "onepass protect", 1
 SUFFIXES = {"output": ".safetensors", "png": ".png"}
 MAX_SEED = 2**62  # leaves room for the draws after the first
 MAX_SAMPLES = 100_000
+MAX_TOKENS = 2**31  # too long a text is refused, not cut
 MARK = "*"
 LONGEST = 32  # characters of a token in a table
 NAMES = {"l2": "L2", "cosine": "cosine", "informed": "informed"}
@@ -40,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="the transform: output_dir of onepass train jigsaw, or a folder of save_pretrained",
     )
-    add("--file", metavar="FILE", help="take the text from a file; - is standard input")
+    add(
+        "--file", metavar="FILE", help="take the text from a file (.json: a conversation); -: stdin"
+    )
     add(
         "--model",
         metavar="NAME_OR_DIR",
@@ -80,13 +83,13 @@ def run(args: argparse.Namespace) -> int:
     if args.informed and settings.get("estimator") == "transformer":
         text = "--informed: this transform looks at more than one token, which it cannot invert"
         raise UsageError(text, hint="leave out --informed")
-    base = _base_model(args.model, Path(args.sgt), folder, settings)
+    base = _base_model(args.model, folder, settings)
     _check_files(args)
-    text = _text(args)
+    entry = _entry(args)
     from ..cli.terminal import quiet_libraries
 
     with quiet_libraries():
-        tokens, done, model = _protect(args, text, folder, int(settings["hidden_size"]), base)
+        tokens, done, model = _protect(args, entry, folder, int(settings["hidden_size"]), base)
         files = _write(args, tokens, done, model)
     if args.json:
         from ..cli.files import strict_json
@@ -112,7 +115,14 @@ def _transform(name: str) -> tuple[Path, dict[str, Any]]:
         raise UsageError(f"--sgt: {one_line(error, 1000)}") from error
 
 
-def _base_model(asked: str | None, sgt: Path, folder: Path, settings: dict[str, Any]) -> str:
+def _runs(folder: Path) -> tuple[Path, ...]:
+    """The folders that may be that of the run which the transform in `folder` is of."""
+    run = folder.absolute()
+    run = run.parent if run.name == SGT else run
+    return (run, run.parent) if run.name.startswith("checkpoint-") else (run,)
+
+
+def _base_model(asked: str | None, folder: Path, settings: dict[str, Any]) -> str:
     """The model that --model names, or else that the run or the transform does."""
     from ..training.models import check_folder
     from ..training.small_model import MODEL
@@ -123,9 +133,7 @@ def _base_model(asked: str | None, sgt: Path, folder: Path, settings: dict[str, 
         check_folder(asked)
         return asked
     named = settings.get("base_model_name_or_path")
-    run = folder.parent if folder.name == SGT else sgt
-    runs = (run, run.parent) if run.name.startswith("checkpoint-") else (run,)
-    own = [str(r / MODEL) for r in runs if (r / MODEL / "config.json").is_file()]
+    own = [str(r / MODEL) for r in _runs(folder) if (r / MODEL / "config.json").is_file()]
     hint = "name it with --model NAME_OR_DIR"
     if own:  # made by the run; moves with it
         return own[0]
@@ -158,9 +166,9 @@ def _check_files(args: argparse.Namespace) -> None:
         raise Failed('--png needs matplotlib, not installed here: pip install "onepass[viz]"')
 
 
-def _text(args: argparse.Namespace) -> str:
+def _entry(args: argparse.Namespace) -> str | list[dict[str, str]]:
     """The text of the argument, the file or standard input; the newline that ends a file is none
-    of its own."""
+    of its own. A .json file's conversation."""
     if (args.text is None) == (args.file is None):
         got = "no text" if args.text is None else "both TEXT and --file"
         raise UsageError(f"got {got}, wanted TEXT, - for standard input or --file FILE")
@@ -179,7 +187,32 @@ def _text(args: argparse.Namespace) -> str:
         raise UsageError(f"{where}: cannot read {source!r}: {error.strerror}") from error
     if not text.strip():
         raise UsageError(f"{where}: the text is empty")
-    return text
+    return _messages(source, text) if args.file is not None and is_json(source) else text
+
+
+def is_json(name: str) -> bool:
+    """Whether --file takes a file of this name for a conversation."""
+    return name.lower().endswith(".json")
+
+
+def _messages(name: str, text: str) -> list[dict[str, str]]:
+    wanted = 'wanted a list of {"role": ..., "content": text}, or an object with it as "messages"'
+    hint = "JSON that is itself the text comes in from standard input: --file -"
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--file: {name!r} is not JSON: {one_line(error)}", hint=hint) from error
+    if isinstance(found, dict):
+        found = found.get("messages")
+    if not isinstance(found, list) or not found:
+        raise UsageError(f"--file: {name!r} holds no conversation, {wanted}", hint=hint)
+    for number, turn in enumerate(found, 1):
+        fields = [turn.get(n) for n in ("role", "content")] if isinstance(turn, dict) else [None]
+        if not all(isinstance(field, str) for field in fields):
+            raise UsageError(f"--file: {name!r}: message {number}: {wanted}", hint=hint)
+    if not any(turn["content"].strip() for turn in found):
+        raise UsageError(f"--file: {name!r}: all messages are empty")
+    return found
 
 
 def _number(low: int, high: int) -> Any:
@@ -210,11 +243,14 @@ def _device(name: str) -> torch.device:
 
 
 def _protect(
-    args: argparse.Namespace, text: str, folder: Path, hidden_size: int, base: str
+    args: argparse.Namespace,
+    entry: str | list[dict[str, str]],
+    folder: Path,
+    hidden_size: int,
+    base: str,
 ) -> tuple[Any, Protection, Any]:
     """(tokenizer, what came of the text, a model of which only the embeddings matter)."""
     device = _device(args.device)
-    import torch
     from transformers import AutoConfig, AutoTokenizer
 
     from .cloak import TransformerCloak
@@ -227,12 +263,11 @@ def _protect(
     except Exception as error:  # each kind of tokenizer file has errors of its own
         why = one_line(error) or type(error).__name__
         raise Failed(f"cannot load the base model {base!r}: {why}") from error
-    ids = tokenizer(text)["input_ids"]
+    input_ids, noise_mask = _tokens(tokenizer, entry, _transforms_system(folder))
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not ids:
-        raise UsageError("TEXT: the tokenizer makes no token of it")
-    if isinstance(longest, int) and len(ids) > longest:
-        raise UsageError(f"TEXT: {len(ids)} tokens, wanted {longest} at most, as the model takes")
+    if isinstance(longest, int) and len(input_ids) > longest:
+        n = len(input_ids)
+        raise UsageError(f"the text has {n} tokens, wanted {longest} at most, as the model takes")
     stored = find_embeddings(base, config)
     if stored is not None:
         _check_width(hidden_size, stored.shape[-1], base)
@@ -242,13 +277,39 @@ def _protect(
         raise Failed(f"--sgt: {one_line(error)}") from error
     model = _embeddings(base, stored)
     _check_width(hidden_size, model.get_input_embeddings().weight.shape[-1], base)
-    input_ids = torch.tensor(ids, device=device)
+    at = [x.to(device) for x in (input_ids, noise_mask)]
     options = {"seed": args.seed, "samples": args.samples, "informed": args.informed}
     try:
-        done = protect(model.to(device), cloak.to(device), input_ids, **options)
+        done = protect(model.to(device), cloak.to(device), *at, **options)
     except ValueError as error:
         raise Failed(f"{base!r} and {str(folder)!r}: {one_line(error)}") from error
     return tokenizer, done, model
+
+
+def _transforms_system(folder: Path) -> bool:
+    """Whether the run that the transform is of transformed system prompts."""
+    from ..training.run_folder import recorded_flags
+
+    found = [recorded_flags(run).get("transform_system") for run in _runs(folder)]
+    return next((value for value in found if isinstance(value, bool)), True)
+
+
+def _tokens(
+    tokenizer: Any, entry: str | list[dict[str, str]], transform_system: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, noise_mask) [S], as in training; of a conversation that the assistant has not
+    had the last word in, up to where it begins to answer."""
+    from .data import NoiseTokenizer
+
+    marking = NoiseTokenizer(
+        tokenizer, max_length=MAX_TOKENS, transform_system=transform_system, pad_to_multiple_of=1
+    )
+    answers = not isinstance(entry, str) and entry[-1]["role"] != "assistant"
+    try:
+        batch = marking(entry, add_generation_prompt=answers)
+    except ValueError as error:
+        raise UsageError(f"{'TEXT' if isinstance(entry, str) else '--file'}: {error}") from error
+    return batch["input_ids"][0], batch["noise_mask"][0]
 
 
 def _check_width(wanted: int, found: int, base: str) -> None:

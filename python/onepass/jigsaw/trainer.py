@@ -193,12 +193,16 @@ class JigsawTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: Any = None,
     ) -> tuple[Tensor, None, None]:
-        """(loss, None, None): logits of four kinds are none to gather. Draws no noise from the
-        training's."""
-        with torch.no_grad(), same_draws(model):
-            torch.manual_seed(self.args.seed)
+        """(loss, None, None): logits of four kinds are none to gather."""
+        with torch.no_grad():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' loop, with the same noise each time and no draw from the training's."""
+        with same_draws(self.model):
+            torch.manual_seed(self.args.seed)
+            return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """transformers' log, with the means of what the steps since the last one noted."""
