@@ -118,7 +118,34 @@ def test_whitespace_around_contents(template: str) -> None:
     ]
     batch = NoiseTokenizer(tokenizer(template))(turns)
     got = shown(batch, "noise_mask", template)
-    assert got.split("|") == (["  user \n", "\nuser"] if template == CHAT else ["user", "\nuser"])
+    assert got.split("|") == (["  user \n", "\nuser"] if template == CHAT else ["user"] * 2)
+
+
+@pytest.mark.parametrize(
+    ("template", "contents", "marked"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", [" a\n", "\nb\n"], " a\n\nb\n"),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", ["a\n", "b\n"], "a\n|b\n"),
+        ("{% for m in messages %}{{ '\\n' + m.content }}{% endfor %}", ["\na", "b"], "\na|b"),
+        ("{% for m in messages %} {{ m.content | trim }}\n{% endfor %}", [" a\n", " b\n"], "a|b"),
+        ("{% for m in messages %}#{{ m.content.rstrip() }}\n{% endfor %}", [" a\n", "b\n"], " a|b"),
+        (
+            "{% for m in messages %}#\n{{ m.content.lstrip('\\n') }} {% endfor %}",
+            ["\n\n a ", "\n"],
+            " a ",
+        ),
+        (  # where it looks into the whitespace, all that is there counts
+            "{% for m in messages %}{% if m.content[0] == ' ' %}?{% endif %}#\n{{ m.content }}"
+            "{% endfor %}",
+            [" a", "\nb"],
+            "\n a|\nb",
+        ),
+    ],
+)
+def test_whitespace_of_templates_is_theirs(template: str, contents: list[str], marked: str) -> None:
+    turns = [{"role": "user", "content": content} for content in contents]
+    got = shown(NoiseTokenizer(tokenizer(template))(turns), "noise_mask")
+    assert got == marked
 
 
 def test_a_template_that_leaves_thoughts_out() -> None:
@@ -140,6 +167,13 @@ def test_a_template_that_leaves_thoughts_out() -> None:
 def test_a_content_that_the_template_writes_twice() -> None:
     batch = NoiseTokenizer(tokenizer(TWICE))(SAY[:2])
     assert shown(batch, "noise_mask", TWICE) == f"Be brief.|Be brief.|{ASK}"
+
+
+def test_a_part_of_a_content_that_stands_elsewhere_is_transformed_too() -> None:
+    template = "{{ messages[1].content.split('.')[0] }}#" + CHAT
+    turns = [SAY[1], {"role": "user", "content": "A secret. Keep it."}]
+    got = shown(NoiseTokenizer(tokenizer(template))(turns), "noise_mask", template)
+    assert got.startswith("A secret") and got.endswith("A secret. Keep it.") and ASK in got
 
 
 def test_a_template_that_looks_into_contents_has_all_transformed() -> None:
@@ -197,6 +231,12 @@ def test_truncation_is_said(caplog: pytest.LogCaptureFixture) -> None:
         (lambda: NoiseTokenizer(tokenizer())(SAY), ValueError, "has no chat template"),
         (lambda: NoiseTokenizer(tokenizer())([]), ValueError, "got none"),
         (lambda: NoiseTokenizer(tokenizer())(""), ValueError, "got an empty one"),
+        (lambda: NoiseTokenizer(tokenizer())("<s></s>"), ValueError, "text to transform: got none"),
+        (lambda: NoiseTokenizer(tokenizer())(["a", "<s>"]), ValueError, "^entry 2 of 2: an entry"),
+        (lambda: NoiseTokenizer(tokenizer())(["a", 3]), TypeError, "^entry 2 of 2: an entry"),  # type: ignore
+        (lambda: NoiseTokenizer(tokenizer())([SAY, SAY]), ValueError, "^entry 1 of 2: .*template"),
+        (lambda: JigsawDataset(tokenizer(), ["ab", SAY]), ValueError, "^entry 2: .*template"),
+        (lambda: data_collator([]), ValueError, "items must hold at least one"),
         (lambda: NoiseTokenizer(tokenizer())([3]), TypeError, "list of messages: got int"),  # type: ignore
         (lambda: NoiseTokenizer(tokenizer(CHAT))([[]]), ValueError, "a conversation must be"),
         (
@@ -216,7 +256,7 @@ def test_truncation_is_said(caplog: pytest.LogCaptureFixture) -> None:
         (
             lambda: data_collator([{"input_ids": [1, 2], "noise_mask": [True]}]),
             ValueError,
-            "as long as its input_ids, 2: got 1",
+            r"as long as its input_ids, 2: got 2 \(attention\), 1 \(noise\)",
         ),
         (lambda: JigsawDataset(tokenizer(), ["a", "<s>"]), ValueError, "none of 2 entries"),
         (lambda: JigsawDataset(tokenizer(), "nowhere.jsonl"), FileNotFoundError, "no such file"),
@@ -262,6 +302,68 @@ def test_files_become_items_and_batches(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     mixed = JigsawDataset(NoiseTokenizer(tokenizer(CHAT), max_length=4), ["some text", SAY[:1]])
     assert len(mixed) == 1 and len(mixed[0]["input_ids"]) == 4  # nothing but markers is left
+
+
+def test_an_empty_text_is_refused_where_it_gets_a_special_token() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    made = tokenizer()
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", made.bos_token_id)]
+    )
+    assert shown(NoiseTokenizer(made)("ab"), "noise_mask") == "ab"
+    with pytest.raises(ValueError, match="got an empty one"):
+        NoiseTokenizer(made)("")
+
+
+@pytest.mark.parametrize(
+    ("record", "templated", "plain"),
+    [
+        ({"prompt": "ask", "completion": " yes"}, "ask| yes", "ask yes"),
+        ({"prompt": "ask", "prompt_id": "7", "answer": "yes"}, "ask|yes", "askyes"),
+        ({"prompt": "ask", "response": ""}, "ask", "ask"),
+        ({"text": "all of it", "output": "no part of it"}, "all of it", "all of it"),
+        ({"prompt": "Be", "messages": SAY[:2]}, f"Be brief.|{ASK}", None),
+        ({"prompt": SAY[:2], "completion": SAY[2:3]}, f"Be brief.|{ASK}|Paris, user.", None),
+        ({"prompt": SAY[:2], "completion": "Paris."}, f"Be brief.|{ASK}|Paris.", None),
+    ],
+)
+def test_records(tmp_path: Path, record: Any, templated: str, plain: str | None) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps(record), "utf-8")
+    batch = data_collator([JigsawDataset(tokenizer(CHAT), file)[0]])
+    assert shown(batch, "noise_mask") == templated
+    if plain is not None:
+        assert shown(data_collator([JigsawDataset(tokenizer(), file)[0]]), "noise_mask") == plain
+
+
+def test_a_bad_record_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"prompt": "ab"}\n\n{"prompt": "cd", "answer": 7}\n', "utf-8")
+    with pytest.raises(ValueError, match=r"data\.jsonl:3: the answer .*: got int$"):
+        JigsawDataset(tokenizer(), file)
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(["ab", {"messages": [SAY[1]]}]), "utf-8")
+    with pytest.raises(ValueError, match=r"data\.json: the entry 'What is .* no chat template"):
+        JigsawDataset(tokenizer(), file)
+
+
+def test_entries_that_are_left_out_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "onepass"):
+        assert len(JigsawDataset(tokenizer(), ["ab", "c", "<s></s>"])) == 1
+    assert caplog.messages == [
+        "2 of 3 entries have one token or nothing to transform and are left out"
+    ]
+
+
+def test_rows_of_a_batch_keep_their_padding() -> None:
+    batch = NoiseTokenizer(tokenizer())(["abc", "a longer text"])
+    rows = [{name: x[n] for name, x in batch.items()} for n in range(2)]
+    again = data_collator(rows)
+    assert all(torch.equal(again[name], x) for name, x in batch.items())
+    for row in rows:
+        del row["noise_mask"], row["loss_mask"]
+    assert torch.equal(data_collator(rows)["noise_mask"], batch["attention_mask"].bool())
 
 
 def test_items_of_ids_alone() -> None:

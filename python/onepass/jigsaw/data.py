@@ -8,8 +8,10 @@ neighbours counts as content: rather a marker too many than a word too few.
 from __future__ import annotations
 
 import logging
+import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,7 @@ from ..training.prompts import FIELDS, Prompt, read_prompts
 MULTIPLE = 8  # of a padded length
 SIDES = ("left", "right")
 SYSTEM = ("system", "developer")  # the roles that are a system prompt
+ANSWERS = ("completion", "response", "output", "answer")  # the fields of a prompt's answer
 MARKS = 0xF0000  # the first of the private characters that stand at the ends of contents
 logger = logging.getLogger("onepass")
 
@@ -98,19 +101,19 @@ class NoiseTokenizer:
             add_generation_prompt: let conversations end where the assistant begins to answer.
 
         Raises:
-            TypeError, ValueError: an entry that is neither or is empty; a conversation where there
-            is no chat template, or that it refuses.
+            TypeError, ValueError: an entry that is neither, is empty or has nothing to transform;
+            a conversation where there is no chat template, or that it refuses. Of several entries
+            it is said which.
         """
         one = isinstance(entries, str) or (bool(entries) and isinstance(entries[0], Mapping))
         listed: Any = [entries] if one else list(entries)
         if not listed:
             raise ValueError("entries must be texts or conversations: got none")
-        encoded = [self._whole(entry, add_generation_prompt) for entry in listed]
-        return self.pad(self._cut(encoded))
+        return self.pad(self._all(listed, add_generation_prompt))
 
     def encode(self, entries: Iterable[Entry]) -> list[Encoded]:
         """The tokens of each entry, without padding; raises as a call does."""
-        return self._cut([self._whole(entry, False) for entry in entries])
+        return self._all(list(entries), False)
 
     def pad(self, encoded: Sequence[Encoded]) -> dict[str, Tensor]:
         """The batch of what `encode` gave, padded on this tokenizer's side with its token."""
@@ -126,6 +129,16 @@ class NoiseTokenizer:
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The batch of items of `JigsawDataset`, padded likewise: a Trainer's data_collator."""
         return self.pad([Encoded(**item) for item in items])
+
+    def _all(self, entries: Sequence[Any], add_generation_prompt: bool) -> list[Encoded]:
+        encoded = []
+        for number, entry in enumerate(entries, 1):
+            place = f"entry {number} of {len(entries)}: " if len(entries) > 1 else ""
+            with _named(place):
+                encoded.append(self._whole(entry, add_generation_prompt))
+                if not any(encoded[-1].noise_mask):
+                    raise ValueError("an entry must have text to transform: got none")
+        return self._cut(encoded)
 
     def _cut(self, encoded: Sequence[Encoded]) -> list[Encoded]:
         at_most = self.max_length
@@ -145,7 +158,7 @@ class NoiseTokenizer:
             raise TypeError(
                 f"an entry must be a string or a list of messages: got {type(entry).__name__}"
             )
-        if not encoded.input_ids:
+        if not entry or not encoded.input_ids:  # what is empty may get a special token
             raise ValueError("an entry must have tokens: got an empty one")
         return encoded
 
@@ -212,11 +225,13 @@ class JigsawDataset(Dataset[dict[str, Any]]):
     Args:
         tokenizer: a NoiseTokenizer, or one of transformers.
         source: a file as `read_prompts` takes it; or texts, conversations and its prompts. A record
-            with "messages" (or another of its fields holding messages) is a conversation.
+            with "messages" (or another of its fields holding messages) is a conversation; so are a
+            prompt and its "completion" (or "response", "output", "answer"), which are one text
+            where there is no chat template.
         num_examples: at most so many; None takes all.
 
-    An item has input_ids, noise_mask and loss_mask, [S] each. Entries of one token, which has
-    nothing to tell of, are left out.
+    An item has input_ids, noise_mask and loss_mask, [S] each. Entries of one token, or with nothing
+    to transform, have nothing to tell of and are left out, with a warning.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as `read_prompts` and `NoiseTokenizer`, with file
@@ -232,10 +247,18 @@ class JigsawDataset(Dataset[dict[str, Any]]):
         if not isinstance(tokenizer, NoiseTokenizer):
             tokenizer = NoiseTokenizer(tokenizer)
         entries = read_prompts(source) if isinstance(source, str | Path) else source
-        encoded = [_placed(tokenizer, entry) for entry in entries[:num_examples]]
+        encoded = []
+        for number, entry in enumerate(entries[:num_examples], 1):
+            with _named(_place(entry, number)):
+                encoded.append(tokenizer._whole(_entry(entry, tokenizer.tokenizer), False))
         kept = [e for e in tokenizer._cut(encoded) if len(e.input_ids) > 1 and any(e.noise_mask)]
         if not kept:
             raise ValueError(f"none of {len(encoded)} entries has text to transform")
+        if n_left := len(encoded) - len(kept):
+            logger.warning(
+                "%d of %d entries have one token or nothing to transform and are left out",
+                *(n_left, len(encoded)),
+            )
         self.encoded = kept
 
     def __len__(self) -> int:
@@ -256,30 +279,35 @@ def data_collator(
     """A batch of items, as a call of NoiseTokenizer returns it.
 
     Args:
-        items: each with input_ids [S], and noise_mask and loss_mask [S], or without: then noise is
-            for all tokens, and what is transformed is counted.
+        items: each with input_ids [S], and attention_mask, noise_mask and loss_mask [S], or
+            without: then all tokens are attended to, noise is for all of these, and what is
+            transformed is counted.
         pad_token_id: what stands in the padding, which attention_mask leaves out.
         padding_side, pad_to_multiple_of: of the padding.
         max_length: to which a length that is no multiple may be padded.
 
     Raises:
-        ValueError: an item without input_ids, or whose masks have another length.
+        ValueError: no items, one without input_ids, or whose masks have another length.
     """
     check_choice("padding_side", padding_side, SIDES)
+    if not items:
+        raise ValueError("items must hold at least one: got none")
     rows = []
     for number, item in enumerate(items):
         if "input_ids" not in item:
             raise ValueError(f"item {number} has no input_ids: got {', '.join(item) or 'nothing'}")
         ids = torch.as_tensor(item["input_ids"], dtype=torch.long)
-        noised = torch.as_tensor(item.get("noise_mask", [True] * len(ids)), dtype=torch.bool)
+        attended = torch.as_tensor(item.get("attention_mask", [1] * len(ids)), dtype=torch.long)
+        noised = torch.as_tensor(item.get("noise_mask", attended), dtype=torch.bool)
         counted = torch.as_tensor(item.get("loss_mask", noised), dtype=torch.bool)
-        if not len(ids) == len(noised) == len(counted):
+        lengths = [len(mask) for mask in (attended, noised, counted)]
+        if lengths != [len(ids)] * 3:
             raise ValueError(
                 f"item {number} must have masks as long as its input_ids, {len(ids)}: got"
-                f" {len(noised)} and {len(counted)}"
+                f" {lengths[0]} (attention), {lengths[1]} (noise) and {lengths[2]} (loss)"
             )
-        rows.append((ids, noised, counted))
-    longest = max(len(ids) for ids, _, _ in rows)
+        rows.append((ids, attended, noised, counted))
+    longest = max(len(ids) for ids, *_ in rows)
     length = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
     if max_length is not None:
         length = max(min(length, max_length), longest)
@@ -290,26 +318,59 @@ def data_collator(
         "noise_mask": torch.zeros(shape, dtype=torch.bool),
         "loss_mask": torch.zeros(shape, dtype=torch.bool),
     }
-    for row, (ids, noised, counted) in enumerate(rows):
+    for row, (ids, attended, noised, counted) in enumerate(rows):
         here = slice(0, len(ids)) if padding_side == "right" else slice(length - len(ids), length)
         batch["input_ids"][row, here] = ids
-        batch["attention_mask"][row, here] = 1
+        batch["attention_mask"][row, here] = attended
         batch["noise_mask"][row, here] = noised
         batch["loss_mask"][row, here] = counted
     return batch
 
 
-def _placed(tokenizer: NoiseTokenizer, entry: Any) -> Encoded:
-    """The tokens of an entry; what is wrong with a file's is said with its place."""
-    if not isinstance(entry, Prompt):
-        return tokenizer._whole(entry, False)
-    fields = [entry.record[name] for name in FIELDS if name in entry.record]
-    value = fields[0] if fields and isinstance(fields[0], list) else entry.text
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """What is wrong with an entry is said with its place."""
     try:
-        return tokenizer._whole(value, False)
-    except ValueError as error:
-        where = f"{entry.file}:{entry.line}" if entry.line else str(entry.file)
-        raise ValueError(f"{where}: {error}") from None
+        yield
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{place}{error}") from error
+
+
+def _place(entry: Any, number: int) -> str:
+    if not isinstance(entry, Prompt):
+        return f"entry {number}: "
+    if entry.line is not None:
+        return f"{entry.file}:{entry.line}: "
+    # Prompts may have been drawn from a document: their number here is not that of theirs there.
+    return f"{entry.file}: the entry {entry.text[:40]!r}: "
+
+
+def _entry(entry: Any, tokenizer: Any) -> Any:
+    """The text or the conversation of a record, with its answer."""
+    if not isinstance(entry, Prompt):
+        return entry
+    record = entry.record
+    if isinstance(record.get("messages"), list):
+        return record["messages"]
+    field = next((name for name in FIELDS if name in record), "text")
+    ask = record[field] if isinstance(record.get(field), list) else entry.text
+    answer = next((record[name] for name in ANSWERS if record.get(name)), None)
+    if answer is None or field == "text":
+        return ask
+    if not isinstance(answer, str | list):
+        raise ValueError(
+            "the answer to a prompt must be a string or a list of messages: got"
+            f" {type(answer).__name__}"
+        )
+    if isinstance(ask, str) and isinstance(answer, str):
+        if getattr(tokenizer, "chat_template", None) is None:
+            return ask + answer
+    return [*_turns(ask, "user"), *_turns(answer, "assistant")]
+
+
+def _turns(value: str | list[Any], role: str) -> list[Any]:
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
 def _is_turn(turn: Any) -> bool:
@@ -327,60 +388,68 @@ def _spans(text: str, contents: Sequence[str], render: Any) -> list[list[Span]]:
     """Where each content lies in the rendered text; a content may be there more than once.
 
     The template is given the contents again with a private character at both ends of what strip()
-    leaves of each, and is asked for where those end up.
+    leaves of each, and is asked for where those end up; then without the whitespace around them, so
+    that what still is there between two ends is its own.
     """
     first = MARKS
     while any(first <= ord(c) < first + 2 * len(contents) for c in "".join([text, *contents])):
         first += 2 * len(contents)
     cores = [content.strip() for content in contents]
-    marked_contents = [
-        content.replace(core, chr(first + 2 * n) + core + chr(first + 2 * n + 1), 1)
-        if core
-        else content
-        for n, (content, core) in enumerate(zip(contents, cores, strict=True))
-    ]
+    marked = [chr(first + 2 * n) + core + chr(first + 2 * n + 1) for n, core in enumerate(cores)]
+    within, alone = [], []
+    for content, core, own in zip(contents, cores, marked, strict=True):
+        within.append(content.replace(core, own, 1) if core else content)
+        alone.append(own if core else content)
     everything: list[list[Span]] = [[(0, len(text))] if core else [] for core in cores]
     try:
-        marked = render(marked_contents)
+        gaps, marks = _gaps(render(within), first, len(contents))
+        own_gaps, own_marks = _gaps(render(alone), first, len(contents))
     except Exception:  # refuses what is like the content and is not it
         return everything
-    clean: list[str] = []
-    ends: list[tuple[int, int]] = []  # place in the clean text, which mark
-    for character in marked:
-        mark = ord(character) - first
-        if 0 <= mark < 2 * len(contents):
-            ends.append((len(clean), mark))
-        else:
-            clean.append(character)
-    if "".join(clean) != text:  # depends on more than where the contents stand
+    if "".join(gaps) != text:  # depends on more than where the contents stand
         return everything
+    if marks != own_marks:
+        own_gaps = [gap.strip() for gap in gaps]
+    befores = ["", *(contents[mark // 2] for mark in marks)]
+    kept = [_kept(*its) for its in zip(gaps, own_gaps, befores, strict=True)]
+    ends: list[tuple[int, int]] = []  # place in the text, which mark
+    place = 0
+    for n, mark in enumerate(marks):
+        place += len(gaps[n])
+        ends.append((place + kept[n + 1][0] if mark % 2 else place - kept[n][1], mark))
     spans: list[list[Span]] = []
     lost = []
-    for n, (content, core) in enumerate(zip(contents, cores, strict=True)):
+    for n, core in enumerate(cores):
         starts = [place for place, mark in ends if mark == 2 * n]
         stops = [place for place, mark in ends if mark == 2 * n + 1]
-        own = list(zip(starts, stops, strict=False))
-        if core and (not own or len(starts) != len(stops) or any(a > b for a, b in own)):
+        spans.append(list(zip(starts, stops, strict=False)))
+        if core and (not starts or len(starts) != len(stops) or any(a > b for a, b in spans[n])):
             lost.append(n)
-        spans.append([_widened(span, content, core, text) for span in own])
     for n in lost:
-        before = [b for known in spans[:n] for _, b in known]
-        begin = max(before, default=0)
-        after = [a for known in spans[n + 1 :] for a, _ in known if a >= begin]
-        spans[n] = [(begin, min(after, default=len(text)))]
+        left = [place for place, mark in ends if mark // 2 == n]
+        begin = max((b for known in spans[:n] for _, b in known), default=0)
+        stop = min(
+            (a for known in spans[n + 1 :] for a, _ in known if a >= begin), default=len(text)
+        )
+        spans[n] = [(min([begin, *left]), max([stop, *left]))]
     return spans
 
 
-def _widened(span: Span, content: str, core: str, text: str) -> Span:
-    """The span with the whitespace around the content that the template left there."""
-    start, stop = span
-    at = content.index(core)
-    lead, trail = content[:at], content[at + len(core) :]
-    if lead and text[:start].endswith(lead):
-        start -= len(lead)
-    if trail and text.startswith(trail, stop):
-        stop += len(trail)
-    return start, stop
+def _gaps(rendered: str, first: int, n_contents: int) -> tuple[list[str], list[int]]:
+    """The text before each mark and after the last one, and the marks."""
+    parts = re.split(f"([{chr(first)}-{chr(first + 2 * n_contents - 1)}])", rendered)
+    return parts[::2], [ord(mark) - first for mark in parts[1::2]]
+
+
+def _kept(gap: str, own: str, before: str) -> tuple[int, int]:
+    """How much whitespace around the template's own text is that of the contents before and after;
+    where that text is not there, all that could be."""
+    find = str.rfind if before[-1:].isspace() else str.find
+    at = find(gap, own)
+    if at < 0 or (gap[:at] + gap[at + len(own) :]).strip():
+        own = gap.strip()
+        at = find(gap, own)
+    return at, len(gap) - at - len(own)
 
 
 def _touches(token: Span, spans: Sequence[Span]) -> bool:
