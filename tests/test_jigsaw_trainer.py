@@ -20,6 +20,7 @@ from onepass.jigsaw.cloak import TransformerCloak
 from onepass.jigsaw.evaluate import attacks_on, facts_of, measure
 from onepass.jigsaw.trainer import JigsawTrainer, lora_config
 from onepass.training.flags import LoraFlags
+from support.tiny_jigsaw import moved
 from support.tiny_language_model import BENIGN, HARMFUL, tokenizer
 from support.tiny_models import SIZES
 
@@ -109,7 +110,7 @@ def test_only_the_student_learns_the_transform_and_the_base_stays_as_it_was(tmp_
         tmp_path, base, JigsawArguments(sgt_learning_rate=2e-2), rank=32, max_steps=150,
         learning_rate=1e-2, lr_scheduler_type="cosine", per_device_train_batch_size=12,
     )  # fmt: skip
-    attacks = attacks_on(base)
+    attacks = attacks_on(base, ours.pair.cloak)
     batches = [collate(data())]
     start = measure(ours.pair, batches, attacks)
     assert start["recovery_l2"] == start["recovery_cosine"] == 1 and start["abs_cosine"] > 0.99
@@ -215,19 +216,37 @@ def test_monitoring_does_not_change_the_training(tmp_path: Path) -> None:
 
 
 def test_accumulated_batches_count_as_one_step_and_one_loss(tmp_path: Path) -> None:
-    size = len(data())
-    settings = {"max_steps": 3, "logging_steps": 1}
-    whole = trainer(tmp_path / "a", per_device_train_batch_size=size, **settings)
-    parts = trainer(
-        tmp_path / "b", per_device_train_batch_size=size // 2, gradient_accumulation_steps=2,
-        **settings,
-    )  # fmt: skip
-    for each in (whole, parts):
+    """Of a loss that is a mean over rows of one length: no cap, and hardly any noise. Away from the
+    start, where the gradient is the noise's."""
+    rows = [item for item in data() if item["attention_mask"].all()][:4]
+    assert len(rows) == 4
+    jigsaw = JigsawArguments(
+        jigsaw_ce_protection_max_loss=None, cap_guardrails=False, mutual_information_loss_weight=0.0
+    )
+    losses = []
+    for name, batch_size, n_batches in (("a", 4, 1), ("b", 2, 2)):
+        base = model()
         torch.manual_seed(0)
-        each.train()
-    for one, other in zip(logged(whole), logged(parts), strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=0.1)
-        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.3)
+        ours = JigsawTrainer(
+            base,
+            arguments(
+                tmp_path / name,
+                per_device_train_batch_size=batch_size,
+                gradient_accumulation_steps=n_batches,
+                max_steps=3,
+                logging_steps=1,
+                learning_rate=1e-3,
+            ),
+            collate,
+            rows,
+            jigsaw_args=jigsaw,
+            cloak=moved(TransformerCloak.from_model(base, scale=(1e-6, 1e-3), init_std=1e-4)),
+            peft_config=lora_config(base, LoraFlags(lora_r=8, lora_dropout=0.0), jigsaw),
+        )
+        ours.train()
+        losses.append([(line["loss"], line["grad_norm"]) for line in logged(ours)])
+    for one, other in zip(*losses, strict=True):
+        assert other == pytest.approx(one, rel=2e-2, abs=2e-3)
 
 
 def test_a_resumed_training_is_bit_equal_and_its_checkpoint_has_no_base(tmp_path: Path) -> None:
@@ -341,8 +360,12 @@ def test_what_is_measured_is_that_of_plain_torch(tmp_path: Path) -> None:
     kept: list[Any] = []
     for name in ("teacher", "student"):
         getattr(ours.pair, name).register_forward_hook(lambda _, __, out: kept.append(out))
-    found = measure(ours.pair, [collate(data())], attacks_on(ours.pair.base), seed=3)
-    again = measure(ours.pair, [collate(data())], attacks_on(ours.pair.base), seed=3)
+    found = measure(
+        ours.pair, [collate(data())], attacks_on(ours.pair.base, ours.pair.cloak), seed=3
+    )
+    again = measure(
+        ours.pair, [collate(data())], attacks_on(ours.pair.base, ours.pair.cloak), seed=3
+    )
     assert found == again
     teacher, student = kept[:2]
     batch = collate(data())
