@@ -174,7 +174,7 @@ def test_the_loss_is_that_of_plain_torch(tmp_path: Path) -> None:
         + 2.5 * cross_entropy(student_noisy, attended)
         - 1.0 * 4.0 * torch.sigmoid(cross_entropy(noisy, counted))
         - 2.0 * cross_entropy(student_clean, counted)
-        + 0.001 * information[both].mean()
+        + 0.0001 * information[both].mean()
         + 0.1 * ((x + means).norm(dim=-1) - norm).abs()[noised].mean()
         + 0.5 * l2(student.embeddings[4:])
         - 0.25 * l2(teacher.embeddings[4:])

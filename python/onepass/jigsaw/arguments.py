@@ -36,7 +36,7 @@ class JigsawArguments:
         0.1, "of the distance of norms from the vocabulary's median", advanced=True
     )
     mutual_information_loss_weight: float = flag(
-        0.001, "of the mutual information's estimate", advanced=True
+        0.0001, "of the mutual information's estimate", advanced=True
     )
     distillation_layer_index: int | None = flag(
         None, "block whose outputs the two l2 losses compare", advanced=True
