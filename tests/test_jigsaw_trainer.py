@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import transformers
 from torch import Tensor
 
 from onepass import LazyLogits, strict
+from onepass.demo import train
 from onepass.jigsaw.arguments import JigsawArguments
 from onepass.jigsaw.attack import NearestEmbedding
 from onepass.jigsaw.cloak import TransformerCloak
@@ -32,6 +34,13 @@ pytestmark = [
 
 STEPS = 6
 NAMES = ("input_ids", "attention_mask", "noise_mask", "loss_mask")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On matrices this small a second thread costs a multiple where the cores are busy."""
+    with train.one_thread():
+        yield
 
 
 def model(n_layers: int = 2) -> Any:
