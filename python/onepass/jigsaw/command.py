@@ -37,14 +37,20 @@ SMALL = {  # what suits the small model, where nothing else is said
     "lora_r": 128,
     "lora_alpha": 128,
     "lora_dropout": 0.0,
-    "per_device_train_batch_size": 8,
+    "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 16,
     "gradient_checkpointing": False,
-    "model_max_length": 64,
+    "model_max_length": 128,
     "max_eval_samples": 96,
     "adam_beta2": 0.95,
 }
-SMALL_FAST = {**SMALL, "max_steps": 200, "lora_r": 96, "lora_alpha": 96}
+SMALL_FAST = SMALL | {  # of half as many positions
+    "max_steps": 200,
+    "lora_r": 96,
+    "lora_alpha": 96,
+    "per_device_train_batch_size": 8,
+    "model_max_length": 64,
+}
 DEFAULTS = {"learning_rate": 1e-4}
 ADAPTER, SGT = "adapter", "sgt"
 WEAK = 0.2  # a share of recovered tokens above it is little protection
