@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -304,6 +305,16 @@ def test_nothing_is_held_once_the_loss_is_taken() -> None:
     components()
 
 
+BAD_OPTIONS = {"cap_form": "linear", "cap_scope": "row", "impl": "cuda"}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_options_that_are_refused_before_any_forward(name: str) -> None:
+    options: dict[str, Any] = {name: BAD_OPTIONS[name]}
+    with pytest.raises(ValueError, match=f"{name} must be one of"):
+        jigsaw_sgt_loss_factory(*pair(), **options)
+
+
 REFUSED: list[tuple[Callable[[Any, Any], Any], str]] = [
     (
         lambda t, s: jigsaw_sgt_loss_factory(t, s, jigsaw_l2_protection_loss_weight=0.5),
@@ -422,3 +433,94 @@ def test_a_base_model_in_bf16() -> None:
         found.append({**sgt[1](), **at_layer[1]()})
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=2e-2, atol=2e-2)
+
+
+def test_hooks_go_with_the_functions_that_they_serve() -> None:
+    teacher, student = pair()
+    before = [len(m._forward_hooks) for m in (teacher, student)]
+    made = [jigsaw_sgt_loss_factory(teacher, student) for _ in range(3)]
+    assert [len(m._forward_hooks) for m in (teacher, student)] == [n + 3 for n in before]
+    del made
+    gc.collect()
+    assert [len(m._forward_hooks) for m in (teacher, student)] == before
+
+
+def test_a_loss_mask_that_does_not_fit_costs_no_step() -> None:
+    teacher, student = pair()
+    loss, components, _ = jigsaw_sgt_loss_factory(
+        teacher, student, jigsaw_ce_performance_loss_weight=1.0
+    )
+    inputs = batch()
+    teacher(**inputs)
+    student(**inputs)
+    with pytest.raises(ValueError, match="loss_mask must have the shape"):
+        loss(LOSS_MASK.T)
+    loss(LOSS_MASK)
+    teacher(**inputs)
+    with pytest.raises(RuntimeError, match="no components"):
+        components()  # of a batch that is not the last any more
+
+
+def test_options_reach_the_mutual_information() -> None:
+    found = []
+    for symmetrise in (False, True):
+        teacher, student = pair(cloak={"scale": (0.2, 2.0), "init_std": 0.5})
+        loss, components, _ = jigsaw_sgt_loss_factory(
+            teacher,
+            student,
+            mutual_information_loss_weight=1.0,
+            symmetrise_mutual_information=symmetrise,
+        )
+        inputs = batch()
+        torch.manual_seed(0)
+        teacher(**inputs)
+        student(**inputs)
+        loss(LOSS_MASK)
+        found.append(float(components()["mutual_information_loss"]))
+    assert found[0] != pytest.approx(found[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("heads", ["adapter on the head", "one of them lazy"])
+def test_teacher_and_student_of_different_heads(heads: str) -> None:
+    """No logits are made of either; the values are those of logits."""
+    import peft
+
+    from onepass.jigsaw.cloak import TransformerCloak
+    from support.tiny_models import tiny
+
+    found = []
+    for lazy in (False, True):
+        base = tiny("llama")
+        names = ["q_proj", "lm_head"] if heads == "adapter on the head" else ["q_proj"]
+        model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=names))
+        with torch.no_grad():
+            for index, (name, weight) in enumerate(model.named_parameters()):
+                if "lora_B" in name:
+                    torch.manual_seed(index)
+                    weight.normal_(std=0.2)
+        torch.manual_seed(0)
+        cloak = TransformerCloak.from_model(base)
+        teacher = NoiseMaskedNoisyTransformerModel(
+            tiny("llama") if heads == "one of them lazy" else model, cloak
+        )
+        student = PeftNoiseMaskedNoisyTransformerModel(
+            model, cloak, noise_cache=teacher.noise_cache
+        )
+        if lazy:
+            onepass.lazy_head(base)
+        loss, components, _ = jigsaw_sgt_loss_factory(
+            teacher,
+            student,
+            jigsaw_ce_performance_loss_weight=1.0,
+            jigsaw_ce_protection_loss_weight=1.0,
+            jigsaw_clean_embeddings_guardrails_loss_weight=0.1,
+        )
+        inputs = batch()
+        torch.manual_seed(0)
+        teacher(**inputs)
+        student(**inputs)
+        with onepass.strict():
+            loss(LOSS_MASK).backward()
+        found.append(components())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-5)

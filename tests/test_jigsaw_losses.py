@@ -281,6 +281,42 @@ def test_argmax_targets_equal_labels() -> None:
     torch.testing.assert_close(torch.stack(list(got.values())), torch.stack(want))
 
 
+@pytest.mark.parametrize("cap", CAPS, ids=["none", "mean", "token", "zero"])
+@pytest.mark.parametrize("target", ["soft", "argmax"])
+def test_float_masks_weigh_once(target: str, cap: dict[str, Any]) -> None:
+    parts = activations()
+    generator = torch.Generator().manual_seed(5)
+    attention = torch.rand(B, S, generator=generator)
+    loss_mask = torch.rand(B, S, generator=generator) * (
+        torch.rand(B, S, generator=generator) < 0.7
+    )
+    given: Any = {f"{n}_logits": parts[n] @ parts["weight"].T for n in ("teacher", "student")}
+    options = dict(cap)
+    max_loss, factor = options.pop("max_loss"), options.pop("ce_scaling_factor", 1.0)
+    got = compute_jigsaw_ce_losses(
+        given, B, S, V, attention, loss_mask, {}, max_loss, factor, target=target, **options
+    )
+    teacher, student = given["teacher_logits"].double(), given["student_logits"].double()
+    q = teacher[:B].softmax(-1)
+    if target == "argmax":
+        q = F.one_hot(q.argmax(-1), V).double()
+
+    def rows(logits: Tensor) -> Tensor:
+        return -(q * logits.log_softmax(-1)).sum(-1)
+
+    def mean(values: Tensor, weights: Tensor) -> Tensor:
+        return (weights * values).sum() / weights.sum().clamp_min(1)
+
+    squeeze = {name: value for name, value in cap.items() if name != "cap_scope"}
+    if cap.get("cap_scope") == "token":
+        protection = mean(plain_cap(rows(teacher[B:]), **squeeze), loss_mask)
+    else:
+        protection = plain_cap(mean(rows(teacher[B:]), loss_mask), **squeeze)
+    want = [mean(rows(student[B:]), attention), -protection, -mean(rows(student[:B]), loss_mask)]
+    for found, expected in zip(got.values(), want, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("form", ["logits", "lazy"])
 @pytest.mark.parametrize("term", ["performance", "protection", "guardrails"])
 def test_a_term_alone_and_other_losses_kept(term: str, form: str) -> None:

@@ -3,6 +3,7 @@ should and nothing else, and what is refused."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -141,11 +142,6 @@ def test_the_cache_keeps_nothing_that_all_have_read() -> None:
     alive += [weakref.ref(student(ids).noisy_input_embeddings)]
     gc.collect()
     assert [ref() for ref in alive] == [None, None]
-    del student
-    gc.collect()
-    alone = weakref.ref(teacher(ids).noisy_input_embeddings)
-    gc.collect()
-    assert alone() is None  # nobody else shares it
 
 
 @pytest.mark.parametrize("inject", [False, True], ids=["peft", "injected"])
@@ -389,3 +385,38 @@ def test_protection_draws_noise_that_no_seed_of_torchs_foretells() -> None:
         drawn.append(teacher.protect(ids_of()))
     assert int(drawn[0].seed) != int(drawn[1].seed)
     assert not torch.equal(drawn[0].noisy, drawn[1].noisy)
+
+
+def test_a_pair_can_be_copied() -> None:
+    """Both copies share the noise with each other, and with nobody else."""
+    model = nn.ModuleList(pair())
+    teacher, student = copy.deepcopy(model)
+    ids = ids_of()
+    noisy = [each(ids).noisy_input_embeddings for each in (teacher, student, model[0])]
+    assert noisy[0] is noisy[1] and noisy[2] is not noisy[0]
+
+
+@pytest.mark.parametrize("what", ["bias", "norm"])
+def test_weights_trained_beside_the_adapter(what: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny("qwen2_tied")  # with biases
+    bias = "all" if what == "bias" else "none"
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], bias=bias))
+    if what == "norm":
+        base.model.norm.weight.requires_grad_(True)
+    cloak = TransformerCloak.from_model(model)
+    for kind in (NoiseMaskedNoisyTransformerModel, PeftNoiseMaskedNoisyTransformerModel):
+        with pytest.raises(ValueError, match="is trained, but is no part of the adapter"):
+            kind(model, cloak)
+
+
+def test_processes_of_a_group_draw_noise_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, _ = pair()
+    drawn = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in (0, 1, 2):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        torch.manual_seed(0)
+        drawn.append(teacher(ids_of()).noisy_input_embeddings)
+    assert not any(torch.equal(drawn[a], drawn[b]) for a, b in ((0, 1), (1, 2), (0, 2)))

@@ -467,3 +467,29 @@ def test_a_head_that_cannot_be_lazy_is_told_of_and_trained_with(
     assert len(said) == 1 and "\n" not in said[0], [r.getMessage() for r in caplog.records]
     ours.train()
     assert logged(ours)[-1]["jigsaw/agreement"] > 0
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
+    ours = trainer(
+        tmp_path, evaluates=True, max_steps=3, save_strategy="steps", save_steps=1,
+        eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="loss", greater_is_better=True,
+    )  # fmt: skip
+    ours.train()
+    from safetensors.torch import load_file
+
+    best = Path(str(ours.state.best_model_checkpoint))
+    assert best.name != "checkpoint-3", "the loss falls"
+    saved = load_file(best / "sgt" / "model.safetensors")
+    for name, value in ours.pair.cloak.state_dict().items():
+        assert torch.equal(value, saved[name]), name
+
+
+def test_a_trainer_without_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = model()
+    lora = lora_config(base, LoraFlags(), JigsawArguments())
+    ours = JigsawTrainer(base, train_dataset=data(), peft_config=lora)
+    assert not ours.args.remove_unused_columns
+    batch = next(iter(ours.get_train_dataloader()))
+    assert set(batch) == set(NAMES)

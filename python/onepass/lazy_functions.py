@@ -105,7 +105,7 @@ def _unbound(func: Any, lazy: Any, dim: int = 0) -> Any:
     return tuple(with_head(lazy, hidden=piece) for piece in pieces)
 
 
-def _same_head(lazies: Sequence[Any]) -> bool:
+def same_head(lazies: Sequence[Any]) -> bool:
     def of(lazy: LazyLogits) -> tuple[Any, ...]:
         head = lazy.onepass_head
         parts = tuple(identity(t) for t in (*head.weight, head.bias))
@@ -118,7 +118,7 @@ def _same_head(lazies: Sequence[Any]) -> bool:
 
 def _joined(func: Any, tensors: Any, dim: int = 0, **kwargs: Any) -> Any:
     """cat and stack of rows of one head."""
-    if kwargs or not _same_head(tensors):
+    if kwargs or not same_head(tensors):
         return NotImplemented
     extra = 1 if func is torch.stack else 0
     n_dims = tensors[0].dim() + extra

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from ..heads import unwrapped
 from ..training.hidden_states import blocks_of
@@ -59,10 +59,11 @@ class CircuitBreakerTrainer(Trainer):
         self.lorra_args = lorra
         self.rerouting = self.make_rerouting(model, lorra, reference)
         self.rerouting.check(model)
+        args = TrainingArguments("trainer_output") if args is None else args
         if peft_config is not None:
             from peft import get_peft_model
 
-            set_seed(42 if args is None else args.seed)  # the Trainer does so only later
+            set_seed(args.seed)  # the Trainer does so only later
             model = get_peft_model(model, peft_config)  # type: ignore[arg-type]
         inner = unwrapped(model)
         _check_trained(inner, reference)
@@ -75,13 +76,12 @@ class CircuitBreakerTrainer(Trainer):
                 f"reference={ADAPTER_OFF!r} needs a PEFT adapter, {type(inner).__name__} has none:"
                 " pass peft_config, or a frozen copy as reference"
             )
-        if args is not None:
-            args.remove_unused_columns = False
-            args.label_names = args.label_names or []
-            if args.ddp_find_unused_parameters is None:
-                # Each step runs the model twice, to different depths; every weight of the adapter
-                # is used by one of the two, and DDP would take it for unused in the other.
-                args.ddp_find_unused_parameters = False
+        args.remove_unused_columns = False
+        args.label_names = args.label_names or []
+        if args.ddp_find_unused_parameters is None:
+            # Each step runs the model twice, to different depths; every weight of the adapter is
+            # used by one of the two, and DDP would take it for unused in the other.
+            args.ddp_find_unused_parameters = False
         super().__init__(model, args, data_collator, train_dataset, **others)
         check_one_gpu(self.args)
         self.model_accepts_loss_kwargs = False

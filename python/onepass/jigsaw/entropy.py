@@ -71,7 +71,8 @@ def gaussian_entropy_log_loss(
     check_floating("stds", stds)
     mask = None if noise_mask is None else _marks("noise_mask", noise_mask, stds)
     _check_stds("stds", stds, mask, or_zero=True)
-    log_det = gaussian_stats(None, None, stds + STD_EPS, mask, want="log_det", impl=impl).log_det
+    wide = stds.to(accumulation_dtype(stds.dtype)) + STD_EPS  # nothing in float16
+    log_det = gaussian_stats(None, None, wide, mask, want="log_det", impl=impl).log_det
     return -_mean(log_det, mask, stds.shape, LOG_CONSTANT + 0.5)
 
 
@@ -219,10 +220,8 @@ def _mixture(own: Half, other: Half, combine: bool, impl: str) -> tuple[Tensor]:
     )
     rows = (0.5 * stats.mahalanobis + stats.log_det).flatten(2).sum(-1)  # [A, M]
     surprise = math.log(rows.shape[1]) - torch.logsumexp(-rows, 1)
-    counted = mask.flatten(1).any(1)  # a sequence of which nothing counts says nothing
-    total = torch.where(counted, surprise, 0.0).sum()
     count = _count(mask, own_stds.shape)
-    entropy = total / count.clamp_min(1) + LOG_CONSTANT * (count > 0)
+    entropy = surprise.sum() / count.clamp_min(1) + LOG_CONSTANT * (count > 0)
     return (entropy - _own_entropy(own_stds, mask, impl),)
 
 

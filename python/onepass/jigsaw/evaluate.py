@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.vocab_pair_stats import vocab_pair_stats
 from ..training.hidden_states import same_draws, training_mode
 from .attack import INFORMED, METRICS, NearestEmbedding, by_token
 from .input_losses import positions
+from .losses import COMPARED, half_of, soft_rows
 
 if TYPE_CHECKING:
     from .cloak import TransformerCloak
@@ -41,13 +41,11 @@ def facts_of(teacher: NoisyOutput, student: NoisyOutput) -> Facts:
     counted = torch.where(attended != 0, teacher.loss_mask, 0)
     n = clean.shape[0]
     target = teacher.logits[:n]
-    compared = torch.cat([student.logits[n:], teacher.logits[n:], student.logits[:n]])
-    masks = torch.stack([attended.to(counted.dtype), counted, counted])
-    pairs = vocab_pair_stats(compared.view(3, *target.shape), target, mask=masks, want=("kl",))
-    for name, values, mask in zip(
-        ("performance", "protection", "guardrails"), pairs.kl, masks, strict=True
-    ):
-        facts[f"kl_{name}"] = (values, mask)
+    logits = {"teacher": teacher.logits, "student": student.logits}
+    chosen = {term: (logits[model], half_of(term, n)) for term, (model, _) in COMPARED.items()}
+    masks = {term: counted for term in chosen} | {"performance": attended}
+    for term, values in soft_rows(chosen, target, masks, fact="kl").items():
+        facts[f"kl_{term}"] = (values, masks[term])
     same = student.logits[n:].argmax(-1) == target.argmax(-1)
     return {**facts, "agreement": (same.float(), attended)}
 

@@ -6,7 +6,9 @@ computed on the activations of another.
 
 from __future__ import annotations
 
+import functools
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,8 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..losses import NORMALIZATIONS, check_cap, masked_normalized_l2, one_minus_cosine
+from ..losses import (
+    CAP_FORMS,
+    CAP_SCOPES,
+    NORMALIZATIONS,
+    check_cap,
+    masked_normalized_l2,
+    one_minus_cosine,
+)
 from ..ops._check import check_choice, check_number, check_weights
+from ..ops._launch import IMPLS
 from ..ops.row_moments import row_moments
 from ..reduce import masked_mean
 from .activations import ActivationsDict, ComponentLossesDict, HyperparametersDict
@@ -125,6 +135,9 @@ def jigsaw_sgt_loss_factory(
         "jigsaw_ce_protection_max_loss",
     )
     check_choice("target", target, TARGETS)
+    check_choice("cap_form", cap_form, CAP_FORMS)
+    check_choice("cap_scope", cap_scope, CAP_SCOPES)
+    check_choice("impl", impl, IMPLS)
     check_choice("normalization", normalization, NORMALIZATIONS)
     check_choice("median_norm_form", median_norm_form, MEDIAN_NORM_FORMS)
     check_choice("mutual_information_estimator", mutual_information_estimator, ESTIMATORS)
@@ -179,7 +192,6 @@ def jigsaw_sgt_loss_factory(
                 x,
                 noisy,
                 combine_noise_masks_for_mutual_information_sub_batches,
-                attention_mask=teacher.attention_mask,
                 estimator=mutual_information_estimator,
                 symmetrise=symmetrise_mutual_information,
                 impl=impl,
@@ -270,6 +282,7 @@ def jigsaw_loss_factory(
     check_above_0("inverse_l2_power_law_exponent_of_decay", inverse_l2_power_law_exponent_of_decay)
     check_choice("normalization", normalization, NORMALIZATIONS)
     check_choice("std_log_ratio_form", std_log_ratio_form, STD_FORMS)
+    check_choice("impl", impl, IMPLS)
     run = _Run(noisy_teacher_model, noisy_student_model, distillation_layer_index)
     of_outputs = {
         "distillation_layer_cosine_distance_loss": distillation_layer_cosine_distance_loss_weight,
@@ -306,13 +319,13 @@ def jigsaw_loss_factory(
             else (teacher.embeddings, student.embeddings)
         )
 
+        @functools.cache  # logits of a lazy head are made once, and only the halves compared
         def half(model: int, noisy_half: bool) -> Tensor:
-            whole = outputs[model]
+            whole, batch_size = outputs[model], x.shape[0]
             assert whole is not None
-            if hasattr(whole, "materialize"):
-                whole = whole.materialize()
-            batch_size = x.shape[0]
-            return whole[batch_size:] if noisy_half else whole[:batch_size]
+            rows = whole[batch_size:] if noisy_half else whole[:batch_size]
+            made: Tensor = rows.materialize() if hasattr(rows, "materialize") else rows
+            return made
 
         def l2(model: int, noisy_half: bool, counted: Tensor) -> Tensor:
             states, clean = half(model, noisy_half), half(0, False).detach()
@@ -375,6 +388,13 @@ def _activations(teacher: NoisyOutput, student: NoisyOutput) -> ActivationsDict:
     return found
 
 
+def _keep(
+    of: Callable[[], _Run | None], name: str, module: object, args: object, output: NoisyOutput
+) -> None:
+    if (run := of()) is not None:
+        run.outputs[name], run.components = output, None
+
+
 class _Run:
     """What both models returned last, and the functions that a factory returns."""
 
@@ -390,11 +410,8 @@ class _Run:
         self.outputs: dict[str, NoisyOutput] = {}
         self.components: ComponentLossesDict | None = None
         for name, model in (("teacher", teacher), ("student", student)):
-            model.register_forward_hook(partial(self._keep, name))
-
-    def _keep(self, name: str, module: object, args: object, output: NoisyOutput) -> None:
-        self.outputs[name] = output
-        self.components = None
+            hook = model.register_forward_hook(partial(_keep, weakref.ref(self), name))
+            weakref.finalize(self, hook.remove)  # with the functions that a factory returned
 
     def check_not_truncated(self, why: str) -> None:
         """ValueError where a model has no logits."""
@@ -429,7 +446,7 @@ class _Run:
                     f"no forward pass of the {' and the '.join(missing)} since the last loss: run"
                     " both models, then take the loss once"
                 )
-            teacher, student = self.outputs.pop("teacher"), self.outputs.pop("student")
+            teacher, student = self.outputs["teacher"], self.outputs["student"]
             if teacher.noisy_input_embeddings is not student.noisy_input_embeddings:
                 raise RuntimeError(
                     "teacher and student ran on different batches or noise: run both on the same"
@@ -438,6 +455,7 @@ class _Run:
             if not isinstance(loss_mask, Tensor):
                 raise TypeError(f"loss_mask must be a torch.Tensor: got {type(loss_mask).__name__}")
             check_weights("loss_mask", loss_mask, teacher.clean_input_embeddings.shape[:-1])
+            self.outputs.clear()
             found = components(teacher, student, loss_mask)
             total = teacher.noisy_input_embeddings.flatten()[:0].float().sum()  # 0, with a graph
             for name, component in found.items():

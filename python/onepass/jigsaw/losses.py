@@ -7,11 +7,12 @@ their outputs on either half; T_c is what all others are measured against, and n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from ..lazy_functions import same_head
 from ..lazy_logits import LazyLogits
 from ..losses import (
     CAP_FORMS,
@@ -35,6 +36,11 @@ from .activations import ActivationsDict, ComponentLossesDict
 TARGETS = ("soft", "argmax")
 CE_TERMS = ("performance", "protection", "guardrails")
 L2_TERMS = ("performance", "protection")
+COMPARED = {  # whose logits, and whether its noisy half's
+    "performance": ("student", True),
+    "protection": ("teacher", True),
+    "guardrails": ("student", False),
+}
 CE_NAMES = {
     "performance": "jigsaw_ce_performance_loss",
     "protection": "jigsaw_ce_protection_loss",
@@ -176,8 +182,9 @@ def compute_jigsaw_ce_losses(
         KeyError: activations that are missing. TypeError, ValueError: what does not fit.
 
     Formula: jigsaw_ce_performance_loss = CE(S_n | T_c), jigsaw_ce_protection_loss = -cap(CE(T_n |
-    T_c)), jigsaw_clean_embeddings_guardrails_loss = -CE(S_c | T_c), each a masked mean. All read
-    T_c in one pass.
+    T_c)), jigsaw_clean_embeddings_guardrails_loss = -CE(S_c | T_c), each a masked mean. LazyLogits
+    of one head read T_c in one pass for all three, else the student's two share one; "argmax" reads
+    it once, for the labels.
     Source: Stained Glass Engine 2.8.1, loss.jigsaw.
     """
     terms = check_want(terms, CE_TERMS)
@@ -203,13 +210,8 @@ def compute_jigsaw_ce_losses(
             )
         sides[model] = logits
     clean_teacher = sides["teacher"][:batch_size].detach()
-    students = {
-        "performance": ("student", slice(batch_size, None)),
-        "protection": ("teacher", slice(batch_size, None)),
-        "guardrails": ("student", slice(0, batch_size)),
-    }
-    rows = _soft_rows if target == "soft" else _argmax_rows
-    chosen = {term: (sides[students[term][0]], students[term][1]) for term in terms}
+    rows = soft_rows if target == "soft" else _argmax_rows
+    chosen = {term: (sides[COMPARED[term][0]], half_of(term, batch_size)) for term in terms}
     found = rows(chosen, clean_teacher, {term: masks[term] for term in terms}, impl)
     for term in terms:
         values, mask = found[term], masks[term]
@@ -224,45 +226,56 @@ def compute_jigsaw_ce_losses(
     return losses
 
 
-_Chosen = dict[str, tuple[Tensor, slice]]  # a super batch, and the half of it that is meant
+def half_of(term: str, batch_size: int) -> slice:
+    """The half of a super batch that a term compares with the clean teacher."""
+    return slice(batch_size, None) if COMPARED[term][1] else slice(batch_size)
 
 
-def _soft_rows(
-    chosen: _Chosen, target: Tensor, masks: dict[str, Tensor], impl: str
+Chosen = Mapping[str, tuple[Tensor, slice]]  # a super batch, and the half of it that is meant
+
+
+def soft_rows(
+    chosen: Chosen,
+    target: Tensor,
+    masks: Mapping[str, Tensor],
+    impl: str = "auto",
+    fact: str = "cross_entropy",
 ) -> dict[str, Tensor]:
-    """Cross-entropies [B, S] against the target's probabilities, all in one pass over it where
-    heads make the logits.
+    """Cross-entropies [B, S] against the target's probabilities, or another fact of
+    vocab_pair_stats, all in one pass over it where one head makes all logits.
 
-    Logits that are there are not copied to lie together: the halves of the student's super batch
-    share a pass, the teacher's has its own.
+    Logits that are there, or of different heads, are not copied to lie together: the halves of the
+    student's super batch share a pass, the teacher's has its own.
     """
-    want = ("cross_entropy",)
-    if any(hasattr(side, "onepass_head") for side, _ in chosen.values()):
+    want = (fact,)
+    if same_head([side for side, _ in chosen.values()]):
         stacked = torch.cat([side[half] for side, half in chosen.values()])
         stacked = stacked.view(len(chosen), *target.shape)
         mask = torch.stack([masks[term] for term in chosen])
         pair = vocab_pair_stats(stacked, target, mask=mask, want=want, impl=impl)
-        return dict(zip(chosen, pair.cross_entropy.unbind(0), strict=True))
+        return dict(zip(chosen, getattr(pair, fact).unbind(0), strict=True))
     found = {}
     if "performance" in chosen and "guardrails" in chosen:
-        both = chosen["performance"][0].unflatten(0, (2, -1))
+        both = chosen["performance"][0].reshape(2, *target.shape)
         mask = torch.stack([masks["guardrails"], masks["performance"]])
         pair = vocab_pair_stats(both, target, mask=mask, want=want, impl=impl)
-        found["guardrails"], found["performance"] = pair.cross_entropy.unbind(0)
+        found["guardrails"], found["performance"] = getattr(pair, fact).unbind(0)
     for term, (side, half) in chosen.items():
         if term not in found:
             pair = vocab_pair_stats(side[half], target, mask=masks[term], want=want, impl=impl)
-            found[term] = pair.cross_entropy
+            found[term] = getattr(pair, fact)
     return found
 
 
 def _argmax_rows(
-    chosen: _Chosen, target: Tensor, masks: dict[str, Tensor], impl: str
+    chosen: Chosen, target: Tensor, masks: Mapping[str, Tensor], impl: str
 ) -> dict[str, Tensor]:
     """Cross-entropies [B, S] of the target's most likely tokens."""
     labels = target.argmax(-1)
     return {
-        term: masked_cross_entropy(side[half], labels, masks[term], reduction="none", impl=impl)
+        term: masked_cross_entropy(
+            side[half], labels, masks[term] != 0, reduction="none", impl=impl
+        )
         for term, (side, half) in chosen.items()
     }
 

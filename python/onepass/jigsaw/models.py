@@ -10,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 import secrets
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ..ops._check import check_same_device, check_weights, values_checked
 from ..training.hidden_states import (
@@ -26,11 +25,14 @@ from ..training.hidden_states import (
     has_adapter,
     no_logits,
     only_blocks,
+    trained_beside_adapter,
     training_mode,
     without_adapter,
 )
 from .cloak import CloakOutput, TransformerCloak
 from .input_losses import positions
+
+RANKS_APART = 0x9E3779B97F4A7C15  # odd: no two ranks' bits agree
 
 
 # Neither a tuple nor a mapping: what wraps a model for mixed precision copies those, tensor by
@@ -70,22 +72,23 @@ class NoiseCache:
     """
 
     def __init__(self) -> None:
-        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._waiting: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._n_readers = 0
+        self._waiting: set[int] = set()
         self._batch: Batch = ()
         self._state: tuple[Any, ...] = ()
         self._sample: Sample | None = None
 
-    def join(self, model: nn.Module) -> None:
-        """Let a model share the cache."""
-        self._models.add(model)
+    def join(self) -> int:
+        """The number of a reader, for a model that shares the cache."""
+        self._n_readers += 1
+        return self._n_readers - 1
 
-    def sample(self, model: nn.Module, batch: Batch, draw: Callable[[], Sample]) -> Sample:
-        """What another model drew for these tensors, or what `draw` gives."""
+    def sample(self, reader: int, batch: Batch, draw: Callable[[], Sample]) -> Sample:
+        """What another reader drew for these tensors, or what `draw` gives."""
         state = (torch.is_grad_enabled(), *map(_version, batch))
         is_same = (
             self._sample is not None
-            and model in self._waiting
+            and reader in self._waiting
             and state == self._state
             and all(a is b for a, b in zip(batch, self._batch, strict=True))
         )
@@ -93,16 +96,16 @@ class NoiseCache:
             self._release()  # before another takes its memory
             self._sample = draw()
             self._batch, self._state = batch, state
-            self._waiting = weakref.WeakSet(self._models)
+            self._waiting = set(range(self._n_readers))
         sample = self._sample
         assert sample is not None
-        self._waiting.discard(model)
+        self._waiting.discard(reader)
         if not self._waiting:
             self._release()
         return sample
 
     def _release(self) -> None:
-        self._sample, self._batch, self._waiting = None, (), weakref.WeakSet()
+        self._sample, self._batch, self._waiting = None, (), set()
 
 
 def _version(tensor: Tensor | None) -> int | None:
@@ -172,11 +175,16 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
                 f"the input embeddings of {kind} are trained, but the transform starts from the"
                 " base model's: leave them out of target_modules and modules_to_save"
             )
+        elif foreign := trained_beside_adapter(base_model):
+            raise ValueError(
+                f"{foreign} is trained, but is no part of the adapter: the teacher would change"
+                ' with it; use bias="none", and requires_grad_(False) for weights of the model'
+            )
         self.base_model, self.cloak = base_model, cloak
         self.distillation_layer_index, self.is_truncated = layer, truncated
         self.n_layers = n_layers
         self.noise_cache = NoiseCache() if noise_cache is None else noise_cache
-        self.noise_cache.join(self)
+        self._reader = self.noise_cache.join()
         self._takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
 
     def keep_layer(self, index: int | None) -> None:
@@ -216,7 +224,9 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         """
         self._check(input_ids, attention_mask, noise_mask, loss_mask)
         batch = (input_ids, attention_mask, noise_mask)
-        sample = self.noise_cache.sample(self, batch, lambda: self._draw(*batch, seed=None))
+        sample = self.noise_cache.sample(
+            self._reader, batch, lambda: self._draw(*batch, seed=_training_seed(input_ids.device))
+        )
         logits, embeddings = self._run(sample, attention_mask)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -378,6 +388,15 @@ class PeftNoiseMaskedNoisyTransformerModel(NoiseMaskedNoisyTransformerModel):
     @contextlib.contextmanager
     def _mode(self) -> Iterator[None]:
         yield
+
+
+def _training_seed(device: torch.device) -> Tensor:
+    """Of the next noise, from torch's generator; each process of a group has its own, though all
+    begin with one seed."""
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if distributed.is_available() and distributed.is_initialized():
+        seed = seed ^ (distributed.get_rank() * RANKS_APART & (2**63 - 1))
+    return seed
 
 
 def _input_embeddings(inner: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from ..heads import is_lazy, lazy_head, unwrapped
 from ..reduce import masked_mean
@@ -133,7 +133,8 @@ class JigsawTrainer(Trainer):
         jigsaw = JigsawArguments() if jigsaw_args is None else jigsaw_args
         jigsaw.check()
         self.jigsaw_args = jigsaw
-        set_seed(42 if args is None else args.seed)  # the Trainer does so only later
+        args = TrainingArguments("trainer_output") if args is None else args
+        set_seed(args.seed)  # the Trainer does so only later
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -143,11 +144,10 @@ class JigsawTrainer(Trainer):
             cloak = TransformerCloak.from_model(model, estimator=jigsaw.sgt_estimator)
         pair = JigsawModel(model, cloak, jigsaw)
         make_lazy(model)
-        if args is not None:
-            args.remove_unused_columns = False
-            args.label_names = args.label_names or []
-            if args.ddp_find_unused_parameters is None:
-                args.ddp_find_unused_parameters = False  # adapter and transform: all are used
+        args.remove_unused_columns = False
+        args.label_names = args.label_names or []
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # adapter and transform: all are used
         super().__init__(pair, args, data_collator, train_dataset, **others)
         check_one_gpu(self.args)
         self.model_accepts_loss_kwargs = False
@@ -258,6 +258,9 @@ class JigsawTrainer(Trainer):
         set_peft_model_state_dict(self.pair.base, adapter)
         self.pair.cloak.load_state_dict(load_file(folder / SGT / "model.safetensors"))
 
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
 
 def lora_config(model: nn.Module, lora: LoraFlags, jigsaw: JigsawArguments) -> LoraConfig:
     """LoRA on the linear layers of the blocks that run."""
@@ -288,15 +291,8 @@ def make_lazy(model: nn.Module) -> None:
 
 
 def _check_adapter(model: Any) -> None:
-    """ValueError without an adapter, or with one that its switch does not turn off."""
+    """ValueError without an adapter."""
     if not hasattr(model, "disable_adapter"):
         raise ValueError(
             f"model must have a PEFT adapter, {type(model).__name__} has none: pass peft_config"
-        )
-    configs = getattr(model, "peft_config", {})
-    biases = {getattr(config, "bias", "none") for config in configs.values()} - {"none"}
-    if biases:
-        raise ValueError(
-            f"bias={sorted(biases)[0]!r} trains biases that stay on with the adapter off, in the"
-            ' teacher: use bias="none"'
         )

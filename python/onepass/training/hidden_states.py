@@ -176,9 +176,11 @@ def same_draws(model: nn.Module) -> Iterator[None]:
     """Leave the random state as it was: what runs inside takes no draw from the training's."""
     python_state = random.getstate()
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=devices):
-        yield
-    random.setstate(python_state)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
 
 
 @contextlib.contextmanager
@@ -213,6 +215,19 @@ def has_adapter(model: nn.Module) -> bool:
     """Whether there is an adapter of PEFT's to switch off."""
     inner = unwrapped(model)
     return hasattr(inner, "disable_adapter") or bool(_layers_of_adapter(inner))
+
+
+def trained_beside_adapter(model: nn.Module) -> str | None:
+    """The name of a trained parameter that PEFT's switch does not turn off; None where there is
+    none."""
+    own = {
+        id(parameter)
+        for layer in _layers_of_adapter(model)
+        for name in layer.adapter_layer_names
+        for parameter in getattr(layer, name).parameters()
+    }
+    trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    return next((name for name, parameter in trained if id(parameter) not in own), None)
 
 
 def _layers_of_adapter(model: nn.Module) -> list[Any]:
