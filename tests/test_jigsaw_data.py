@@ -82,7 +82,8 @@ def test_text_is_all_transformed_but_special_tokens() -> None:
 
 def test_contents_are_transformed_and_what_the_template_writes_is_not() -> None:
     made = tokenizer(CHAT)
-    batch = NoiseTokenizer(made)([SAY, SAY[:2]], add_generation_prompt=True)
+    marking = NoiseTokenizer(made, transform_answers=True)
+    batch = marking([SAY, SAY[:2]], add_generation_prompt=True)
     wanted = made.apply_chat_template(SAY, add_generation_prompt=True)["input_ids"]
     assert batch["input_ids"][0, : len(wanted)].tolist() == wanted
     contents = [turn["content"] for turn in SAY]
@@ -101,11 +102,16 @@ def test_an_unknown_word_is_content() -> None:
 
 def test_options_of_roles() -> None:
     made = tokenizer(CHAT)
+    batch = NoiseTokenizer(made)(SAY)
+    assert shown(batch, "noise_mask") == shown(batch, "loss_mask") == f"Be brief.|{ASK}|user"
     batch = NoiseTokenizer(made, transform_system=False)(SAY)
-    assert shown(batch, "noise_mask") == f"{ASK}|Paris, user.|user"
-    batch = NoiseTokenizer(made, ignore_prompt_loss=True)(SAY)
-    assert shown(batch, "loss_mask") == "Paris, user."
-    assert shown(batch, "noise_mask").startswith("Be brief.|")
+    assert shown(batch, "noise_mask") == f"{ASK}|user"
+    batch = NoiseTokenizer(made, transform_answers=True)(SAY)
+    assert shown(batch, "noise_mask") == f"Be brief.|{ASK}|Paris, user.|user"
+    for transforms in (False, True):
+        batch = NoiseTokenizer(made, ignore_prompt_loss=True, transform_answers=transforms)(SAY)
+        assert shown(batch, "loss_mask") == "Paris, user."
+        assert shown(batch, "noise_mask").startswith("Be brief.|")
 
 
 @pytest.mark.parametrize("template", [CHAT, STRIPS])
@@ -156,7 +162,7 @@ def test_a_template_that_leaves_thoughts_out() -> None:
         {"role": "user", "content": "again"},
         {"role": "assistant", "content": thought},
     ]
-    batch = NoiseTokenizer(tokenizer(THINKS))(turns)
+    batch = NoiseTokenizer(tokenizer(THINKS), transform_answers=True)(turns)
     got = shown(batch, "noise_mask", THINKS)
     for word in ("ask", "the answer", "again", "secret plan"):
         assert word in got  # with some of the markers around them
@@ -293,7 +299,8 @@ def test_files_become_items_and_batches(tmp_path: Path) -> None:
     batch = data_collator([data[n] for n in range(len(data))])
     assert {x.shape for x in batch.values()} == {batch["input_ids"].shape}
     assert shown(batch, "noise_mask") == "some text"
-    assert shown(batch, "noise_mask", row=1) == "|".join(turn["content"] for turn in SAY)
+    asked = [turn["content"] for turn in SAY if turn["role"] != "assistant"]
+    assert shown(batch, "noise_mask", row=1) == "|".join(asked)
     assert len(JigsawDataset(tokenizer(CHAT), file, 1)) == 1
     again = JigsawDataset(tokenizer(CHAT), read_prompts(file))
     assert all(torch.equal(again[1][name], x) for name, x in data[1].items())
@@ -331,10 +338,21 @@ def test_an_empty_text_is_refused_where_it_gets_a_special_token() -> None:
 def test_records(tmp_path: Path, record: Any, templated: str, plain: str | None) -> None:
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps(record), "utf-8")
-    batch = data_collator([JigsawDataset(tokenizer(CHAT), file)[0]])
-    assert shown(batch, "noise_mask") == templated
+
+    def batch(template: str | None, **options: Any) -> Any:
+        marking = NoiseTokenizer(tokenizer(template), **options)
+        return data_collator([JigsawDataset(marking, file)[0]])
+
+    assert shown(batch(CHAT, transform_answers=True), "noise_mask") == templated
     if plain is not None:
-        assert shown(data_collator([JigsawDataset(tokenizer(), file)[0]]), "noise_mask") == plain
+        assert shown(batch(None, transform_answers=True), "noise_mask") == plain
+    if templated != "ask" and {"completion", "answer"} & set(record):
+        answer = templated.rpartition("|")[2]
+        for template in (CHAT,) if plain is None else (CHAT, None):
+            prompt = shown(batch(template), "noise_mask")
+            assert prompt and answer.strip() not in prompt
+            counted = shown(batch(template, ignore_prompt_loss=True), "loss_mask")
+            assert counted.strip() == answer.strip()
 
 
 def test_a_bad_record_is_named(tmp_path: Path) -> None:

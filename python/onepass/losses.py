@@ -346,6 +346,9 @@ def check_cap(max_loss: object, ce_scaling_factor: object, name: str = "max_loss
     """Raises unless the numbers make a cap, or `max_loss` is None."""
     check_number("ce_scaling_factor", ce_scaling_factor)
     if max_loss is not None:
+        assert isinstance(ce_scaling_factor, (int, float))
+        if ce_scaling_factor <= 0:
+            raise ValueError(f"ce_scaling_factor must be above 0: got {ce_scaling_factor}")
         check_number(name, max_loss, hint=", or None for no cap")
         assert isinstance(max_loss, (int, float))
         if max_loss <= 0:

@@ -12,6 +12,7 @@ _HOMES = {
     "ActivationsDict": ".activations",
     "BoundedMeanParameterization": ".parameterizations",
     "CloakStandardDeviationParameterization": ".parameterizations",
+    "DirectMeanParameterization": ".parameterizations",
     "ComponentLossesDict": ".activations",
     "DirectStandardDeviationParameterization": ".parameterizations",
     "HyperparametersDict": ".activations",
@@ -44,6 +45,7 @@ __all__ = [
     "BoundedMeanParameterization",
     "CloakStandardDeviationParameterization",
     "ComponentLossesDict",
+    "DirectMeanParameterization",
     "DirectStandardDeviationParameterization",
     "HyperparametersDict",
     "JigsawArguments",
@@ -109,6 +111,7 @@ if TYPE_CHECKING:
     from .parameterizations import (
         BoundedMeanParameterization,
         CloakStandardDeviationParameterization,
+        DirectMeanParameterization,
         DirectStandardDeviationParameterization,
     )
     from .trainer import JigsawModel, JigsawTrainer

@@ -7,13 +7,15 @@ Imports nothing heavy before all that can be refused has been.
 from __future__ import annotations
 
 import hashlib
+import math
+import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..cli.errors import UsageError, one_line
+from ..cli.errors import Failed, UsageError, one_line
 from ..training.flags import (
     Flags,
     LoraFlags,
@@ -45,7 +47,7 @@ SMALL = {  # what suits the small model, where nothing else is said
     "adam_beta2": 0.95,
 }
 SMALL_FAST = SMALL | {  # of half as many positions
-    "max_steps": 200,
+    "max_steps": 250,
     "lora_r": 96,
     "lora_alpha": 96,
     "per_device_train_batch_size": 8,
@@ -54,6 +56,7 @@ SMALL_FAST = SMALL | {  # of half as many positions
 DEFAULTS = {"learning_rate": 1e-4}
 ADAPTER, SGT = "adapter", "sgt"
 WEAK = 0.2  # a share of recovered tokens above it is little protection
+AGREES = 0.8  # a share of next tokens below it is a student that answers otherwise
 FILES = ("README.md", "metrics.jsonl", "curves.png", "summary.json")
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
@@ -66,13 +69,14 @@ MEASURES = {
     "kl_protection": "KL, teacher on transformed text",
     "kl_guardrails": "KL, student on clean text",
     "agreement": "next token of student, as teacher's",
+    "agreement_after": "the same, after the transformed prompt",
     "recovery_l2": "tokens recovered, nearest by L2",
     "recovery_cosine": "tokens recovered, nearest by cosine",
     "recovery_informed": "tokens recovered, given the transform",
     "abs_cosine": "|cos| to the clean embeddings",
     "std": "standard deviation of the noise",
 }
-SHARES = ("agreement", "recovery_l2", "recovery_cosine", "recovery_informed")
+SHARES = ("agreement", "agreement_after", "recovery_l2", "recovery_cosine", "recovery_informed")
 PANELS: list[tuple[str, str, dict[str, str], dict[str, Any]]] = [
     (
         "Distance to the clean teacher",
@@ -117,6 +121,7 @@ class DataFlags:
     max_train_samples: int | None = flag(None, "at most (default: all)", advanced=True)
     max_eval_samples: int | None = flag(None, "measured at most (default: all)")
     transform_system: bool = flag(True, "transform system prompts too", advanced=True)
+    transform_answers: bool = flag(False, "transform the assistant's messages", advanced=True)
     ignore_prompt_loss: bool = flag(
         False, "count the assistant's messages only, of conversations", advanced=True
     )
@@ -203,6 +208,17 @@ def read_data(data: DataFlags, seed: int = 0) -> dict[str, list[Prompt]]:
     return found
 
 
+def asked(prompts: list[Prompt], seed: int) -> list[Prompt]:
+    """Texts as prompts and what follows them: cut in two at a space of the second half."""
+    draw, found = random.Random(seed), []
+    for prompt in prompts:
+        text = prompt.text
+        at = text.rfind(" ", 0, round(len(text) * draw.uniform(0.6, 0.95)))
+        record = {"prompt": text[:at], "completion": text[at:]} if at > 0 else {"text": text}
+        found.append(prompt._replace(text=record.get("prompt", text), record=record))
+    return found
+
+
 def fingerprints(data: DataFlags) -> dict[str, str]:
     """A digest of each file, so that a resumed run is known to read the same."""
     paths = {n: Path(getattr(data, n)) for n in ("data", "val") if getattr(data, n) is not None}
@@ -218,18 +234,23 @@ def train(flags: Flags, run: RunFolder) -> int:
     args = training_arguments(flags)
     writes = (ADAPTER, SGT, *FILES, *TOKENIZER, small_model.MODEL, small_model.DATA)
     begin = partial(run.begin, fingerprints(data), writes=writes)
+    small_text = False
     makes_model = flags[ModelFlags].model_name_or_path is None
     if makes_model:
         begin()
         folder = small_model.small_language_model(run, args.seed, data.fast)
         flags[ModelFlags].model_name_or_path = str(folder)
-        if data.data is None:
+        small_text = data.data is None
+        if small_text:
             files = small_model.data_files(run.path)
             data.data, data.val = str(files["retain"]), str(files["retain_held_out"])
     from ..cli.terminal import quiet_libraries
 
     with quiet_libraries():
-        return _train(flags, run, args, read_data(data), None if makes_model else begin)
+        prompts = read_data(data)
+        if small_text:
+            prompts = {name: asked(part, args.seed) for name, part in prompts.items()}
+        return _train(flags, run, args, prompts, None if makes_model else begin)
 
 
 def _train(
@@ -249,6 +270,9 @@ def _train(
     from .trainer import JigsawTrainer, lora_config
 
     data = flags[DataFlags]
+    name = flags[ModelFlags].model_name_or_path
+    if name is not None and Path(name).is_dir():  # told to those who load the pair from elsewhere
+        flags[ModelFlags].model_name_or_path = str(Path(name).absolute())
     model, tokenizer = load_language_model(flags[ModelFlags], args)
     jigsaw = replace(flags[JigsawArguments])
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -260,6 +284,7 @@ def _train(
             tokenizer,
             max_length=jigsaw.model_max_length,
             transform_system=data.transform_system,
+            transform_answers=data.transform_answers,
             ignore_prompt_loss=data.ignore_prompt_loss,
         )
         dataset = JigsawDataset(marking, prompts["data"], data.max_train_samples)
@@ -290,9 +315,13 @@ def _train(
             return measure(pair, batches, attacks_on(pair.base, pair.cloak), args.seed)
 
     before = measured_now()
+    if not all(map(math.isfinite, before.values())):
+        raise Failed("--model: its outputs on this data are not finite: it is damaged")
     fit(trainer, run)
     save(run, trainer, tokenizer, flags, jigsaw)
     after = measured_now()
+    if not all(map(math.isfinite, after.values())):
+        raise Failed("the training ended with outputs that are not finite: lower --learning_rate")
     write_curves(run, "Jigsaw", PANELS)
     rows = [
         [text, *(_shown(name, found[name]) for found in (before, after))]
@@ -318,6 +347,11 @@ def _train(
             f"the nearest embedding still gives {recovered:.0%} of the tokens away: train longer"
             " (--max_steps), or raise --learning_rate or"
             " --absolute_cosine_similarity_penalty_weight"
+        )
+    if after.get("agreement", 1.0) < AGREES:
+        tell(
+            f"the student's next token is the teacher's in {after['agreement']:.0%} only: train"
+            " longer, raise --lora_r, or lower --learning_rate if the loss does not fall"
         )
     if (informed := after.get("recovery_informed", 0.0)) > WEAK:
         tell(
@@ -356,7 +390,10 @@ def save(
         " understands what it makes of them; the base model does not, nor does the adapted one"
         " understand clean embeddings. Load them with"
         f" `onepass.jigsaw.TransformerCloak.from_pretrained(folder + '/{SGT}')` and"
-        f" `PeftModel.from_pretrained(base_model, folder + '/{ADAPTER}')`.",
+        f" `PeftModel.from_pretrained(base_model, folder + '/{ADAPTER}')`; the client sends"
+        f" `cloak(embeddings).noisy`, the server answers with `model.generate(inputs_embeds=...)`."
+        f" `{SGT}/` is the client's: who has it may undo what it does (see `recovered, given the"
+        " transform`). Do not publish it beside the adapter.",
         facts={
             "held-out text": results or {},
             "loss and transform": asdict(jigsaw),

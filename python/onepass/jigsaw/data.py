@@ -26,6 +26,7 @@ from ..training.prompts import FIELDS, Prompt, read_prompts
 MULTIPLE = 8  # of a padded length
 SIDES = ("left", "right")
 SYSTEM = ("system", "developer")  # the roles that are a system prompt
+ASSISTANT = "assistant"
 ANSWERS = ("completion", "response", "output", "answer")  # the fields of a prompt's answer
 MARKS = 0xF0000  # the first of the private characters that stand at the ends of contents
 logger = logging.getLogger("onepass")
@@ -43,6 +44,13 @@ class Encoded(NamedTuple):
     loss_mask: list[bool]
 
 
+class Answered(NamedTuple):
+    """A prompt and its answer as plain text, where there is no chat template."""
+
+    prompt: str
+    answer: str
+
+
 class NoiseTokenizer:
     """A tokenizer that also marks what a transform is for.
 
@@ -51,8 +59,10 @@ class NoiseTokenizer:
         max_length: at most so many tokens, what is longer loses its end; None: the model_max_length
             of the tokenizer.
         transform_system: whether system prompts are transformed.
-        ignore_prompt_loss: whether protection and guardrails count the assistant's messages of a
-            conversation only; otherwise they count all that is transformed.
+        transform_answers: whether the assistant's messages are. They are not where the model itself
+            generates them: what it wrote comes back to it clean.
+        ignore_prompt_loss: whether protection and guardrails count the assistant's messages only;
+            otherwise they count all that is transformed.
         padding_side: "left" or "right"; None: the tokenizer's.
         pad_to_multiple_of: a padded length is one, or max_length.
 
@@ -67,10 +77,14 @@ class NoiseTokenizer:
         *,
         max_length: int | None = None,
         transform_system: bool = True,
+        transform_answers: bool = False,
         ignore_prompt_loss: bool = False,
         padding_side: str | None = None,
         pad_to_multiple_of: int = MULTIPLE,
     ) -> None:
+        if not hasattr(tokenizer, "padding_side"):
+            kind = type(tokenizer).__name__
+            raise TypeError(f"tokenizer must be one of transformers: got {kind}")
         self.padding_side = tokenizer.padding_side if padding_side is None else padding_side
         check_choice("padding_side", self.padding_side, SIDES)
         if max_length is None:  # where a tokenizer has none it says 10^30
@@ -79,7 +93,8 @@ class NoiseTokenizer:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number above 0: got {value!r}")
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.transform_system, self.ignore_prompt_loss = transform_system, ignore_prompt_loss
+        self.transform_system, self.transform_answers = transform_system, transform_answers
+        self.ignore_prompt_loss = ignore_prompt_loss
         self.pad_to_multiple_of = pad_to_multiple_of
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self._special = {
@@ -152,6 +167,8 @@ class NoiseTokenizer:
     def _whole(self, entry: Any, add_generation_prompt: bool) -> Encoded:
         if isinstance(entry, str):
             encoded = self._text(entry)
+        elif isinstance(entry, Answered):
+            encoded = self._answered(entry)
         elif isinstance(entry, Sequence):
             encoded = self._conversation(entry, add_generation_prompt)
         else:
@@ -166,6 +183,25 @@ class NoiseTokenizer:
         ids = list(self.tokenizer(text, verbose=False)["input_ids"])
         noised = [number not in self._special for number in ids]
         return Encoded(ids, noised, list(noised))
+
+    def _answered(self, entry: Answered) -> Encoded:
+        """Tokens of the prompt by itself, as it will be when an answer is generated."""
+        ids = list(self.tokenizer(entry.prompt, verbose=False)["input_ids"])
+        n_end = next((n for n, i in enumerate(reversed(ids)) if i not in self._special), len(ids))
+        ids, end = ids[: len(ids) - n_end], ids[len(ids) - n_end :]
+        answer = list(
+            self.tokenizer(entry.answer, add_special_tokens=False, verbose=False)["input_ids"]
+        )
+        whole = [*ids, *answer, *end]
+        answered = slice(len(ids), len(ids) + len(answer))
+        noised = [number not in self._special for number in whole]
+        counted = list(noised)
+        if not self.transform_answers:
+            noised[answered] = [False] * len(answer)
+        if not self.ignore_prompt_loss:
+            return Encoded(whole, noised, list(noised))
+        counted[: answered.start] = [False] * len(ids)
+        return Encoded(whole, noised, counted)
 
     def _conversation(self, turns: Conversation, add_generation_prompt: bool) -> Encoded:
         if not turns or not all(map(_is_turn, turns)):
@@ -202,11 +238,11 @@ class NoiseTokenizer:
         spans = _spans(text, contents, render)
         noised_spans, counted_spans = [], []
         for turn, own in zip(turns, spans, strict=True):
-            if turn["role"] in SYSTEM and not self.transform_system:
-                continue
-            noised_spans += own
-            if turn["role"] == "assistant" or not self.ignore_prompt_loss:
-                counted_spans += own
+            is_noised = self.transform_system or turn["role"] not in SYSTEM
+            if is_answer := turn["role"] == ASSISTANT:
+                is_noised = self.transform_answers
+            noised_spans += own if is_noised else []
+            counted_spans += own if (is_answer if self.ignore_prompt_loss else is_noised) else []
         found = self.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
@@ -365,8 +401,8 @@ def _entry(entry: Any, tokenizer: Any) -> Any:
         )
     if isinstance(ask, str) and isinstance(answer, str):
         if getattr(tokenizer, "chat_template", None) is None:
-            return ask + answer
-    return [*_turns(ask, "user"), *_turns(answer, "assistant")]
+            return Answered(ask, answer)
+    return [*_turns(ask, "user"), *_turns(answer, ASSISTANT)]
 
 
 def _turns(value: str | list[Any], role: str) -> list[Any]:

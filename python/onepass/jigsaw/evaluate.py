@@ -26,7 +26,8 @@ Facts = dict[str, tuple[Tensor, Tensor]]  # values and the weights they count wi
 @torch.no_grad()
 def facts_of(teacher: NoisyOutput, student: NoisyOutput) -> Facts:
     """Of every position: KL(T_c || S_n), KL(T_c || T_n) and KL(T_c || S_c) as kl_performance,
-    kl_protection and kl_guardrails, whether S_n's most likely token is T_c's (agreement), |cos| of
+    kl_protection and kl_guardrails, whether S_n's most likely token is T_c's (agreement, and on
+    clean tokens that follow transformed ones agreement_after), |cos| of
     the embeddings to the transformed ones (abs_cosine) and the mean deviation (std). Of truncated
     models the last two."""
     clean, noisy = teacher.clean_input_embeddings, teacher.noisy_input_embeddings
@@ -46,8 +47,9 @@ def facts_of(teacher: NoisyOutput, student: NoisyOutput) -> Facts:
     masks = {term: counted for term in chosen} | {"performance": attended}
     for term, values in soft_rows(chosen, target, masks, fact="kl").items():
         facts[f"kl_{term}"] = (values, masks[term])
-    same = student.logits[n:].argmax(-1) == target.argmax(-1)
-    return {**facts, "agreement": (same.float(), attended)}
+    same = (student.logits[n:].argmax(-1) == target.argmax(-1)).float()
+    after = (moved.cumsum(-1) > 0) & ~moved & (attended != 0)
+    return {**facts, "agreement": (same, attended), "agreement_after": (same, after)}
 
 
 def attacks_on(model: nn.Module, cloak: TransformerCloak) -> dict[str, NearestEmbedding]:
@@ -67,7 +69,8 @@ def measure(
     seed: int = 0,
 ) -> dict[str, float]:
     """Means over all positions of the batches of what `facts_of` says, and the share of the
-    transformed tokens that each attack recovers (recovery_l2, recovery_cosine, ...).
+    transformed tokens that each attack recovers (recovery_l2, recovery_cosine, ...); what no
+    position counts for is left out.
 
     Args:
         pair: as JigsawTrainer trains it.
@@ -91,4 +94,4 @@ def measure(
             for name, (values, mask) in facts.items():
                 sums[name] += float(torch.where(mask != 0, values * mask, 0).double().sum())
                 counts[name] += float(mask.double().sum())
-    return {name: total / max(counts[name], 1.0) for name, total in sums.items()}
+    return {name: total / counts[name] for name, total in sums.items() if counts[name]}

@@ -400,6 +400,17 @@ class _Run:
 
     def __init__(self, teacher: Any, student: Any, layer: int | None) -> None:
         self.teacher, self.student = teacher, student
+        from .models import NoiseMaskedNoisyTransformerModel as Teacher
+        from .models import PeftNoiseMaskedNoisyTransformerModel as Student
+
+        if not isinstance(teacher, Teacher) or isinstance(teacher, Student):
+            raise TypeError(
+                f"noisy_teacher_model must be a {Teacher.__name__}: got {type(teacher).__name__}"
+            )
+        if not isinstance(student, Student):
+            raise TypeError(
+                f"noisy_student_model must be a {Student.__name__}: got {type(student).__name__}"
+            )
         if teacher.noise_cache is not student.noise_cache or teacher.cloak is not student.cloak:
             raise ValueError(
                 "teacher and student must share their transform and noise: build the student with"

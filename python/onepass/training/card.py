@@ -38,5 +38,6 @@ def model_card(
         if not group:
             continue
         lines += [f"| {name} | |", "|---|---|"]
-        lines += [f"| {key} | {value} |" for key, value in group.items()] + [""]
+        cells = ([str(cell).replace("|", r"\|") for cell in row] for row in group.items())
+        lines += [f"| {key} | {value} |" for key, value in cells] + [""]
     return "\n".join(lines)
