@@ -97,6 +97,19 @@ def test_a_seed_makes_the_noise() -> None:
     assert torch.equal(cloak(x).noisy, one)
 
 
+@pytest.mark.parametrize("estimator", ["mlp", "transformer"])
+def test_an_estimate_draws_nothing(estimator: str) -> None:
+    cloak = moved(TransformerCloak(D, estimator=estimator))
+    x, mask = torch.randn(B, S, D), batch()["attention_mask"]
+    state = torch.get_rng_state()
+    means, stds = cloak.estimate(x, mask)
+    assert torch.equal(torch.get_rng_state(), state)
+    out = cloak(x, None, mask)
+    assert torch.equal(means, out.means) and torch.equal(stds, out.stds)
+    with pytest.raises(ValueError, match=r"embeddings must be \[B, S, 32\]: got \[7, 32\]"):
+        cloak.estimate(x[0])
+
+
 def test_context_is_causal_and_blind_to_padding() -> None:
     cloak = moved(TransformerCloak(D, estimator="transformer"))
     x, mask = torch.randn(1, S, D), torch.ones(1, S)

@@ -168,26 +168,44 @@ class TransformerCloak(nn.Module):
         Raises:
             TypeError: not a tensor. ValueError: shapes that do not fit.
         """
-        check_floating("embeddings", embeddings)
-        if embeddings.dim() != 3 or embeddings.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"embeddings must be [B, S, {self.hidden_size}]: got {list(embeddings.shape)}"
-            )
-        check_weights("attention_mask", attention_mask, embeddings.shape[:-1])
+        self._check(embeddings, attention_mask)
         if noise_mask is None:
             noise_mask = attention_mask
         else:
             positions(noise_mask, embeddings.shape)
         if not isinstance(seed, Tensor):
             seed = _seed(seed, embeddings.device)
+        means, stds = self.estimate(embeddings, attention_mask)
+        noisy = cloak(embeddings, means, stds, noise_mask, seed=seed)
+        return CloakOutput(noisy, means, stds, seed)
+
+    def estimate(
+        self, embeddings: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(means, stds) [B, S, D] of what `forward` adds; draws nothing.
+
+        Args:
+            embeddings, attention_mask: as in `forward`.
+
+        Raises:
+            As `forward`.
+        """
+        self._check(embeddings, attention_mask)
         first: Any = self.mean_estimator[0]
         x = embeddings.to(first.weight.dtype) / self.embedding_scale
         if self.context is not None:
             x = self.context(x, attention_mask)
         means = self.mean_parameterization(self.mean_estimator(x).float()) * self.embedding_scale
         stds = self.std_parameterization(self.rho_estimator(x).float()) * self.embedding_scale
-        noisy = cloak(embeddings, means, stds, noise_mask, seed=seed)
-        return CloakOutput(noisy, means, stds, seed)
+        return means, stds
+
+    def _check(self, embeddings: Tensor, attention_mask: Tensor | None) -> None:
+        check_floating("embeddings", embeddings)
+        if embeddings.dim() != 3 or embeddings.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"embeddings must be [B, S, {self.hidden_size}]: got {list(embeddings.shape)}"
+            )
+        check_weights("attention_mask", attention_mask, embeddings.shape[:-1])
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write model.safetensors, which holds the settings too, and config.json, which repeats

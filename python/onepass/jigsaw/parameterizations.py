@@ -1,6 +1,7 @@
 """How an estimator's output, which may be any number, becomes a standard deviation or a mean.
 
-Each keeps the direction of its slope however far it saturates, and has an exact inverse.
+Each has an exact inverse. The curved ones keep the direction of their slope however far they
+saturate; the direct standard deviation is clamped, and has slope 0 outside of its interval.
 """
 
 from __future__ import annotations
