@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..lazy_logits import LazyLogits
 from ..ops._check import check_choice, check_floating, check_weights
 from ..reduce import masked_mean
-from .embeddings import embedding_rows
+from .embeddings import ROWS, embedding_rows
 
 if TYPE_CHECKING:
     from .cloak import TransformerCloak
@@ -159,19 +159,26 @@ def _density(
     """(center [D], weights [V, D] of (x - center)^2 and of x - center, bias [V]): the logarithm of
     each token's density but for what all have alike. Without the center large squares would cancel.
     """
-    moments = [(rows.float(), *cloak.estimate(rows[None])) for rows in embedding_rows(model)]
-    means = torch.cat([rows + shift[0] for rows, shift, _ in moments])
-    variances = torch.cat([stds[0].square() for *_, stds in moments])
-    del moments
-    variances += (means * ROUNDING).square()
-    variances.clamp_min_(float(means.square().mean()) * LEAST_STD**2 + torch.finfo().tiny)
+    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for rows in embedding_rows(model):
+        shift, stds = cloak.estimate(rows[None])
+        parts[0].append(rows.float() + shift[0])
+        parts[1].append(stds[0].square())
+    means = torch.cat(parts[0])
+    parts[0].clear()
+    variances = torch.cat(parts[1])
+    parts[1].clear()
     center = means.mean(0)
-    means -= center
-    bias = variances.log().sum(-1) / -2
-    of_square = variances.reciprocal_().div_(-2)
-    of_x = of_square * means * -2
-    bias -= (of_x * means).sum(-1) / 2
-    return center, (of_square, of_x), bias
+    least = float(means.norm()) ** 2 / means.numel() * LEAST_STD**2 + torch.finfo().tiny
+    biases = []
+    for mean, variance in zip(means.split(ROWS), variances.split(ROWS), strict=True):
+        variance += (mean * ROUNDING).square()  # in place: a table is large
+        bias = variance.clamp_min_(least).log().sum(-1) / -2
+        of_square = variance.reciprocal_().div_(-2)
+        mean -= center
+        biases.append(bias + (of_square * mean.square()).sum(-1))
+        mean *= of_square * -2
+    return center, (variances, means), torch.cat(biases)
 
 
 @contextmanager

@@ -398,18 +398,15 @@ def _spans(text: str, contents: Sequence[str], render: Any) -> list[list[Span]]:
         first += 2 * len(contents)
     cores = [content.strip() for content in contents]
     marked = [chr(first + 2 * n) + core + chr(first + 2 * n + 1) for n, core in enumerate(cores)]
-    within, alone = [], []
+    within, alone, bare = [], [], []
     for content, core, own in zip(contents, cores, marked, strict=True):
         within.append(content.replace(core, own, 1) if core else content)
         alone.append(own if core else content)
+        bare.append(content.replace(core, own[0] + own[-1], 1) if core else content)
     everything: list[list[Span]] = [[(0, len(text))] if core else [] for core in cores]
     try:
         gaps, marks = _gaps(render(within), first, len(contents))
         own_gaps, own_marks = _gaps(render(alone), first, len(contents))
-        bare = [
-            content.replace(core, own[0] + own[-1], 1) if core else content
-            for content, core, own in zip(contents, cores, marked, strict=True)
-        ]
         without, _ = _gaps(render(bare), first, len(contents))
     except Exception:  # refuses what is like the content and is not it
         return everything
