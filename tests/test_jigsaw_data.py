@@ -182,6 +182,69 @@ def test_a_part_of_a_content_that_stands_elsewhere_is_transformed_too() -> None:
     assert got.startswith("A secret") and got.endswith("A secret. Keep it.") and ASK in got
 
 
+PIECE = "{% for m in messages %}<{{ m.role }}>"
+PIECES = (
+    PIECE + "{{ m.content.split('|')[1] }}({{ m.content }}){% endfor %}",
+    PIECE + "({{ m.content }}){{ m.content.split('|')[1] }}{% endfor %}",
+    PIECE + "{{ m.content.split('|')[1:-1] | join }}({{ m.content }}){% endfor %}",  # or nothing
+    PIECE + "{{ m.content.split('|') | sort | first }}({{ m.content }}){% endfor %}",
+    "{{ messages[1].content.split('|')[1] }}" + PIECE + "({{ m.content }}){% endfor %}",
+    "{% for m in messages %}({{ m.content }}){% endfor %}{{ messages[0].content.split('|')[1] }}",
+    # beside a content whose end is lost
+    "{{ messages[0].content.split('|')[0] }}{{ messages[1].content.split('|')[1] }}#"
+    + PIECE
+    + "({{ m.content }}){% endfor %}{{ messages[1].content.split('|')[1] }}",
+)
+
+
+@pytest.mark.parametrize("template", PIECES)
+def test_an_inner_piece_of_a_content_is_transformed_wherever_it_stands(template: str) -> None:
+    turns = [
+        {"role": "user", "content": "b|secret|c"},
+        {"role": "assistant", "content": "z|a hidden|e"},
+    ]
+    made = tokenizer(template)
+    batch = NoiseTokenizer(made)(turns)
+    text = made.apply_chat_template(turns, tokenize=False)
+    got = shown(batch, "noise_mask", template)
+    assert text.count("secret") + text.count("a hidden") > 2
+    for word in ("secret", "a hidden"):
+        assert got.count(word) == text.count(word)
+
+
+def test_a_second_line_that_stands_elsewhere_is_transformed() -> None:
+    template = "{{ messages[0].content.split('\n')[1] }}#" + CHAT
+    turns = [{"role": "user", "content": "one\ntwo words\nthree"}, SAY[1]]
+    got = shown(NoiseTokenizer(tokenizer(template))(turns), "noise_mask", template)
+    assert got.count("two words") == 2
+
+
+CHATML = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n"
+    "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA_LIKE = (
+    "<s>{% for m in messages %}<|header|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}<|eot|>"
+    "{% endfor %}{% if add_generation_prompt %}<|header|>assistant<|end|>\n\n{% endif %}"
+)
+INST = (  # the system prompt inside of the first message
+    "{% if messages[0].role == 'system' %}{% set sys = '<<SYS>>\n' + messages[0].content + "
+    "'\n<</SYS>>\n\n' %}{% set rest = messages[1:] %}{% else %}{% set sys = '' %}"
+    "{% set rest = messages %}{% endif %}{% for m in rest %}{% if m.role == 'user' %}"
+    "<s>[INST] {{ (sys if loop.first else '') + m.content.strip() }} [/INST]"
+    "{% else %} {{ m.content.strip() }} </s>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA_LIKE, STRIPS, INST, CHAT])
+@pytest.mark.parametrize("first", [0, 1])
+def test_usual_templates_are_marked_exactly(template: str, first: int) -> None:
+    turns = [*SAY[first:], {"role": "assistant", "content": "two\nlines: 1|2|3 <b>\n\n1|2"}]
+    batch = NoiseTokenizer(tokenizer(template))(turns, add_generation_prompt=True)
+    assert shown(batch, "noise_mask", template) == "|".join(turn["content"] for turn in turns)
+
+
 def test_a_template_that_looks_into_contents_has_all_transformed() -> None:
     batch = NoiseTokenizer(tokenizer(COUNTS))(SAY[:2])
     assert shown(batch, "noise_mask") == f"<system 9>Be brief.<user {len(ASK)}>{ASK}"

@@ -15,6 +15,7 @@ from onepass.jigsaw.parameterizations import (
     CloakStandardDeviationParameterization,
     DirectStandardDeviationParameterization,
 )
+from onepass.jigsaw.transform_file import FORMAT
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -97,6 +98,19 @@ def test_a_seed_makes_the_noise() -> None:
     assert torch.equal(cloak(x).noisy, one)
 
 
+@pytest.mark.parametrize("estimator", ["mlp", "transformer"])
+def test_an_estimate_draws_nothing(estimator: str) -> None:
+    cloak = moved(TransformerCloak(D, estimator=estimator))
+    x, mask = torch.randn(B, S, D), batch()["attention_mask"]
+    state = torch.get_rng_state()
+    means, stds = cloak.estimate(x, mask)
+    assert torch.equal(torch.get_rng_state(), state)
+    out = cloak(x, None, mask)
+    assert torch.equal(means, out.means) and torch.equal(stds, out.stds)
+    with pytest.raises(ValueError, match=r"embeddings must be \[B, S, 32\]: got \[7, 32\]"):
+        cloak.estimate(x[0])
+
+
 def test_context_is_causal_and_blind_to_padding() -> None:
     cloak = moved(TransformerCloak(D, estimator="transformer"))
     x, mask = torch.randn(1, S, D), torch.ones(1, S)
@@ -153,9 +167,41 @@ def test_loading_what_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (None, "is damaged: it has no settings"),
+        ("{not JSON", "settings that do not fit: Expecting property name"),
+        ("[1]", "settings that do not fit: .*mapping"),
+        ('{"hidden_size": 32, "colour": 1}', "settings that do not fit: .*'colour'"),
+        ('{"estimator": "mlp"}', "settings that do not fit: .*'hidden_size'"),
+        ('{"hidden_size": null}', "hidden_size must be an int of at least 1: got None"),
+        ('{"hidden_size": 32, "init_std": "a"}', "init_std must be a number: got str"),
+        ('{"hidden_size": 32, "shallow": "a"}', "shallow must be a number: got str"),
+        ('{"hidden_size": 32, "scale": [1]}', "scale must be .min, max. .*got .1."),
+        ('{"hidden_size": 32, "scale": ["a", "b"]}', "scale must be .min, max. .*got .'a', 'b'."),
+        ('{"hidden_size": 32, "scale": 3}', "scale must be .min, max. .*got 3"),
+        ('{"hidden_size": 1000000000000}', "settings that do not fit: "),
+    ],
+)
+def test_damaged_settings_are_told_in_one_line(
+    config: str | None, words: str, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    metadata = {"kind": FORMAT} if config is None else {"kind": FORMAT, "config": config}
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match=words) as caught:
+        TransformerCloak.from_pretrained(tmp_path)
+    assert type(caught.value) is ValueError and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"hidden_size": 0}, "hidden_size must be an int of at least 1: got 0"),
+        ({"hidden_size": None}, "hidden_size must be an int of at least 1: got None"),
+        ({"hidden_size": "8"}, "hidden_size must be an int of at least 1: got '8'"),
+        ({"estimator_size": 2.5}, "estimator_size must be an int of at least 1: got 2.5"),
         ({"estimator": "rnn"}, "estimator must be one of mlp, transformer: got 'rnn'"),
         ({"init_std": 3.0}, "init_std must lie between 0.0001 and 2.0: got 3.0"),
         ({"embedding_scale": 0.0}, "embedding_scale must be above 0: got 0.0"),

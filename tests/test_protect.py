@@ -152,12 +152,14 @@ def test_who_has_the_transform(model: Any, ids: Tensor, device: str) -> None:
     done = protect(model, cloak, ids, seed=0, samples=2, informed=True)
     assert list(done.found) == [*METRICS, "informed"]
     rows = rows_of(model)
-    moved = rows + cloak(rows[None]).means[0]
+    means, stds = (x[0].double() for x in cloak.estimate(rows[None]))
     for k in range(2):
         noisy = cloak(rows[ids][None], seed=torch.tensor(k, device=device)).noisy[0]
-        nearest = torch.cdist(noisy.double(), moved.double()).argmin(-1)
-        assert torch.equal(done.found["informed"][k], nearest)
-        assert torch.equal(done.ranks["informed"][k] == 1, nearest == ids)
+        off = (noisy.double()[:, None] - rows - means) / stds  # [S, V, D]
+        scores = -(off.square() / 2 + stds.log()).sum(-1)
+        assert torch.equal(done.found["informed"][k], scores.argmax(-1))
+        own = scores.gather(-1, ids[:, None])
+        assert torch.equal(done.ranks["informed"][k], 1 + (scores > own).sum(-1))
     totals = done.totals()
     assert totals["recovered_informed"] == pytest.approx(
         float((done.found["informed"] == ids).double().mean())
@@ -188,11 +190,25 @@ def test_a_shift_alone_hides_nothing_from_who_has_it(
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
+def test_noise_in_most_features_hides_nothing_from_who_has_the_transform(
+    model: Any, ids: Tensor, device: str
+) -> None:
+    cloak = TransformerCloak.from_model(model, init_std=1.9).to(device)
+    last: Any = cloak.rho_estimator[-1]
+    with torch.no_grad():
+        last.bias[:8] = -3.0  # a hundredth of that of the others
+    state = torch.get_rng_state()
+    totals = protect(model, cloak, ids, seed=0, samples=20, informed=True).totals()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert totals["recovered_informed"] == 1
+    assert totals["recovered_l2"] is not None and totals["recovered_l2"] < 0.8
+
+
 def test_noise_without_a_seed_is_not_torchs(model: Any, ids: Tensor, device: str) -> None:
     cloak = transform(model).to(device)
 
     def noisy() -> Tensor:
-        torch.manual_seed(0)  # as every new process has it
+        torch.manual_seed(0)  # as applications do at their start
         return protect(model, cloak, ids).noisy
 
     assert not torch.equal(noisy(), noisy())

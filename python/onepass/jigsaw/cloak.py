@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..cli.errors import one_line
 from ..cli.files import replace, replace_text
-from ..ops._check import check_choice, check_floating, check_weights
+from ..ops._check import check_choice, check_floating, check_number, check_weights
 from ..ops.gaussian import cloak
 from .embeddings import embedding_norms, embedding_rows
 from .input_losses import check_above_0, positions
@@ -26,6 +26,7 @@ from .parameterizations import (
     CloakStandardDeviationParameterization,
     DirectMeanParameterization,
     DirectStandardDeviationParameterization,
+    check_scale,
 )
 from .transform_file import CONFIG, FORMAT, WEIGHTS
 
@@ -61,7 +62,7 @@ class TransformerCloak(nn.Module):
         base_model_name_or_path: which model's embeddings these are, for the record.
 
     Raises:
-        ValueError: sizes, scales or names that do not fit.
+        TypeError: what is no number. ValueError: sizes, scales or names that do not fit.
 
     Source: Stained Glass Engine 2.8.1; arXiv 2506.09452.
     """
@@ -83,17 +84,18 @@ class TransformerCloak(nn.Module):
         super().__init__()
         check_choice("estimator", estimator, ESTIMATORS)
         check_choice("std_parameterization", std_parameterization, STD_PARAMETERIZATIONS)
+        _check_size("hidden_size", hidden_size)
         width = 2 * hidden_size if estimator_size is None else estimator_size
-        for name, value in (("hidden_size", hidden_size), ("estimator_size", width)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int of at least 1: got {value!r}")
+        _check_size("estimator_size", width)
+        check_number("init_std", init_std)
+        low, high = check_scale(scale)
         check_above_0("embedding_scale", embedding_scale)
         self.config: dict[str, Any] = {
             "hidden_size": hidden_size,
             "estimator": estimator,
             "estimator_size": width,
             "std_parameterization": std_parameterization,
-            "scale": list(scale),
+            "scale": [low, high],
             "shallow": shallow,
             "mean_bound": mean_bound,
             "init_std": init_std,
@@ -102,11 +104,10 @@ class TransformerCloak(nn.Module):
         }
         self.hidden_size, self.embedding_scale = hidden_size, embedding_scale
         self.std_parameterization: Any = (
-            CloakStandardDeviationParameterization((scale[0], scale[1]), shallow)
+            CloakStandardDeviationParameterization((low, high), shallow)
             if std_parameterization == "cloak"
-            else DirectStandardDeviationParameterization((scale[0], scale[1]))
+            else DirectStandardDeviationParameterization((low, high))
         )
-        low, high = self.std_parameterization.min, self.std_parameterization.max
         if not low < init_std < high:
             raise ValueError(f"init_std must lie between {low} and {high}: got {init_std}")
         self.mean_parameterization: nn.Module = (
@@ -168,26 +169,44 @@ class TransformerCloak(nn.Module):
         Raises:
             TypeError: not a tensor. ValueError: shapes that do not fit.
         """
-        check_floating("embeddings", embeddings)
-        if embeddings.dim() != 3 or embeddings.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"embeddings must be [B, S, {self.hidden_size}]: got {list(embeddings.shape)}"
-            )
-        check_weights("attention_mask", attention_mask, embeddings.shape[:-1])
+        self._check(embeddings, attention_mask)
         if noise_mask is None:
             noise_mask = attention_mask
         else:
             positions(noise_mask, embeddings.shape)
         if not isinstance(seed, Tensor):
             seed = _seed(seed, embeddings.device)
+        means, stds = self.estimate(embeddings, attention_mask)
+        noisy = cloak(embeddings, means, stds, noise_mask, seed=seed)
+        return CloakOutput(noisy, means, stds, seed)
+
+    def estimate(
+        self, embeddings: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(means, stds) [B, S, D] of what `forward` adds; draws nothing.
+
+        Args:
+            embeddings, attention_mask: as in `forward`.
+
+        Raises:
+            As `forward`.
+        """
+        self._check(embeddings, attention_mask)
         first: Any = self.mean_estimator[0]
         x = embeddings.to(first.weight.dtype) / self.embedding_scale
         if self.context is not None:
             x = self.context(x, attention_mask)
         means = self.mean_parameterization(self.mean_estimator(x).float()) * self.embedding_scale
         stds = self.std_parameterization(self.rho_estimator(x).float()) * self.embedding_scale
-        noisy = cloak(embeddings, means, stds, noise_mask, seed=seed)
-        return CloakOutput(noisy, means, stds, seed)
+        return means, stds
+
+    def _check(self, embeddings: Tensor, attention_mask: Tensor | None) -> None:
+        check_floating("embeddings", embeddings)
+        if embeddings.dim() != 3 or embeddings.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"embeddings must be [B, S, {self.hidden_size}]: got {list(embeddings.shape)}"
+            )
+        check_weights("attention_mask", attention_mask, embeddings.shape[:-1])
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write model.safetensors, which holds the settings too, and config.json, which repeats
@@ -229,12 +248,23 @@ class TransformerCloak(nn.Module):
             raise ValueError(f"{path} is damaged: {one_line(error)}") from error
         if metadata.get("kind") != FORMAT:
             raise ValueError(f"{path} holds no transform of onepass ({FORMAT})")
-        made = cls(**json.loads(metadata["config"]))
+        try:
+            made = cls(**json.loads(metadata["config"]))
+        except KeyError as error:
+            raise ValueError(f"{path} is damaged: it has no settings") from error
+        except Exception as error:  # an unknown one is a TypeError, too large a size torch's
+            raise ValueError(f"{path} has settings that do not fit: {one_line(error)}") from error
         try:
             made.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"{path} does not fit its settings: {one_line(error)}") from error
         return made
+
+
+def _check_size(name: str, value: object) -> None:
+    """ValueError unless `value` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an int of at least 1: got {value!r}")
 
 
 def _seed(seed: int | None, device: torch.device) -> Tensor:

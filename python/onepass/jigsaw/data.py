@@ -2,7 +2,8 @@
 
 Of a conversation those are the contents of its messages; what the chat template writes around them
 stays as it is. Where a template reworks a content so that its ends are lost, what lies between its
-neighbours counts as content: rather a marker too many than a word too few.
+neighbours counts as content, and where it also writes a piece of one everything does: rather a
+marker too many than a word too few.
 """
 
 from __future__ import annotations
@@ -425,21 +426,24 @@ def _spans(text: str, contents: Sequence[str], render: Any) -> list[list[Span]]:
 
     The template is given the contents again with a private character at both ends of what strip()
     leaves of each, and is asked for where those end up; then without the whitespace around them, so
-    that what still is there between two ends is its own.
+    that what still is there between two ends is its own; then with nothing between the characters,
+    so that what it also writes of the inside of a content is not taken for its own text.
     """
     first = MARKS
     while any(first <= ord(c) < first + 2 * len(contents) for c in "".join([text, *contents])):
         first += 2 * len(contents)
     cores = [content.strip() for content in contents]
     marked = [chr(first + 2 * n) + core + chr(first + 2 * n + 1) for n, core in enumerate(cores)]
-    within, alone = [], []
+    within, alone, bare = [], [], []
     for content, core, own in zip(contents, cores, marked, strict=True):
         within.append(content.replace(core, own, 1) if core else content)
         alone.append(own if core else content)
+        bare.append(content.replace(core, own[0] + own[-1], 1) if core else content)
     everything: list[list[Span]] = [[(0, len(text))] if core else [] for core in cores]
     try:
         gaps, marks = _gaps(render(within), first, len(contents))
         own_gaps, own_marks = _gaps(render(alone), first, len(contents))
+        without, _ = _gaps(render(bare), first, len(contents))
     except Exception:  # refuses what is like the content and is not it
         return everything
     if "".join(gaps) != text:  # depends on more than where the contents stand
@@ -468,7 +472,36 @@ def _spans(text: str, contents: Sequence[str], render: Any) -> list[list[Span]]:
             (a for known in spans[n + 1 :] for a, _ in known if a >= begin), default=len(text)
         )
         spans[n] = [(min([begin, *left]), max([stop, *left]))]
+    if not _is_templates(_outside(text, spans), "".join(without), bool(lost)):
+        return everything
     return spans
+
+
+def _outside(text: str, spans: Sequence[Sequence[Span]]) -> list[str]:
+    """What of the text is in no span, in pieces."""
+    pieces, place = [], 0
+    for start, stop in sorted(span for own in spans for span in own):
+        pieces.append(text[place : max(place, start)])
+        place = max(place, stop)
+    return [*pieces, text[place:]]
+
+
+def _is_templates(pieces: Sequence[str], without: str, some_lost: bool) -> bool:
+    """Whether these pieces of a text are, but for whitespace, what the template writes without the
+    contents; where spans reach into that, whether they are in it, in order."""
+    pieces, without = ["".join(piece.split()) for piece in pieces], "".join(without.split())
+    if not some_lost:
+        return "".join(pieces) == without
+    begin, *middle, end = pieces
+    if not (without.startswith(begin) and without.endswith(end)):
+        return False
+    place, stop = len(begin), len(without) - len(end)
+    for piece in middle:
+        at = without.find(piece, place, stop)
+        if at < 0:
+            return False
+        place = at + len(piece)
+    return place <= stop
 
 
 def _gaps(rendered: str, first: int, n_contents: int) -> tuple[list[str], list[int]]:

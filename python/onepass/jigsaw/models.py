@@ -260,7 +260,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         Args:
             input_ids, attention_mask, noise_mask: as in `forward`.
             seed: of the noise, as in `TransformerCloak.forward`; None draws one from the operating
-                system's generator: torch's begins alike in every process.
+                system's generator: torch's repeats itself where an application seeds it.
 
         Raises:
             As `forward`.

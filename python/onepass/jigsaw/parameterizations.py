@@ -1,6 +1,7 @@
 """How an estimator's output, which may be any number, becomes a standard deviation or a mean.
 
-Each keeps the direction of its slope however far it saturates, and has an exact inverse.
+Each has an exact inverse. The curved ones keep the direction of their slope however far they
+saturate; the direct standard deviation is clamped, and has slope 0 outside of its interval.
 """
 
 from __future__ import annotations
@@ -92,7 +93,11 @@ class BoundedMeanParameterization(nn.Module):
 
 def check_scale(scale: tuple[float, float]) -> tuple[float, float]:
     """`scale` as (min, max), ValueError unless 0 <= min < max."""
-    low, high = scale
-    if not (0 <= low < high and math.isfinite(high)):
-        raise ValueError(f"scale must be (min, max) with 0 <= min < max: got {tuple(scale)}")
+    try:
+        low, high = scale
+        fits = 0 <= low < high and math.isfinite(high)
+    except (TypeError, ValueError):  # of two numbers
+        fits = False
+    if not fits:
+        raise ValueError(f"scale must be (min, max) with 0 <= min < max: got {scale!r}")
     return low, high

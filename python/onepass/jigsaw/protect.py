@@ -434,7 +434,8 @@ def show(done: Protection, tokenizer: Any) -> None:
             row += [f"{fact[f'recovered_{metric}']:.0%}" for metric in done.found]
         rows.append(row)
     columns = ["token", "noise", "|x|", "moved", "/ |x|", "cos", "std"]
-    columns += [f"nearest, {NAMES[metric]}" for metric in done.found]
+    taken = {"informed": "likeliest"}
+    columns += [f"{taken.get(metric, 'nearest')}, {NAMES[metric]}" for metric in done.found]
     if several:
         columns += [f"hit, {NAMES[metric]}" for metric in done.found]
     title = f"What the nearest embedding gives away ({MARK} the token itself)"

@@ -1,5 +1,4 @@
-"""What a transform does to one text: how far each token moves, and what the nearest-embedding
-attack makes of it."""
+"""What a transform does to one text: how far each token moves, and what attacks make of it."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attack import INFORMED, METRICS, NearestEmbedding
+from .attack import INFORMED, LIKELIHOOD, METRICS, NearestEmbedding
 from .cloak import TransformerCloak
 
 MAX_SEED = 2**63 - 1
@@ -91,11 +90,13 @@ def protect(
         input_ids: [S] tokens, without padding.
         noise_mask: [S] tokens to transform (nonzero); None: all.
         seed: of the first draw, from 0; draw k has seed + k. None takes one from the operating
-            system: torch's own generator starts every process with the same number.
+            system: torch's own generator repeats itself where an application seeds it.
         samples: N, draws of the noise.
-        informed: also attack as one who has the transform (see `NearestEmbedding`), under the name
-            "informed": what it finds, noise alone did not hide. The transform runs on the whole
-            vocabulary for that.
+        informed: also attack as one who has the transform, under the name "informed": each
+            embedding is taken for the token that it is likeliest to come from, by the mean and the
+            noise that the transform gives each. What it finds the noise did not hide; looking at
+            one token at a time no attack finds more of a text whose tokens are all equally likely.
+            The transform runs on the whole vocabulary for that.
 
     Raises:
         TypeError: not tensors. ValueError: shapes or numbers that do not fit, no tokens, tokens
@@ -141,7 +142,7 @@ def protect(
     found, ranks = {}, {}
     attacks: list[tuple[str, str, TransformerCloak | None]] = [(m, m, None) for m in METRICS]
     if informed:
-        attacks.append((INFORMED, "l2", cloak))
+        attacks.append((INFORMED, LIKELIHOOD, cloak))
     for name, metric, known in attacks:  # one copy of the vocabulary at a time
         attack = NearestEmbedding(model, metric, known)
         pairs = [
