@@ -241,7 +241,8 @@ INST = (  # the system prompt inside of the first message
 @pytest.mark.parametrize("first", [0, 1])
 def test_usual_templates_are_marked_exactly(template: str, first: int) -> None:
     turns = [*SAY[first:], {"role": "assistant", "content": "two\nlines: 1|2|3 <b>\n\n1|2"}]
-    batch = NoiseTokenizer(tokenizer(template))(turns, add_generation_prompt=True)
+    marking = NoiseTokenizer(tokenizer(template), transform_answers=True)
+    batch = marking(turns, add_generation_prompt=True)
     assert shown(batch, "noise_mask", template) == "|".join(turn["content"] for turn in turns)
 
 

@@ -263,7 +263,7 @@ def _protect(
     except Exception as error:  # each kind of tokenizer file has errors of its own
         why = one_line(error) or type(error).__name__
         raise Failed(f"cannot load the base model {base!r}: {why}") from error
-    input_ids, noise_mask = _tokens(tokenizer, entry, _transforms_system(folder))
+    input_ids, noise_mask = _tokens(tokenizer, entry, _what_is_transformed(folder))
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and len(input_ids) > longest:
         n = len(input_ids)
@@ -286,24 +286,24 @@ def _protect(
     return tokenizer, done, model
 
 
-def _transforms_system(folder: Path) -> bool:
-    """Whether the run that the transform is of transformed system prompts."""
+def _what_is_transformed(folder: Path) -> dict[str, bool]:
+    """What of a conversation the run that the transform is of transformed beside its prompts, as
+    NoiseTokenizer takes it."""
     from ..training.run_folder import recorded_flags
 
-    found = [recorded_flags(run).get("transform_system") for run in _runs(folder)]
-    return next((value for value in found if isinstance(value, bool)), True)
+    flags: dict[str, Any] = next(filter(None, map(recorded_flags, _runs(folder))), {})
+    names = ("transform_system", "transform_answers")
+    return {name: flags[name] for name in names if isinstance(flags.get(name), bool)}
 
 
 def _tokens(
-    tokenizer: Any, entry: str | list[dict[str, str]], transform_system: bool
+    tokenizer: Any, entry: str | list[dict[str, str]], transformed: dict[str, bool]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(input_ids, noise_mask) [S], as in training; of a conversation that the assistant has not
     had the last word in, up to where it begins to answer."""
     from .data import NoiseTokenizer
 
-    marking = NoiseTokenizer(
-        tokenizer, max_length=MAX_TOKENS, transform_system=transform_system, pad_to_multiple_of=1
-    )
+    marking = NoiseTokenizer(tokenizer, max_length=MAX_TOKENS, pad_to_multiple_of=1, **transformed)
     answers = not isinstance(entry, str) and entry[-1]["role"] != "assistant"
     try:
         batch = marking(entry, add_generation_prompt=answers)
