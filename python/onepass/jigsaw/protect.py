@@ -286,7 +286,7 @@ def _protect(
     return tokenizer, done, model
 
 
-def _what_is_transformed(folder: Path) -> dict[str, bool]:
+def _what_is_transformed(folder: Path) -> dict[str, Any]:
     """What of a conversation the run that the transform is of transformed beside its prompts, as
     NoiseTokenizer takes it."""
     from ..training.run_folder import recorded_flags
@@ -297,7 +297,7 @@ def _what_is_transformed(folder: Path) -> dict[str, bool]:
 
 
 def _tokens(
-    tokenizer: Any, entry: str | list[dict[str, str]], transformed: dict[str, bool]
+    tokenizer: Any, entry: str | list[dict[str, str]], transformed: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(input_ids, noise_mask) [S], as in training; of a conversation that the assistant has not
     had the last word in, up to where it begins to answer."""
