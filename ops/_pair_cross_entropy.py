@@ -33,10 +33,13 @@ def serves(want: Sequence[str]) -> bool:
     return SERVED.issuperset(want)
 
 
-def serves_gradient(coefficients: Mapping[str, Tensor | None]) -> bool:
-    """Whether the logits' gradient is a mix of both sides' probabilities and nothing else."""
+def serves_gradient(
+    coefficients: Mapping[str, Tensor | None], probs: bool, need_target: bool
+) -> bool:
+    """Whether the logits' gradient is a mix of both sides' probabilities and nothing else, and the
+    target's, where it is wanted, that of probabilities."""
     others = ("on_kl", "on_reverse", "on_jsd")
-    return all(coefficients[name] is None for name in others)
+    return all(coefficients[name] is None for name in others) and (probs or not need_target)
 
 
 def _slabs_torch(
@@ -128,7 +131,8 @@ def forward_torch(
 
 
 def backward_torch(
-    dlogits: Tensor,  # [K, N, V], zeros where there is a mask; may be the logits themselves
+    dlogits: Tensor | None,  # [K, N, V], zeros where there is a mask; may be the logits themselves
+    dtarget: Tensor | None,  # [N, V]; may be the target itself
     logits: Tensor,
     target: Tensor,  # [N, V]
     mask: Tensor | None,  # [K, N]
@@ -136,7 +140,7 @@ def backward_torch(
     facts: Mapping[str, Tensor],  # [K, N] each
     coefficients: Mapping[str, Tensor | None],  # [K, N] each
 ) -> None:
-    """dlogits = p (on_p + on_cross) - on_cross q."""
+    """dlogits = p (on_p + on_cross) - on_cross q; of probabilities dtarget = -on_cross log p."""
     n_pairs, n_rows, vocab_size = logits.shape
     dtype = accumulation_dtype(logits.dtype)
     parts = list(
@@ -144,9 +148,15 @@ def backward_torch(
     )
     most = max((slab.stop - slab.start for slab, _ in parts), default=0)
     scratch = Scratch(most, vocab_size, dtype, logits.device)
+    if dtarget is not None:
+        written = {slab.start for slab, _ in parts}
+        for slab in slabs(n_rows, 2 * vocab_size):
+            if slab.start not in written:
+                dtarget[slab] = 0
     for slab, pairs in parts:
         n = slab.stop - slab.start
         q = scratch.room("target", n)
+        held = None if dtarget is None else scratch.room("dtarget", n).zero_()
         ones = None
         if probs:
             q.copy_(target[slab])
@@ -166,11 +176,21 @@ def backward_torch(
             of_rows = {name: fact[k, rows] for name, fact in facts.items() if fact.numel()}
             rest, of_target = of_rows["row_rest"], of_rows["target_rest"]
             z = logits[k][rows]
-            is_wide = z.dtype == dtype and isinstance(rows, slice)
-            dz = dlogits[k][rows] if is_wide else scratch.room("gap", n_kept)
+            is_wide = dlogits is not None and z.dtype == dtype and isinstance(rows, slice)
+            in_place = dlogits[k][rows] if is_wide and dlogits is not None else None
+            dz = scratch.room("gap", n_kept) if in_place is None else in_place
             if z.dtype != dtype:
                 z = dz.copy_(z)
-            torch.sub(z, of_rows["row_max"][:, None], out=dz).exp_()
+            torch.sub(z, of_rows["row_max"][:, None], out=dz)
+            if held is not None and "on_cross" in c:
+                share = _target_torch(dz, rest, c["on_cross"], scratch)
+                if isinstance(within, slice):
+                    held.add_(share)
+                else:
+                    held.index_add_(0, within, share)
+            if dlogits is None:
+                continue
+            dz.exp_()
             on_cross = c.get("on_cross", torch.zeros_like(rest))
             on_p = c.get("on_p", torch.zeros_like(rest))
             certain = None
@@ -186,6 +206,15 @@ def backward_torch(
                 dz[row, column] = (on_p / (1 + rest))[row] + on_cross[row] * missing
             if not is_wide:
                 dlogits[k][rows] = dz.to(dlogits.dtype)
+        if dtarget is not None and held is not None:
+            dtarget[slab] = held.to(dtarget.dtype)
+
+
+def _target_torch(gap: Tensor, rest: Tensor, on_cross: Tensor, scratch: Scratch) -> Tensor:
+    """One pair's share [n, V] of the gradient of the target's probabilities, from the logits less
+    their maximum."""
+    share = torch.sub(gap, rest.log1p()[:, None], out=scratch.room("product", len(gap)))
+    return share.clamp_min_(-1e18).mul_(-on_cross[:, None])
 
 
 def _certain(

@@ -401,14 +401,9 @@ def _backward_torch(
     facts: dict[str, Tensor],
     coefficients: dict[str, Tensor | None],
 ) -> None:
-    if (
-        dlogits is not None
-        and dtarget is None
-        and _pair_cross_entropy.serves_gradient(coefficients)
-    ):
-        _pair_cross_entropy.backward_torch(
-            dlogits, logits, target, mask, probs, facts, coefficients
-        )
+    if _pair_cross_entropy.serves_gradient(coefficients, probs, dtarget is not None):
+        rest = (logits, target, mask, probs, facts, coefficients)
+        _pair_cross_entropy.backward_torch(dlogits, dtarget, *rest)
         return
     n_pairs, n_rows, vocab_size = logits.shape
     # Rows outside, pairs inside: a target row's gradient is summed in one accumulation dtype,

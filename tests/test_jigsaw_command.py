@@ -208,7 +208,7 @@ def test_a_run_leaves_a_pair_metrics_a_picture_and_a_summary(whole: Path) -> Non
     for when in ("before", "after"):
         assert set(summary[when]) == {
             *("kl_performance", "kl_protection", "kl_guardrails", "agreement"),
-            *("recovery_l2", "recovery_cosine", "abs_cosine", "std"),
+            *("recovery_l2", "recovery_cosine", "recovery_informed", "abs_cosine", "std"),
         }
     assert summary["before"]["recovery_l2"] == 1
     card = (whole / "README.md").read_text()
@@ -297,8 +297,8 @@ def test_the_default_protects_and_the_student_alone_understands(tmp_path: Path) 
     assert found["kl_guardrails"] >= 10 * found["kl_performance"], found
     assert found["abs_cosine"] < 0.6, found
     assert max(found["recovery_l2"], found["recovery_cosine"]) < 0.2, found
-    assert found["agreement"] > 0.8, found
-    assert metrics(folder)[-1]["step"] == 200 and "tokens recovered" in out
+    assert found["agreement"] > 0.8 and found["agreement_after"] > 0.8, found
+    assert metrics(folder)[-1]["step"] == 250 and "tokens recovered" in out
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         base = AutoModelForCausalLM.from_pretrained(folder / "base-model").eval()
