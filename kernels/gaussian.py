@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .row_moments import load_upstream
+
 
 @triton.jit
 def load_rows(pointer, row, columns, valid, keep, other, FEATURES: tl.constexpr):
@@ -26,15 +28,6 @@ def load_rows(pointer, row, columns, valid, keep, other, FEATURES: tl.constexpr)
             return tl.load(pointer + row + columns, mask=keep, other=other).to(tl.float32)
     else:
         return other
-
-
-@triton.jit
-def load_upstream(pointer, at):
-    """A row's upstream gradient; 0 where that fact was not used."""
-    if pointer is not None:
-        return tl.load(pointer + at)
-    else:
-        return 0.0
 
 
 @triton.jit

@@ -53,6 +53,13 @@ def check_number(
         raise ValueError(f"{name} must be {bounds}{hint}: got {value}")
 
 
+def check_above_0(name: str, value: float) -> None:
+    """ValueError unless `value` is a finite number above 0."""
+    check_number(name, value)
+    if value <= 0:
+        raise ValueError(f"{name} must be above 0: got {value}")
+
+
 def check_floating(name: str, tensor: object) -> None:
     """ValueError unless `tensor` holds one of the dtypes that the kernels and references know."""
     if not isinstance(tensor, Tensor):

@@ -64,6 +64,17 @@ def _slabs_torch(
             yield slab, parts
 
 
+def _plan_torch(
+    logits: Tensor, mask: Tensor | None
+) -> tuple[list[tuple[slice, list[_Rows]]], Scratch]:
+    """The slabs of logits [K, N, V], and room for one."""
+    n_pairs, n_rows, vocab_size = logits.shape
+    flags = None if mask is None else mask.view(n_pairs, n_rows)
+    parts = list(_slabs_torch(n_rows, vocab_size, flags))
+    most = max((slab.stop - slab.start for slab, _ in parts), default=0)
+    return parts, Scratch(most, vocab_size, accumulation_dtype(logits.dtype), logits.device)
+
+
 def _relative(rows: Tensor, room: Tensor) -> Tensor:
     """The maxima [n, 1] of the rows; the rows less their maxima go to `room`."""
     if rows.dtype != room.dtype:
@@ -91,12 +102,7 @@ def forward_torch(
     out: Mapping[str, Tensor],  # [K, N] each
 ) -> None:
     n_pairs, n_rows, vocab_size = logits.shape
-    dtype = accumulation_dtype(logits.dtype)
-    parts = list(
-        _slabs_torch(n_rows, vocab_size, mask if mask is None else mask.view(n_pairs, n_rows))
-    )
-    most = max((slab.stop - slab.start for slab, _ in parts), default=0)
-    scratch = Scratch(most, vocab_size, dtype, logits.device)
+    parts, scratch = _plan_torch(logits, mask)
     for slab, pairs in parts:
         n = slab.stop - slab.start
         q = scratch.room("target", n)
@@ -142,12 +148,7 @@ def backward_torch(
 ) -> None:
     """dlogits = p (on_p + on_cross) - on_cross q; of probabilities dtarget = -on_cross log p."""
     n_pairs, n_rows, vocab_size = logits.shape
-    dtype = accumulation_dtype(logits.dtype)
-    parts = list(
-        _slabs_torch(n_rows, vocab_size, mask if mask is None else mask.view(n_pairs, n_rows))
-    )
-    most = max((slab.stop - slab.start for slab, _ in parts), default=0)
-    scratch = Scratch(most, vocab_size, dtype, logits.device)
+    parts, scratch = _plan_torch(logits, mask)
     if dtarget is not None:
         written = {slab.start for slab, _ in parts}
         for slab in slabs(n_rows, 2 * vocab_size):
@@ -176,10 +177,10 @@ def backward_torch(
             of_rows = {name: fact[k, rows] for name, fact in facts.items() if fact.numel()}
             rest, of_target = of_rows["row_rest"], of_rows["target_rest"]
             z = logits[k][rows]
-            is_wide = dlogits is not None and z.dtype == dtype and isinstance(rows, slice)
+            is_wide = dlogits is not None and z.dtype == scratch.dtype and isinstance(rows, slice)
             in_place = dlogits[k][rows] if is_wide and dlogits is not None else None
             dz = scratch.room("gap", n_kept) if in_place is None else in_place
-            if z.dtype != dtype:
+            if z.dtype != scratch.dtype:
                 z = dz.copy_(z)
             torch.sub(z, of_rows["row_max"][:, None], out=dz)
             if held is not None and "on_cross" in c:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ..cli.errors import one_line
 from ..cli.files import replace, replace_text
-from ..ops._check import check_choice, check_floating, check_number, check_weights
+from ..ops._check import check_above_0, check_choice, check_floating, check_number, check_weights
 from ..ops.gaussian import cloak
 from .embeddings import embedding_norms, embedding_rows
-from .input_losses import check_above_0, positions
+from .input_losses import positions
 from .parameterizations import (
     BoundedMeanParameterization,
     CloakStandardDeviationParameterization,

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from ..losses import masked_inner_product, safe_sqrt
-from ..ops._check import check_choice, check_floating, check_number, check_rows_alike
+from ..ops._check import (
+    check_above_0,
+    check_choice,
+    check_floating,
+    check_rows_alike,
+)
 from ..ops._launch import accumulation_dtype
 from ..ops.row_moments import row_moments
 from ..reduce import masked_mean
@@ -125,9 +130,7 @@ def std_log_ratio_loss(
     """
     check_floating("stds", stds)
     check_choice("form", form, STD_FORMS)
-    check_number("reference", reference)
-    if reference <= 0:
-        raise ValueError(f"reference must be above 0: got {reference}")
+    check_above_0("reference", reference)
     positions(noise_mask, stds.shape)
     mask = noise_mask if noise_mask.shape == stds.shape else noise_mask.unsqueeze(-1)
     mask = (mask != 0).expand(stds.shape)
@@ -172,10 +175,3 @@ def inverse_l2_power_law_loss(
     # Clamped before the power, which would overflow and leave a slope of 0 * inf.
     nearest = LARGEST ** (-1 / exponent_of_decay)
     return masked_mean(distances.clamp_min(nearest).pow(-exponent_of_decay), mask)
-
-
-def check_above_0(name: str, value: float) -> None:
-    """ValueError unless `value` is a finite number above 0."""
-    check_number(name, value)
-    if value <= 0:
-        raise ValueError(f"{name} must be above 0: got {value}")

@@ -11,7 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,29 +24,27 @@ from ..losses import (
     masked_normalized_l2,
     one_minus_cosine,
 )
-from ..ops._check import check_choice, check_number, check_weights
+from ..ops._check import check_above_0, check_choice, check_number, check_weights
 from ..ops._launch import IMPLS
 from ..ops.row_moments import row_moments
 from ..reduce import masked_mean
 from .activations import ActivationsDict, ComponentLossesDict, HyperparametersDict
+from .embeddings import embedding_norms
 from .entropy import ESTIMATORS, mutual_information_sub_batch
 from .input_losses import (
     MEDIAN_NORM_FORMS,
     STD_FORMS,
-    check_above_0,
     cosine_similarity_loss,
     inverse_l2_power_law_loss,
     median_norm_loss,
     std_log_ratio_loss,
 )
 from .losses import CE_NAMES, TARGETS, compute_jigsaw_ce_losses, compute_jigsaw_l2_losses
-
-if TYPE_CHECKING:
-    from .models import (
-        NoiseMaskedNoisyTransformerModel,
-        NoisyOutput,
-        PeftNoiseMaskedNoisyTransformerModel,
-    )
+from .models import (
+    NoiseMaskedNoisyTransformerModel,
+    NoisyOutput,
+    PeftNoiseMaskedNoisyTransformerModel,
+)
 
 LossFunctions = tuple[
     Callable[[Tensor], Tensor],
@@ -400,16 +398,14 @@ class _Run:
 
     def __init__(self, teacher: Any, student: Any, layer: int | None) -> None:
         self.teacher, self.student = teacher, student
-        from .models import NoiseMaskedNoisyTransformerModel as Teacher
-        from .models import PeftNoiseMaskedNoisyTransformerModel as Student
-
-        if not isinstance(teacher, Teacher) or isinstance(teacher, Student):
+        base, adapted = NoiseMaskedNoisyTransformerModel, PeftNoiseMaskedNoisyTransformerModel
+        if not isinstance(teacher, base) or isinstance(teacher, adapted):
             raise TypeError(
-                f"noisy_teacher_model must be a {Teacher.__name__}: got {type(teacher).__name__}"
+                f"noisy_teacher_model must be a {base.__name__}: got {type(teacher).__name__}"
             )
-        if not isinstance(student, Student):
+        if not isinstance(student, adapted):
             raise TypeError(
-                f"noisy_student_model must be a {Student.__name__}: got {type(student).__name__}"
+                f"noisy_student_model must be a {adapted.__name__}: got {type(student).__name__}"
             )
         if teacher.noise_cache is not student.noise_cache or teacher.cloak is not student.cloak:
             raise ValueError(
@@ -435,8 +431,6 @@ class _Run:
 
     def median_norm(self) -> float:
         """Of the rows of the base model's input embeddings."""
-        from .embeddings import embedding_norms
-
         return float(embedding_norms(self.teacher.base_model).median())
 
     def max_std(self) -> float:

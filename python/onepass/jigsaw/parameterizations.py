@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import sigmoid_cap
-from ..ops._check import check_number
-from .input_losses import check_above_0
+from ..ops._check import check_above_0, check_number
 
 
 class CloakStandardDeviationParameterization(nn.Module):
