@@ -9,8 +9,9 @@
 # the exit status is 1 if any did, 2 for a wrong invocation. Last come the tables of the benchmark:
 # medians, then the roofline with measured / predicted.
 # --sanitize also runs each kernel once under compute-sanitizer, in time taken from the others.
-# PYTHON names another interpreter; TEST_SECONDS, BENCH_SECONDS, SANITIZE_SECONDS and JOBS (test
-# processes at a time, where pytest-xdist is there) change the stages' shares.
+# PYTHON names another interpreter, TESTS other tests than all, BENCH_FLAGS further flags of
+# onepass.bench; TEST_SECONDS, BENCH_SECONDS, SANITIZE_SECONDS and JOBS (test processes at a time,
+# where pytest-xdist is there) change the stages' shares.
 set -uo pipefail
 
 usage() {
@@ -69,7 +70,7 @@ stage() { # NAME SECONDS LOG COMMAND...
     local name="$1" limit="$2" log="$3" begun=$SECONDS status
     shift 3
     echo "== $name (at most $limit s)"
-    timeout --kill-after=10 "$limit" "$@" >"$log" 2>&1
+    timeout --signal=INT --kill-after=10 "$limit" "$@" >"$log" 2>&1
     status=$?
     record "$name" "$status" $((SECONDS - begun))
 }
@@ -80,7 +81,8 @@ stage() { # NAME SECONDS LOG COMMAND...
     "$python" -m onepass env --full
 } >"$out/environment.txt" 2>&1
 
-tests=(-q -rfE -p no:cacheprovider --tb=short --durations=15)
+tests=(-q -rfE -p no:cacheprovider -p support.failures_at_once --tb=short --durations=15)
+export ONEPASS_FAILURES="$out/failures.txt" # kept where the stage runs out of time
 # Settings of pyproject.toml that belong to plugins which may be missing here.
 has pytest_timeout || tests+=(-o timeout= -W "ignore::pytest.PytestConfigWarning")
 has pytest_benchmark && tests+=(-p no:benchmark)
@@ -92,7 +94,8 @@ if ! has hypothesis; then
         grep -q importorskip "$file" || tests+=("--ignore=$file")
     done < <(grep -lE '^(from|import) hypothesis' tests/*.py)
 fi
-stage tests "$test_seconds" "$out/tests.log" "$python" -m pytest "${tests[@]}" tests
+PYTHONPATH="$root/tests:$PYTHONPATH" stage tests "$test_seconds" "$out/tests.log" \
+    "$python" -m pytest "${tests[@]}" ${TESTS:-tests}
 tail -n 15 "$out/tests.log"
 
 if [ "$sanitize" = 1 ]; then
@@ -111,7 +114,7 @@ bench_limit=$((bench_seconds - 20)) # the last size it starts has this long to e
 begun=$SECONDS
 echo "== bench (at most $bench_seconds s)"
 timeout --kill-after=10 "$bench_seconds" "$python" -m onepass.bench --device cuda \
-    --output "$out" --time-limit "$bench_limit" "${plot[@]}" >"$out/bench.txt" 2>"$out/bench.log"
+    --output "$out" --time-limit "$bench_limit" "${plot[@]}" ${BENCH_FLAGS:-} >"$out/bench.txt" 2>"$out/bench.log"
 record bench "$?" $((SECONDS - begun))
 tail -n 5 "$out/bench.log"
 
