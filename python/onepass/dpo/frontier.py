@@ -44,7 +44,13 @@ from .reward import Reward, RewardFlags, parse_reward
 
 SYSTEM = "dpo-frontier"
 LOSSES = ["sigmoid", "hinge", "ipo", "alpha", "JSD", "FKL", "RKL"]
-POINTS, START, DATA, JSON, PNG = "points", "start.json", "pairs.jsonl", "frontier.json", "frontier.png"
+POINTS, START, DATA, JSON, PNG = (
+    "points",
+    "start.json",
+    "pairs.jsonl",
+    "frontier.json",
+    "frontier.png",
+)
 COLUMNS = {
     "reward": ("reward", "reward_error"),
     "entropy, nats": ("token_entropy",),

@@ -29,9 +29,7 @@ BATCH_SIZE = 32
 class RewardFlags:
     """The reward."""
 
-    reward: str | None = flag(
-        None, "keyword:A,B code classifier:DIR MODULE:FUNC"
-    )
+    reward: str | None = flag(None, "keyword:A,B code classifier:DIR MODULE:FUNC")
     reward_sign: int = flag(1, "1, or -1 to want less of it", choices=[1, -1])
     reward_label: int = flag(0, "of a classifier: the logit that counts")
     score_prompt: bool = flag(False, "prompt and answer, not the answer")
