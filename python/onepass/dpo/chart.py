@@ -30,7 +30,11 @@ def write_chart(
     for n, loss in enumerate(losses):
         line = sorted((p for p in points if p["loss"] == loss), key=lambda p: p["beta"])
         x, y = [p["token_entropy"] for p in line], [p["reward"] for p in line]
-        style = {"color": colours[n % 7], "marker": markers[n % 7], "linestyle": dashes[n % 7]}
+        style: dict[str, Any] = {
+            "color": colours[n % 7],
+            "marker": markers[n % 7],
+            "linestyle": dashes[n % 7],
+        }
         axes.plot(x, y, label=loss, zorder=3, **style)
         errors = [p["reward_error"] or 0.0 for p in line]
         axes.errorbar(x, y, yerr=errors, fmt="none", ecolor=style["color"], alpha=0.5, capsize=2)

@@ -24,11 +24,12 @@ from ..training.flags import (
     check_from,
     check_lora_flags,
     check_run_flags,
+    default_of,
     flag,
     parse,
 )
 from ..training.run_folder import RunFolder, read_run, recorded_flags, tell
-from .command import AdapterFlags
+from .command import DEFAULTS, AdapterFlags
 from .command_line import (
     NEEDED,
     PairFlags,
@@ -130,7 +131,11 @@ def run_frontier(prog: str, summary: str, tokens: Sequence[str]) -> int:
     check_installed((*NEEDED, "accelerate", "matplotlib"))
     from ..cli.terminal import quiet_libraries
 
-    with quiet_libraries():
+    with quiet_libraries(), contextlib.ExitStack() as stack:
+        if flags[ModelFlags].model_name_or_path is None:
+            from ..demo.train import one_thread
+
+            stack.enter_context(one_thread())  # what so small a model runs fastest on
         return _run(flags, folder, prompts, reward, points)
 
 
@@ -139,7 +144,9 @@ def _parse(prog: str, summary: str, tokens: Sequence[str]) -> Flags:
 
     def parsed(tokens: Sequence[str]) -> Flags:
         told = f"{prog}: {summary}. Run it again to go on after an interruption."
-        return parse(prog, FLAGS, tokens, description=told, recorded=recorded_flags)
+        return parse(
+            prog, FLAGS, tokens, defaults=DEFAULTS, description=told, recorded=recorded_flags
+        )
 
     flags = parsed(tokens)
     run = flags[RunFlags]
@@ -178,8 +185,8 @@ def check(flags: Flags) -> tuple[list[str], Reward, list[Point]]:
     check_lora_flags(flags[AdapterFlags])
     asked.check()
     check_from("num_answers", asked.num_answers, 2)
-    for name in ("num_eval_answers", "pairs_per_prompt"):
-        check_from(name, getattr(own, name, None) or flags[PairFlags].pairs_per_prompt, 1)
+    check_from("num_eval_answers", own.num_eval_answers, 1)
+    check_from("pairs_per_prompt", flags[PairFlags].pairs_per_prompt, 1)
     reward = parse_reward(flags[RewardFlags])
     prompts = list(PROMPTS) if small and asked.prompts is None else read_texts(asked.prompts)
     for holder, name in ((asked, "prompts"), (own, "data")):
@@ -400,12 +407,13 @@ class _Work:
 
 
 def train_tokens(flags: Flags) -> list[str]:
-    """The flags of a point's training that were given."""
+    """The flags of a point's training that are not its usual ones."""
     # All pairs are trained on, as in the notebook: the answers are what is judged.
     tokens = ["--validation_ratio=0", "--max_eval_samples=64", "--save_total_limit=1"]
     holders = (flags[ModelFlags], flags[AdapterFlags], flags[RunFlags])
     values = {f.name: getattr(h, f.name) for h in holders for f in fields(h)}
-    values = {n: v for n, v in values.items() if n in flags.given and n not in NOT_PASSED}
+    usual = {f.name: default_of(f) for h in holders for f in fields(h)} | DEFAULTS
+    values = {n: v for n, v in values.items() if v != usual[n] and n not in NOT_PASSED}
     if (alpha := flags[FrontierFlags].alpha) is not None:
         values["alpha"] = alpha
     for name, value in (values | flags.overrides).items():

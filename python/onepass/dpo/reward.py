@@ -206,8 +206,8 @@ def classifier(name: str, label: int, device: Any, batch_size: int = BATCH_SIZE)
                 max_length=longest,
                 padding=batch_size > 1,
             ).to(device)
-            batch.pop("token_type_ids", None) if "roberta" in model.config.model_type else None
-            scores += model(**batch).logits[:, label].float().tolist()
+            given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            scores += model(**given).logits[:, label].float().tolist()
         return scores
 
     return score

@@ -146,7 +146,7 @@ def add_flags(
 
 
 def _add(group: Any, f: Any, hint: Any, defaults: Mapping[str, Any], every: bool) -> None:
-    meta, default = f.metadata, defaults.get(f.name, _default(f))
+    meta, default = f.metadata, defaults.get(f.name, default_of(f))
     base, is_list = _base(hint)
     how: dict[str, Any] = {"default": default, "type": _boolean if base is bool else base}
     how["choices"] = meta.get("choices")
@@ -174,7 +174,8 @@ def _add(group: Any, f: Any, hint: Any, defaults: Mapping[str, Any], every: bool
     )
 
 
-def _default(f: Any) -> Any:
+def default_of(f: Any) -> Any:
+    """The default of a dataclass field."""
     return f.default if f.default is not MISSING else f.default_factory()
 
 
