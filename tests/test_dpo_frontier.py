@@ -196,6 +196,16 @@ def test_killed_between_points_it_goes_on(
     assert code == 2 and "--prompts: got" in capsys.readouterr().err
 
 
+def test_all_weights_are_trained_where_no_adapter_is_wanted(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [*arguments(files, tmp_path), "--no_use_peft", "--losses", "JSD"]
+    assert main(args) == 0, capsys.readouterr().err
+    point = tmp_path / "points" / "JSD-beta0.1"
+    assert (point / "model" / "config.json").is_file() and not (point / "adapter").exists()
+    assert json.loads((point / "evaluation.json").read_text())["kl_per_token"] > 0
+
+
 def test_other_prompts_under_the_same_name_are_refused(
     files: Path,
     tmp_path: Path,
