@@ -39,7 +39,7 @@ _HOMES = {
     "masked_mean": ".reduce",
     "reduce_rows": ".reduce",
 }
-_MODULES = ("circuit_breaker", "compat", "integrations", "jigsaw", "nn")
+_MODULES = ("circuit_breaker", "compat", "dpo", "integrations", "jigsaw", "nn")
 __all__ = [
     "GaussianStats",
     "LazyLogits",
@@ -72,6 +72,7 @@ __all__ = [
 if TYPE_CHECKING:
     from . import circuit_breaker as circuit_breaker
     from . import compat as compat
+    from . import dpo as dpo
     from . import integrations as integrations
     from . import jigsaw as jigsaw
     from . import nn as nn

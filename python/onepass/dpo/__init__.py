@@ -1,0 +1,44 @@
+"""DPO: preference losses over log-probabilities of pairs, and the trainer that they belong to.
+
+Names load on first use: the losses need torch, the trainer transformers, an adapter PEFT.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "DPOLoss": ".losses",
+    "SequenceLogps": ".logps",
+    "check_loss": ".losses",
+    "dpo_loss": ".losses",
+    "ld_weights": ".logps",
+    "sequence_logps": ".logps",
+    "wpo_weights": ".logps",
+}
+__all__ = [
+    "DPOLoss",
+    "SequenceLogps",
+    "check_loss",
+    "dpo_loss",
+    "ld_weights",
+    "sequence_logps",
+    "wpo_weights",
+]
+
+if TYPE_CHECKING:
+    from .logps import SequenceLogps, ld_weights, sequence_logps, wpo_weights
+    from .losses import DPOLoss, check_loss, dpo_loss
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'onepass.dpo' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
