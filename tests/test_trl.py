@@ -378,7 +378,7 @@ def test_loss_types_that_they_have_not(name: str, dpo_batches: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_our_losses_train_and_evaluate(tmp_path: Path, tokenizer: Any) -> None:
+def test_our_losses_learn_the_same(tmp_path: Path, tokenizer: Any) -> None:
     options = {"loss_type": ["hinge", "sft"], "loss_weights": [1.0, 0.5]}
     losses, grads = train("DPO", tmp_path / "theirs", tokenizer, **options)
     with bridge.enabled(losses=True):
