@@ -536,7 +536,15 @@ class DPOTrainer(Trainer):
             found.metrics[f"{prefix}_{name.removeprefix('eval_')}"] = value
         return found
 
-    # -- checkpoints --------------------------------------------------------------------------
+    # -- processes and checkpoints ------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' training, also after an evaluation over several processes: that leaves the
+        model marked as prepared, and the training would leave DDP away, each process with gradients
+        of its own."""
+        if self.args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._count_tokens()
