@@ -353,7 +353,9 @@ def _peak_bytes(device: torch.device) -> Iterator[list[int]]:
     from torch.profiler import ProfilerActivity, profile
 
     with _quiet_stderr():
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profiler:
             yield peak
         with tempfile.TemporaryDirectory() as folder:
             trace = Path(folder, "trace.json")

@@ -151,7 +151,8 @@ def vocab_stats_kernel(
         seen = tl.zeros([BLOCK], tl.float32)
         offsets = tl.zeros([BLOCK], tl.float32)
 
-        for block in range(segment * SEGMENT, tl.minimum((segment + 1) * SEGMENT, last), BLOCK):
+        stop = tl.minimum((segment + 1) * SEGMENT, last)
+        for block in tl.range(segment * SEGMENT, stop, BLOCK, loop_unroll_factor=4):
             positions = block + lanes
             valid = (positions >= first) & (positions < last)
             u = tl.load(row_ptr + positions, mask=valid, other=float("-inf")).to(tl.float32)

@@ -19,6 +19,7 @@ from ._check import check_choice
 IMPLS = ("auto", "triton", "torch")
 GPU_TYPES = ("cuda", "xpu")  # ROCm devices call themselves cuda
 ONE_STEP = 1 << 30  # more rows than anyone has
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # once: torch.compile cannot trace it
 SLAB_BYTES = 1 << 22  # fp32 of a slab on the torch path: in cache, yet few calls where threads meet
 
 
@@ -46,7 +47,7 @@ def choose(impl: str, *tensors: Tensor | None) -> bool:
 
 def _why_not_triton(tensors: list[Tensor], on_gpu: bool) -> list[str]:
     reasons = []
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         reasons.append("triton is not installed (a CUDA, ROCm or XPU build of torch brings it)")
     if not on_gpu and not interpreting():
         devices = ", ".join(sorted({t.device.type for t in tensors}))

@@ -110,7 +110,7 @@ CAP = ("softcap", "logit_scale")
 
 def stats_jobs(target: str, dtype: str, vec: int, full: bool) -> dict[str, Job]:
     kernels = importlib.import_module("onepass.kernels.vocab_stats")
-    meta = {"VEC": vec, "SEGMENT": 16384, "BLOCK": 2 * vec * 256}
+    meta = {"VEC": vec, "SEGMENT": 16384, "BLOCK": vec * 128, "warps": 4}
     types = {"logits_ptr": f"*{dtype}", "dlogits_ptr": f"*{dtype}", "index_ptr": "*i32"}
     types |= dict.fromkeys(("labels_ptr", "contrast_ptr", "argmax_out"), "*i64")
     types |= dict.fromkeys(CAP, "fp32")
@@ -133,8 +133,9 @@ def stats_jobs(target: str, dtype: str, vec: int, full: bool) -> dict[str, Job]:
     every = dict.fromkeys(("on_p_gap_ptr", "on_p_squared_ptr", "on_p_weight_ptr", "on_one_ptr"))
     every |= dict.fromkeys(("on_weight_ptr", "on_label_ptr", "on_contrast_ptr"))
     backward: Any = partial(
-        job, kernels.vocab_stats_backward_kernel, target, types=types, SAME_SHIFT=True, **meta
-    )
+        job, kernels.vocab_stats_backward_kernel, target, types=types, SAME_SHIFT=True,
+        VEC=vec, SEGMENT=16384, BLOCK=2 * vec * 256,
+    )  # fmt: skip
     plain = ["weights_ptr", "contrast_ptr", *CAP]
     jobs[f"vocab_stats_backward {dtype} logp"] = backward([*every, *plain])
     if full:
@@ -144,7 +145,7 @@ def stats_jobs(target: str, dtype: str, vec: int, full: bool) -> dict[str, Job]:
         )
         jobs[f"vocab_stats_backward {dtype} logp, capped"] = backward([*every, *plain[:2]])
         jobs[f"vocab_stats {dtype} all, weights"] = job(
-            kernels.vocab_stats_kernel, target, (), types, **{**meta, "BLOCK": vec * 256}
+            kernels.vocab_stats_kernel, target, (), types, **meta
         )
         jobs[f"vocab_stats_merge {dtype} all"] = job(
             kernels.vocab_stats_merge_kernel, target, (), types, warps=1, VEC=vec, LANES=32
@@ -175,7 +176,8 @@ def pair_jobs(target: str, dtype: str, vec: int, full: bool) -> dict[str, Job]:
             **flags,
             **meta,
             PAIRS=1,
-            BLOCK=256 * vec,
+            BLOCK=64 * vec,
+            warps=2,
         )
     backward: Any = partial(
         job, kernels.vocab_pair_stats_backward_kernel, target, types=types, **meta
@@ -194,7 +196,8 @@ def pair_jobs(target: str, dtype: str, vec: int, full: bool) -> dict[str, Job]:
         **wants["cross_entropy"],
         **meta,
         PAIRS=4,
-        BLOCK=512,
+        BLOCK=256,
+        warps=4,
     )
     jobs[f"vocab_pair_stats {dtype} kl, 4 rows"] = job(
         kernels.vocab_pair_stats_kernel,

@@ -851,7 +851,9 @@ def test_cloak_and_its_gradient(impl: str, kind: str, dtype: torch.dtype, device
     out = cloak(*rows, flags, seed=seed, impl=impl)
     assert out.dtype == dtype and out.shape == (2, 3, 67)
     want = plain_cloak(rows, flags, seed)
-    tolerance = max(4e-6, torch.finfo(dtype).eps) if dtype != FP64 else 1e-12
+    # The noise is float32's on any device, and a GPU's sine is not a CPU's to the last bit.
+    exact = dtype == FP64 and device == "cpu"
+    tolerance = 1e-12 if exact else max(4e-6, torch.finfo(dtype).eps)
     torch.testing.assert_close(out.cpu().double(), want, rtol=tolerance, atol=tolerance)
     upstream = torch.randn(2, 3, 67, dtype=FP64).to(dtype).to(device)
     dx, dmean, dstd = torch.autograd.grad(out, rows, upstream, retain_graph=True)

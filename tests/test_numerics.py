@@ -19,6 +19,7 @@ from torch import Tensor
 import onepass
 from onepass.losses import one_minus_cosine, sigmoid_cap
 from support import truth
+from support.environment import INTERPRETING
 from support.truth import ExactRow, exact_row, relative_error
 
 HARD = 1e-6  # no value may be further off
@@ -33,6 +34,10 @@ def rms(errors: list[float]) -> float:
 
 
 def held(errors: list[float], attainable: float, what: str, hard: float = HARD) -> None:
+    # A GPU has exp(x) from ex2(x log2 e), whose rounded argument costs up to |x| 2^-24: 7e-7 in the
+    # root mean square over GAPS. The interpreter's exp is numpy's.
+    if not INTERPRETING and torch.cuda.is_available():
+        attainable = max(attainable, 7e-7)
     assert max(errors) <= hard, f"{what}: worst {max(errors):.2e}"
     assert rms(errors) <= attainable, f"{what}: rms {rms(errors):.2e}, attainable {attainable:.0e}"
 

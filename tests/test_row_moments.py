@@ -360,10 +360,15 @@ def test_layers(impl: str, kinds: tuple[str, str], device: str) -> None:
     upstream = upstream_for((3, 2, 2), x)
     got = gradients(stats, x_leaves + y_leaves, upstream)
     check_gradients([torch.stack(got[:3]), torch.stack(got[3:])], x, y, upstream, kinds[0])
-    # The same as three calls.
+    # The same as three calls. A kernel that is told an aligned stride may load, and so sum, in
+    # another order than the one that reads a table of addresses.
     for at in range(3):
         single = onepass.row_moments(xs[at], ys[at], impl=impl)
-        assert same_bits(tuple(single), tuple(moment[at] for moment in stats))
+        together = tuple(moment[at] for moment in stats)
+        if impl == "triton" and device != "cpu":
+            torch.testing.assert_close(tuple(single), together, rtol=1e-6, atol=1e-5)
+        else:
+            assert same_bits(tuple(single), together)
 
 
 def test_one_layer_in_a_list_is_a_list(impl: str, device: str) -> None:

@@ -258,6 +258,206 @@ def test_trainer_learns_the_same(name: str, tmp_path: Path, tokenizer: Any) -> N
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+# ---------------------------------------------------------------- our losses under its DPOTrainer
+
+
+@pytest.fixture(scope="module")
+def dpo_batches(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What makes, of options, the loss, gradients and metrics of one batch of 4 pairs."""
+    from datasets import Dataset
+
+    rows = {"prompt": sentences(2), "chosen": sentences(3, " "), "rejected": sentences(4, " ")}
+    folder = tmp_path_factory.mktemp("dpo")
+
+    def run(far: bool = False, **options: Any) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
+        # A near reference has log-ratios of about 1, a far one of about 30.
+        reference = tiny_model(int(far))
+        pick = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=pick)
+        config = trl.DPOConfig(
+            output_dir=str(folder), per_device_train_batch_size=4, report_to="none", bf16=False,
+            use_cpu=DEVICE == "cpu", disable_tqdm=True, gradient_checkpointing=False,
+            dataloader_pin_memory=False, seed=0, **options,
+        )  # fmt: skip
+        model = tiny_model(0)
+        trainer = trl.DPOTrainer(
+            model=model,
+            ref_model=reference,
+            args=config,
+            train_dataset=Dataset.from_dict(rows),
+            processing_class=tokenizer,
+        )
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        return loss.detach(), grads, dict(trainer._metrics["train"])
+
+    return run
+
+
+THEIR_LOSS_TYPES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+OF_SCORES = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft", "sigmoid_norm")
+DIVERGENCES = ("forward_kl", "js_divergence", "alpha_divergence")
+LOSSES: dict[str, dict[str, Any]] = {
+    **{name: {"loss_type": name} for name in THEIR_LOSS_TYPES},
+    **{
+        f"{name}-{divergence}": {"loss_type": name, "f_divergence_type": divergence}
+        for name in OF_SCORES
+        for divergence in DIVERGENCES
+    },
+    "mixture": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "weighted": {"loss_type": ["sigmoid", "ipo"], "use_weighting": True},
+    "length-desensitized": {"loss_type": "sigmoid", "ld_alpha": 0.3},
+    "length-desensitized-sft": {"loss_type": ["ipo", "sft"], "ld_alpha": 0.3},
+    "precomputed": {"loss_type": "sigmoid", "precompute_ref_log_probs": True},
+    "alpha-above-1": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.3},
+    "alpha-limit": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", LOSSES)
+def test_our_losses_are_theirs(name: str, dpo_batches: Any) -> None:
+    # Ours honours the smoothing of sigmoid, which TRL leaves out: under its trainer it stays out.
+    options = {"beta": 0.3, "label_smoothing": 0.1} | LOSSES[name]
+    expected, expected_grads, their_metrics = dpo_batches(**options)
+    with bridge.enabled(losses=True), pytest.MonkeyPatch.context() as patch:
+        calls: list[str] = []
+
+        def watched(*args: Any, loss_type: str, **kwargs: Any) -> Any:
+            calls.append(loss_type)
+            return onepass.dpo.dpo_loss(*args, loss_type=loss_type, **kwargs)
+
+        patch.setattr(bridge, "dpo_loss", watched)
+        got, grads, metrics = dpo_batches(**options)
+    kinds = options.get("loss_type", "sigmoid")
+    assert calls == ([kinds] if isinstance(kinds, str) else kinds)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert len(grads) == len(expected_grads) and sum(float(g.abs().sum()) for g in grads) > 0
+    size = max(1.0, *(float(g.abs().max()) for g in expected_grads))
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * size)
+    assert metrics.keys() == their_metrics.keys()
+    for key, value in their_metrics.items():
+        assert metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_finite_where_theirs_overflow(dpo_batches: Any) -> None:
+    options = {"far": True, "beta": 100.0, "loss_type": "discopop"}
+    theirs, *_ = dpo_batches(**options)
+    assert theirs.isnan(), "TRL has mended it: migrate.md says otherwise"
+    with bridge.enabled(losses=True):
+        got, grads, _ = dpo_batches(**options)
+    assert got.isfinite() and all(bool(g.isfinite().all()) for g in grads)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["slic_hf", "JSD", "FKL", "RKL", "alpha"])
+def test_loss_types_that_they_have_not(name: str, dpo_batches: Any) -> None:
+    with pytest.raises(ValueError, match="Unknown loss type"):
+        dpo_batches(loss_type=name)
+    options = {
+        "JSD": {"f_divergence_type": "js_divergence"},
+        "FKL": {"f_divergence_type": "forward_kl"},
+        "RKL": {},
+        "alpha": {"f_divergence_type": "alpha_divergence"},
+    }
+    with bridge.enabled(losses=True):
+        got, grads, _ = dpo_batches(loss_type=name)
+    assert float(grads[0].abs().sum()) > 0
+    if name in options:
+        expected, *_ = dpo_batches(loss_type="sigmoid", **options[name])
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_our_losses_learn_the_same(tmp_path: Path, tokenizer: Any) -> None:
+    options = {"loss_type": ["hinge", "sft"], "loss_weights": [1.0, 0.5]}
+    losses, grads = train("DPO", tmp_path / "theirs", tokenizer, **options)
+    with bridge.enabled(losses=True):
+        our_losses, our_grads = train("DPO", tmp_path / "ours", tokenizer, **options)
+    for got, expected in zip([*our_losses, *our_grads], [*losses, *grads], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_our_losses_with_an_adapter(tmp_path: Path, tokenizer: Any) -> None:
+    """The reference is the same model with its adapter off: two forwards of one module."""
+    from datasets import Dataset
+
+    peft = pytest.importorskip("peft")
+    rows = {"prompt": sentences(2), "chosen": sentences(3, " "), "rejected": sentences(4, " ")}
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        config = trl.DPOConfig(
+            output_dir=str(tmp_path), per_device_train_batch_size=4, report_to="none", bf16=False,
+            use_cpu=DEVICE == "cpu", disable_tqdm=True, gradient_checkpointing=False, seed=0,
+            dataloader_pin_memory=False, f_divergence_type="js_divergence", beta=2.0,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        trainer = trl.DPOTrainer(
+            model=tiny_model(0),
+            args=config,
+            train_dataset=Dataset.from_dict(rows),
+            processing_class=tokenizer,
+            peft_config=peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        )
+        pick = torch.Generator().manual_seed(0)
+        for parameter_name, parameter in trainer.model.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.data = torch.randn(parameter.shape, generator=pick).to(DEVICE)
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        loss, _ = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        loss.backward()
+        return loss.detach(), [p.grad for p in trainer.model.parameters() if p.grad is not None]
+
+    expected, expected_grads = run()
+    with bridge.enabled(losses=True):
+        got, grads = run()
+    assert abs(float(got) - 0.6931) > 0.01, "policy and reference are one"
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_losses_on_and_off() -> None:
+    trainer, theirs = trl.DPOTrainer, trl.DPOTrainer._compute_loss
+    bridge.enable()
+    assert trainer._compute_loss is theirs, "only on request"
+    bridge.enable(losses=True)
+    bridge.enable(losses=True)
+    assert trainer._compute_loss is bridge.dpo_compute_loss
+    with bridge.enabled():
+        assert trainer._compute_loss is bridge.dpo_compute_loss
+    assert trainer._compute_loss is bridge.dpo_compute_loss, "the outer one still holds"
+    bridge.disable()
+    assert trainer._compute_loss is theirs and home._ChunkedLogProbFunction is THEIRS
+    bridge.enable()
+    with bridge.enabled(losses=True):
+        assert trainer._compute_loss is bridge.dpo_compute_loss
+    assert trainer._compute_loss is theirs
+    assert home._ChunkedLogProbFunction is bridge.HeadLogProbs, "it was there before"
+
+
+def test_says_so_when_their_loss_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(trl.DPOTrainer, "_compute_loss", lambda self, model, batch: None)
+        with pytest.raises(RuntimeError, match="self, model, batch") as caught:
+            bridge.enable(losses=True)
+        one_sentence(caught)
+        assert home._ChunkedLogProbFunction is THEIRS
+        patch.delattr(trl.DPOTrainer, "_compute_loss")
+        with pytest.raises(RuntimeError, match="is not there"):
+            bridge.enable(losses=True)
+
+
 # ---------------------------------------------------------------- putting it there, and back
 
 

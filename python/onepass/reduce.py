@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops._check import check_choice, check_number, check_weights, values_checked
+from .ops._check import (
+    check_choice,
+    check_number,
+    check_same_device,
+    check_weights,
+    values_checked,
+)
 from .ops._launch import accumulation_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -30,7 +36,7 @@ def reduce_rows(
             `values` it costs no sync.
 
     Raises:
-        ValueError: a mask of another shape, num_items without a mean.
+        ValueError: a mask of another shape or on another device, num_items without a mean.
 
     Formula: mean = sum(mask * values) / max(sum(mask), 1): 0 with a live graph where no row counts.
     """
@@ -40,6 +46,7 @@ def reduce_rows(
     check_weights("mask", mask, values.shape)
     check_num_items(num_items, reduction)
     if mask is not None:
+        check_same_device("mask", mask, "values", values)
         weights = row_weights(mask, values.dtype)
         values = torch.where(weights != 0, values, 0.0) * weights
     if reduction == "none":

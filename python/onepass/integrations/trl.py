@@ -1,4 +1,5 @@
-"""TRL's fused language-model head, replaced by ours while `enable()` holds.
+"""TRL's fused language-model head, and on request DPO's losses, replaced by ours while `enable()`
+holds.
 
 From release 1.16 on, TRL's trainers take log-probabilities from hidden states by themselves and
 never call `lm_head.forward`: what they call instead is one autograd function under a private name.
@@ -17,6 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..dpo.logps import ld_weights, wpo_weights
+from ..dpo.losses import dpo_loss
 from ..head_loss import lazy_product
 from ..ops.vocab_stats import vocab_stats
 
@@ -40,7 +43,12 @@ EXTRAS = {
     "is_top1": "argmax",
 }  # TRL's name: ours
 
+DPO_HOME, DPO_NAME = "trl.trainer.dpo_trainer", "_compute_loss"
+DPO_ARGUMENTS = ("self", "model", "inputs", "return_outputs")
+UNSMOOTHED = ("sigmoid", "sigmoid_norm")  # loss types for which TRL leaves label_smoothing out
+
 _theirs: Any = None  # what stood under NAME before enable()
+_their_loss: Any = None  # and DPOTrainer's _compute_loss before enable(losses=True)
 
 
 class HeadLogProbs:
@@ -111,9 +119,82 @@ class HeadLogProbs:
         )
 
 
-def enable() -> None:
+def dpo_compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+    """What `enable(losses=True)` puts in the place of DPOTrainer._compute_loss: forwards and
+    metrics stay TRL's, the loss is `dpo_loss` of the same log-probabilities."""
+    told: list[Any] = []  # the policy's, and then the reference's where it runs
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        if getattr(output, "log_probs", None) is not None:
+            told.append(output)
+
+    models = [m for m in (self.model, self.ref_model) if m is not None]
+    hooks = [m.register_forward_hook(note) for m in models]
+    options = (self.loss_types, self.loss_weights, self.f_divergence_type)
+    try:
+        # A loss that TRL knows: it is not used, and costs what [B] numbers cost.
+        self.loss_types, self.loss_weights, self.f_divergence_type = (
+            ["sigmoid"],
+            [1.0],
+            "reverse_kl",
+        )
+        result = _their_loss(self, model, inputs, return_outputs)
+    finally:
+        self.loss_types, self.loss_weights, self.f_divergence_type = options
+        for hook in hooks:
+            hook.remove()
+    if len(told) != (1 if self.precompute_ref_logps else 2):
+        raise RuntimeError(
+            f"DPOTrainer's models gave log-probabilities {len(told)} times in one loss, not once "
+            "each, so that it is not known whose they are: enable() without losses=True"
+        )
+    mask = inputs["completion_mask"]
+    counts = mask[:, 1:]
+    weights = counts
+    if self.ld_alpha is not None:
+        labels = inputs["input_ids"].masked_fill(mask == 0, -100)
+        weights = counts * ld_weights(labels, self.ld_alpha)[:, 1:]
+    # Prompt-learning adapters put virtual tokens before the real ones.
+    tokens = [out.log_probs[:, -counts.shape[1] :] for out in told]
+    chosen, rejected = (tokens[0] * weights).sum(1).chunk(2)
+    if self.precompute_ref_logps:
+        reference = (inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
+    else:
+        reference = (tokens[1] * weights).sum(1).chunk(2)
+    lengths = counts.sum(1)
+    chosen_lengths, rejected_lengths = lengths.chunk(2)
+    pair_weights = None
+    if self.use_weighting:
+        squares = told[0].log_sum_sq_probs[:, -counts.shape[1] :]
+        pair_weights = wpo_weights(((tokens[0] - squares) * counts).sum(1), lengths)
+    nll = -(tokens[0] * counts).chunk(2)[0].sum() / chosen_lengths.sum().clamp(min=1)
+    loss: Any = 0.0
+    for loss_type, factor in zip(self.loss_types, self.loss_weights, strict=True):
+        losses, *_ = dpo_loss(
+            chosen,
+            rejected,
+            *reference,
+            beta=self.beta,
+            loss_type=loss_type,
+            f_divergence=self.f_divergence_type,
+            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
+            label_smoothing=0.0 if loss_type in UNSMOOTHED else self.label_smoothing,
+            ipo_average=True,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+            chosen_nll=nll,
+            weights=pair_weights,
+            discopop_tau=self.args.discopop_tau,
+        )
+        loss = loss + factor * losses.mean()
+    if self.aux_loss_enabled:
+        loss = loss + self.router_aux_loss_coef * told[0].aux_loss
+    return (loss, result[1]) if return_outputs else loss
+
+
+def enable(*, losses: bool = False) -> None:
     """Puts onepass's head under every TRL trainer that uses `add_fused_lm_head`, for models that
-    already have one too; a second call changes nothing.
+    already have one too; a second call changes nothing but what it adds.
 
     Served: SFTTrainer (loss types nll and dft), DPOTrainer (all loss types and f-divergences),
     KTOTrainer, GRPOTrainer, RLOOTrainer and AsyncGRPOTrainer. Not served, since they call other
@@ -125,45 +206,82 @@ def enable() -> None:
     summed in float32 and rounded once to the product's dtype, as by torch's own autocast; TRL's is
     not rounded.
 
+    Args:
+        losses: DPOTrainer's losses, too, come from `onepass.dpo.dpo_loss`: the same numbers for
+            TRL's loss types, finite where its forward KL overflows, and loss types that it has not
+            (`DPOConfig(loss_type=["slic_hf"])`, the notebook's JSD, FKL, RKL and alpha, whose
+            coefficient is 1 - f_alpha_divergence_coef). Trainers and subclasses that are there
+            already get them as well, but for one that has its own `_compute_loss`.
+
     Raises:
         ImportError: TRL is missing or older than 1.16. RuntimeError: this TRL has moved the
         function that is replaced, or changed its arguments. Nothing is changed then.
     """
-    global _theirs
+    global _theirs, _their_loss
     home, version = _home()
     current = getattr(home, NAME, None)
-    if current is HeadLogProbs:
-        return
-    forward = getattr(current, "forward", None)
-    came = () if forward is None else tuple(inspect.signature(forward).parameters)[1:]
-    if came != ARGUMENTS:
-        moved = "is not there" if current is None else f"takes ({', '.join(came)})"
-        raise RuntimeError(
-            f"{HOME}.{NAME}, which onepass.integrations.trl replaces, {moved} in trl {version}: "
-            "nothing was changed; use trl 1.16"
-        )
-    _theirs = current
-    setattr(home, NAME, HeadLogProbs)
+    if current is not HeadLogProbs:
+        forward = getattr(current, "forward", None)
+        came = () if forward is None else tuple(inspect.signature(forward).parameters)[1:]
+        _check_arguments(f"{HOME}.{NAME}", current, came, ARGUMENTS, version)
+    if losses:
+        trainer = getattr(import_module(DPO_HOME), "DPOTrainer", None)
+        method = getattr(trainer, DPO_NAME, None)
+        if method is not dpo_compute_loss:
+            came = () if method is None else tuple(inspect.signature(method).parameters)
+            named = f"{DPO_HOME}.DPOTrainer.{DPO_NAME}"
+            _check_arguments(named, method, came, DPO_ARGUMENTS, version)
+            _their_loss = method
+            setattr(trainer, DPO_NAME, dpo_compute_loss)
+    if current is not HeadLogProbs:
+        _theirs = current
+        setattr(home, NAME, HeadLogProbs)
 
 
 def disable() -> None:
-    """Puts TRL's own function back, the same object; changes nothing where ours is not there."""
+    """Puts TRL's own functions back, the same objects; changes nothing where ours are not there."""
     home = sys.modules.get(HOME)
     if home is not None and getattr(home, NAME, None) is HeadLogProbs:
         setattr(home, NAME, _theirs)
+    _disable_losses()
+
+
+def _disable_losses() -> None:
+    if _losses_enabled():
+        setattr(sys.modules[DPO_HOME].DPOTrainer, DPO_NAME, _their_loss)
+
+
+def _losses_enabled() -> bool:
+    trainer = getattr(sys.modules.get(DPO_HOME), "DPOTrainer", None)
+    return getattr(trainer, DPO_NAME, None) is dpo_compute_loss
 
 
 @contextlib.contextmanager
-def enabled() -> Iterator[None]:
+def enabled(*, losses: bool = False) -> Iterator[None]:
     """`enable()` within, and after it what was there before."""
     home = sys.modules.get(HOME)
     before = getattr(home, NAME, None) is HeadLogProbs
-    enable()
+    losses_before = _losses_enabled()
+    enable(losses=losses)
     try:
         yield
     finally:
+        if not losses_before:
+            _disable_losses()
         if not before:
             disable()
+
+
+def _check_arguments(
+    name: str, value: object, came: tuple[str, ...], wanted: tuple[str, ...], version: str
+) -> None:
+    """RuntimeError unless what is to be replaced is there and takes the arguments of ours."""
+    if came != wanted:
+        moved = "is not there" if value is None else f"takes ({', '.join(came)})"
+        raise RuntimeError(
+            f"{name}, which onepass.integrations.trl replaces, {moved} in trl {version}: "
+            "nothing was changed; use trl 1.16"
+        )
 
 
 def _home() -> tuple[Any, str]:
