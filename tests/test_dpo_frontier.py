@@ -23,12 +23,12 @@ pytest.importorskip("matplotlib")
 from onepass.dpo import frontier  # noqa: E402
 from onepass.dpo.frontier import Point, points_of, train_tokens  # noqa: E402
 from onepass.training.flags import RunFlags, parse  # noqa: E402
-from support import tiny_dpo  # noqa: E402
+from support import tiny_reward  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 ROOT = Path(__file__).resolve().parents[1]
 SMALLEST = (
-    *("--reward", "support.tiny_dpo:letters", "--num_answers", "6", "--max_new_tokens", "5"),
+    *("--reward", "support.tiny_reward:letters", "--num_answers", "6", "--max_new_tokens", "5"),
     *("--pairs_per_prompt", "4", "--max_steps", "2", "--learning_rate", "0.01", "--use_cpu"),
     *("--losses", "sigmoid,hinge:0.5:1", "--betas", "0.1", "--seed", "1"),
 )
@@ -38,7 +38,7 @@ NAMES = ["hinge-beta0.5", "hinge-beta1", "sigmoid-beta0.1"]
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dpo")
-    tiny_dpo.save(folder)
+    tiny_reward.save(folder)
     return folder
 
 

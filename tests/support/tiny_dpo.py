@@ -1,63 +1,56 @@
-"""A tiny language model of bytes, prompts for it, and rewards as a user writes them."""
+"""Pairs, a tiny model and its `DPOTrainer`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import transformers
 
-from .tiny_language_model import model, tokenizer
+from onepass.dpo import DPOArguments, DPOTrainer
+from onepass.dpo.command import lora_config
+from onepass.training.flags import LoraFlags
 
-PROMPTS = ["the old", "def f", "a"]
+from .tiny_language_model import BENIGN, model, tokenizer
 
-
-def save(folder: Path) -> Path:
-    """folder/model and folder/prompts.txt; returns the model's folder."""
-    made = model(2)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(1)
-        made.lm_head.weight.normal_(std=0.3)
-    made.config.use_cache = True
-    made.save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
-    return folder / "model"
+STEPS = 6
 
 
-def save_classifier(folder: Path) -> Any:
-    """A sequence classifier with three labels, saved in `folder`."""
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    from .tiny_models import SIZES
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        config = LlamaConfig(**SIZES | {"vocab_size": 260, "num_hidden_layers": 1}, num_labels=3)
-        config.pad_token_id = 0
-        made = LlamaForSequenceClassification(config).eval()
-    made.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return made
+def pairs() -> list[dict[str, Any]]:
+    """Six prompts; chosen says yes, rejected no, and their lengths differ."""
+    return [
+        {
+            "prompt": f"is {text}?",
+            "chosen": " yes, it is" + "!" * n,
+            "rejected": " no" + " never" * (n % 3),
+        }
+        for n, text in enumerate(BENIGN)
+    ]
 
 
-def letters(texts: Sequence[str]) -> list[int]:
-    """How many ASCII letters a text has."""
-    return [sum(c.isascii() and c.isalpha() for c in text) for text in texts]
+def arguments(folder: Path, **options: Any) -> Any:
+    settings = dict(
+        output_dir=str(folder), max_steps=STEPS, learning_rate=5e-3, lr_scheduler_type="constant",
+        per_device_train_batch_size=4, per_device_eval_batch_size=4, logging_steps=2,
+        report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, seed=0,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    return transformers.TrainingArguments(**{**settings, **options})
 
 
-def constant(texts: Sequence[str]) -> list[float]:
-    return [1.0] * len(texts)
-
-
-def broken(texts: Sequence[str]) -> list[float]:
-    raise KeyError("no such thing")
-
-
-def too_few(texts: Sequence[str]) -> list[float]:
-    return [1.0]
-
-
-def not_finite(texts: Sequence[str]) -> list[float]:
-    return [float("nan")] * len(texts)
+def trainer(
+    folder: Path, base: Any = None, dpo: DPOArguments | None = None, *, rank: int = 4,
+    kind: type[DPOTrainer] = DPOTrainer, of: dict[str, Any] | None = None, **options: Any,
+) -> DPOTrainer:  # fmt: skip
+    """With LoRA of `rank`, or of rank 0 with all weights trained; `of` goes to the trainer,
+    `options` to its TrainingArguments."""
+    base = model(2) if base is None else base
+    lora = lora_config(base, LoraFlags(lora_r=rank, lora_alpha=2 * rank)) if rank else None
+    return kind(**{
+        "model": base,
+        "args": arguments(folder, **options),
+        "train_dataset": pairs(),
+        "tokenizer": tokenizer(),
+        "peft_config": lora,
+        "dpo_args": dpo,
+    } | (of or {}))  # fmt: skip

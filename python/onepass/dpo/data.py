@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..cli.errors import one_line
 from .arguments import DPOArguments
 from .examples import (
     REFERENCE,
@@ -174,7 +175,7 @@ def _texts(pair: Row, tokenizer: Any, place: str) -> dict[str, str]:
             else ""
         )
     except Exception as error:  # a template raises what it likes
-        raise ValueError(f"{place}: the chat template refuses it: {error}") from error
+        raise ValueError(f"{place}: the chat template refuses it: {one_line(error)}") from error
     # some templates write an answer's opening otherwise than they ask for it
     prompt = os.path.commonprefix([prompt, *whole.values()])
     return {"prompt": prompt, **{side: text[len(prompt) :] for side, text in whole.items()}}

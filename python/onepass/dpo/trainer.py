@@ -127,7 +127,7 @@ class DPOTrainer(Trainer):
         }
         dpo = DPOArguments() if dpo_args is None else dpo_args
         dpo = replace(dpo, **{name: value for name, value in given.items() if value is not None})
-        dpo.check(own_loss=type(self).dpo_loss not in (DPOTrainer.dpo_loss, MyDPOTrainer.dpo_loss))
+        dpo.check(own_loss=type(self).dpo_loss is not DPOTrainer.dpo_loss)
         self.dpo_args = dpo
         self.beta, self.label_smoothing = dpo.beta, dpo.label_smoothing
         self.loss_type: Any = dpo.loss_type[0] if len(dpo.loss_type) == 1 else list(dpo.loss_type)
@@ -400,8 +400,8 @@ class DPOTrainer(Trainer):
 
     def _beside_logps(self, found: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What the loss needs of a batch beside log-probabilities."""
-        labels = (_ignored(batch[f"{side}_labels"], self.label_pad_token_id) for side in SIDES)
-        chosen, rejected = ((each[:, 1:] != IGNORED).sum(-1) for each in labels)
+        padding = self.label_pad_token_id
+        chosen, rejected = ((batch[f"{s}_labels"][:, 1:] != padding).sum(-1) for s in SIDES)
         beside: dict[str, Any] = {
             "chosen_lengths": chosen,
             "rejected_lengths": rejected,
@@ -413,8 +413,9 @@ class DPOTrainer(Trainer):
                 raise ValueError("use_weighting: wanted the trainer's own concatenated_forward")
             beside["weights"] = wpo_weights(stats.alignment, stats.lengths)
         if self.dpo_args.ld_alpha is not None and "sft" in self.dpo_args.loss_type:
+            labels = batch["chosen_labels"]
             logps = self.get_batch_logps(
-                found[2], batch["chosen_labels"], label_pad_token_id=self.label_pad_token_id
+                found[2][:, : labels.shape[1]], labels, label_pad_token_id=padding
             )
             beside["chosen_nll"] = -logps.sum() / chosen.sum().clamp(1)
         return beside
@@ -535,7 +536,15 @@ class DPOTrainer(Trainer):
             found.metrics[f"{prefix}_{name.removeprefix('eval_')}"] = value
         return found
 
-    # -- checkpoints --------------------------------------------------------------------------
+    # -- processes and checkpoints ------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' training, also after an evaluation over several processes: that leaves the
+        model marked as prepared, and the training would leave DDP away, each process with gradients
+        of its own."""
+        if self.args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._count_tokens()
@@ -556,9 +565,15 @@ class DPOTrainer(Trainer):
 
             assert self.ref_model is not None
             folder = Path(resume_from_checkpoint) / REFERENCE_FOLDER
-            reference = unwrapped(self.ref_model)
-            for file in sorted(folder.glob("*.safetensors")):
-                reference.load_state_dict(load_file(file), strict=False)
+            state: dict[str, Tensor] = {}
+            for file in folder.glob("*.safetensors"):
+                state |= load_file(file)
+            if not state:
+                raise ValueError(f"{folder}: no weights of the reference, wanted safetensors")
+            # tied weights are saved once
+            found = unwrapped(self.ref_model).load_state_dict(state, strict=False)
+            if found.unexpected_keys:
+                raise ValueError(f"{folder}: of another model: {found.unexpected_keys[0]}")
 
 
 class MyDPOTrainer(DPOTrainer):
