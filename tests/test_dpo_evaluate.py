@@ -108,10 +108,11 @@ def test_the_error_is_that_of_the_prompts_means() -> None:
 
 
 def test_kl_of_rows_that_are_known() -> None:
-    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.5, 0.25])
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.125, 0.375, 0.5])
     logits, other = p.log().expand(1, 2, 3), q.log().expand(1, 2, 3) + 3
+    expected = 0.5 * math.log(4) + 0.25 * math.log(2 / 3) + 0.25 * math.log(1 / 2)
     found = kl_rows(logits, other, torch.tensor([[True, False]]))
-    torch.testing.assert_close(found, torch.tensor([[0.25 * math.log(2), 0.0]]))
+    torch.testing.assert_close(found, torch.tensor([[expected, 0.0]]))
 
 
 # -- of models --------------------------------------------------------------------------------
