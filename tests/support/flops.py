@@ -9,7 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 
 def counted_flops(call: Callable[[], object]) -> int:
     """FLOP of the matrix products that `call` makes, in torch's operators and in ours alike."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True
+    ) as profiler:
         call()
     total = 0
     for event in profiler.events():
