@@ -9,27 +9,43 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "DPOArguments": ".arguments",
     "DPOLoss": ".losses",
+    "DPOTrainer": ".trainer",
+    "MyDPOTrainer": ".trainer",
+    "PreferenceCollator": ".data",
+    "PreferenceDataset": ".data",
     "SequenceLogps": ".logps",
     "check_loss": ".losses",
     "dpo_loss": ".losses",
     "ld_weights": ".logps",
+    "read_pairs": ".examples",
     "sequence_logps": ".logps",
     "wpo_weights": ".logps",
 }
 __all__ = [
+    "DPOArguments",
     "DPOLoss",
+    "DPOTrainer",
+    "MyDPOTrainer",
+    "PreferenceCollator",
+    "PreferenceDataset",
     "SequenceLogps",
     "check_loss",
     "dpo_loss",
     "ld_weights",
+    "read_pairs",
     "sequence_logps",
     "wpo_weights",
 ]
 
 if TYPE_CHECKING:
+    from .arguments import DPOArguments
+    from .data import PreferenceCollator, PreferenceDataset
+    from .examples import read_pairs
     from .logps import SequenceLogps, ld_weights, sequence_logps, wpo_weights
     from .losses import DPOLoss, check_loss, dpo_loss
+    from .trainer import DPOTrainer, MyDPOTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,6 @@ as a transformers.Trainer."""
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 
-from ..heads import is_lazy, lazy_head, unwrapped
+from ..heads import unwrapped
 from ..reduce import masked_mean
-from ..training.hidden_states import blocks_of, same_draws, without_adapter
+from ..training.hidden_states import blocks_of, make_lazy, same_draws
 from ..training.lora import chosen_modules, lora_settings
 from ..training.monitor import check_one_gpu, logs_step, means_of
 from .arguments import JigsawArguments
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from ..training.flags import LoraFlags
 
 ADAPTER, SGT = "adapter", "sgt"  # folders of a checkpoint
-logger = logging.getLogger("onepass")
 
 
 class JigsawModel(nn.Module):
@@ -277,17 +275,6 @@ def lora_config(model: nn.Module, lora: LoraFlags, jigsaw: JigsawArguments) -> L
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in blocks[0].modules()),
         task_type="CAUSAL_LM",
     )
-
-
-def make_lazy(model: nn.Module) -> None:
-    """Let the head make no logits; where it cannot, a line that says why they are made."""
-    base = without_adapter(model)
-    if any(is_lazy(module) for module in base.modules()):
-        return
-    try:
-        lazy_head(base)
-    except (ValueError, RuntimeError, TypeError) as error:
-        logger.warning("training with whole logits: %s", error)
 
 
 def _check_adapter(model: Any) -> None:

@@ -33,6 +33,7 @@ SYSTEMS = {
     "circuit-breaker": System(
         ".circuit_breaker.command", "turn a language model's states of harmful text away"
     ),
+    "dpo": System(".dpo.command", "teach a language model which of two answers is preferred"),
     "infinity-circuit-breaker": System(
         ".circuit_breaker.infinity.command", "the same for an autoregressive image model"
     ),

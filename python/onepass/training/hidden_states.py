@@ -1,4 +1,4 @@
-"""What a system needs of any transformers model: its blocks, their hidden states, its modes.
+"""What a system needs of any transformers model: its blocks, hidden states, head and modes.
 
 Forward hooks keep the layers that are asked for and no others. Models run through their own
 wrappers (PEFT, DDP, FSDP).
@@ -7,6 +7,7 @@ wrappers (PEFT, DDP, FSDP).
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..heads import unwrapped
+from ..heads import is_lazy, lazy_head, unwrapped
+
+logger = logging.getLogger("onepass")
 
 
 def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
@@ -54,6 +57,17 @@ def without_adapter(model: nn.Module) -> Any:
     """The model inside wrappers of training and of PEFT."""
     inner: Any = unwrapped(model)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def make_lazy(model: nn.Module) -> None:
+    """Let the head make no logits; where it cannot, a line that says why they are made."""
+    base = without_adapter(model)
+    if any(is_lazy(module) for module in base.modules()):
+        return
+    try:
+        lazy_head(base)
+    except (ValueError, RuntimeError, TypeError) as error:
+        logger.warning("training with whole logits: %s", error)
 
 
 @contextlib.contextmanager

@@ -181,6 +181,7 @@ def _prompt(
     entry: Any,
     category: str | None,
 ) -> Prompt:
+    what = "prompt"
     if isinstance(entry, str):
         text: str | None = entry
         entry = {"prompt": entry}
@@ -192,6 +193,7 @@ def _prompt(
                 f"{_place(file, line, number)}: got an object with {keys}, wanted one with "
                 f"{_or(fields)}"
             )
+        what = what if field in FIELDS else field
         value = entry[field]
         text = value if isinstance(value, str) else _conversation(value)
         if text is None:
@@ -207,7 +209,7 @@ def _prompt(
             f"{_or(fields)}"
         )
     if not text or text.isspace():
-        raise ValueError(f"{_place(file, line, number)}: got an empty prompt, wanted text")
+        raise ValueError(f"{_place(file, line, number)}: got an empty {what}, wanted text")
     try:
         text.encode()  # what a JSON escape can hold and no tokenizer takes
     except UnicodeEncodeError:

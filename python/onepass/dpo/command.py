@@ -1,0 +1,412 @@
+"""`onepass train dpo`: a causal language model learns which of two answers is preferred.
+
+Without --model and --data it trains a small model on the interpreter's documentation and source
+code first, then to go on in prose rather than in code. Imports nothing heavy before all that can be
+refused has been.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..cli.errors import Failed, UsageError, one_line
+from ..training.flags import (
+    Flags,
+    LoraFlags,
+    ModelFlags,
+    RunFlags,
+    check_from,
+    check_lora_flags,
+    check_share,
+    flag,
+    training_arguments,
+)
+from ..training.run_folder import RunFolder, tell
+from .arguments import DPOArguments
+
+SMALL = {  # what suits the small model, where nothing else is said
+    "learning_rate": 5e-4,
+    "max_steps": 100,
+    "lora_dropout": 0.0,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 16,
+    "gradient_checkpointing": False,
+    "max_length": 128,
+    "max_eval_samples": 96,
+}
+SMALL_FAST = SMALL | {"max_steps": 60, "max_length": 64}
+DEFAULTS = {"learning_rate": 1e-5}
+ADAPTER, MODEL = "adapter", "model"
+PAIRS = {"data": "pairs.jsonl", "val": "pairs_held_out.jsonl"}  # where they are made here
+WEAK = 0.6  # a share of pairs told apart below it is little learnt
+FILES = ("README.md", "metrics.jsonl", "curves.png", "summary.json")
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "tokenizer.model"),
+    *("spiece.model", "sentencepiece.bpe.model"),
+)
+# what the table calls the facts of an evaluation
+MEASURES = {
+    "loss": "loss",
+    "rewards/accuracies": "pairs told apart",
+    "rewards/margins": "reward of chosen, less rejected",
+    "rewards/chosen": "reward of chosen",
+    "rewards/rejected": "reward of rejected",
+    "logps/chosen": "log-probability of chosen",
+    "logps/rejected": "log-probability of rejected",
+    "entropy": "entropy of a token, nats",
+    "mean_token_accuracy": "tokens that are the likeliest",
+}
+SHARES = ("rewards/accuracies", "mean_token_accuracy")
+PANELS: list[tuple[str, str, dict[str, str], dict[str, Any]]] = [
+    ("Loss", "mean since the last log", {"loss": "training"}, {}),
+    (
+        "Pairs told apart",
+        "share since the last log",
+        {"rewards/accuracies": "reward of chosen above rejected"},
+        {"ylim": (-0.05, 1.05)},
+    ),
+    (
+        "Rewards",
+        "mean since the last log",
+        {
+            "rewards/chosen": "chosen",
+            "rewards/rejected": "rejected",
+            "rewards/margins": "difference",
+        },
+        {},
+    ),
+    (
+        "Log-probabilities",
+        "mean since the last log, nats",
+        {"logps/chosen": "chosen", "logps/rejected": "rejected"},
+        {},
+    ),
+]
+
+
+@dataclass
+class DataFlags:
+    """The data."""
+
+    data: str | None = flag(None, "pairs: [prompt,] chosen, rejected (json, jsonl)", metavar="FILE")
+    val: str | None = flag(None, "to measure on (default: a share)", metavar="FILE")
+    validation_ratio: float = flag(0.1, "that share; 0: measure on all")
+    max_train_samples: int | None = flag(None, "at most (default: all)", advanced=True)
+    max_eval_samples: int | None = flag(None, "measured at most (default: all)")
+    fast: bool = flag(False, "a smaller model, where one is made here")
+
+
+@dataclass
+class AdapterFlags(LoraFlags):
+    """The adapter."""
+
+    use_peft: bool = flag(True, "train LoRA; off: all weights")
+
+
+FLAGS = (ModelFlags, DataFlags, DPOArguments, AdapterFlags, RunFlags)
+
+
+def check(flags: Flags) -> None:
+    """UsageError for what can be refused before libraries are loaded and files written."""
+    model, data, dpo = flags[ModelFlags], flags[DataFlags], flags[DPOArguments]
+    adapter = flags[AdapterFlags]
+    if data.data is None:
+        if model.model_name_or_path is not None:
+            raise UsageError(
+                "--data: got no file, wanted one with --model",
+                hint="leave out --model for a small model and pairs made here",
+            )
+        if data.val is not None:
+            raise UsageError("--val: wanted --data with it")
+    if data.fast and model.model_name_or_path is not None:
+        raise UsageError("--fast: is of the model made here; leave it out with --model")
+    if model.model_name_or_path is None:
+        for name, value in (SMALL_FAST if data.fast else SMALL).items():
+            if name in flags.given:
+                continue
+            owner = next((v for v in flags.values if hasattr(v, name)), None)
+            if owner is not None:
+                setattr(owner, name, value)
+            else:
+                flags.overrides[name] = value
+    if model.load_in_8bit and model.load_in_4bit:
+        raise UsageError("--load_in_8bit and --load_in_4bit exclude each other")
+    if (model.load_in_8bit or model.load_in_4bit) and not adapter.use_peft:
+        raise UsageError("--no_use_peft: weights in 4 or 8 bits are frozen; train an adapter")
+    if flags.overrides.get("eval_strategy", "no") != "no" or flags.overrides.get("do_eval"):
+        raise UsageError("--eval_strategy: held-out pairs are measured at the end; leave it out")
+    check_share("validation_ratio", data.validation_ratio)
+    for name in ("max_train_samples", "max_eval_samples"):
+        if (number := getattr(data, name)) is not None:
+            check_from(name, number, 1)
+    check_lora_flags(adapter)
+    if dpo.disable_dropout:
+        if adapter.lora_dropout and "lora_dropout" in flags.given:
+            raise UsageError(
+                "--lora_dropout: --disable_dropout, which is the default, takes it out",
+                hint="add --no_disable_dropout, or leave out --lora_dropout",
+            )
+        adapter.lora_dropout = 0.0
+    if dpo.sync_ref_model and adapter.use_peft:
+        raise UsageError("--sync_ref_model: wanted --no_use_peft: an adapter's reference is fixed")
+    if data.data is not None:
+        for name in ("data", "val"):
+            if (path := getattr(data, name)) is not None:  # resumed from anywhere
+                setattr(data, name, str(Path(path).absolute()))
+        read_data(data)
+    try:
+        dpo.check()  # last: it loads torch
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--{error}") from error
+
+
+def read_data(data: DataFlags, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
+    """The pairs of `data`, and of `val` where there are any.
+
+    Raises:
+        UsageError: a file that is missing, empty or malformed, by file and line.
+    """
+    from ..training.prompts import split
+    from .examples import read_preferences
+
+    found = {}
+    for name in ("data", "val"):
+        if (path := getattr(data, name)) is None:
+            continue
+        try:
+            found[name] = read_preferences(path)
+        except (ValueError, OSError) as error:
+            raise UsageError(f"--{name}: {one_line(error, 1000)}") from error
+    if "val" not in found and data.validation_ratio:
+        try:
+            found["data"], found["val"] = split(found["data"], data.validation_ratio, seed)
+        except ValueError as error:
+            raise UsageError(f"--{error}") from error
+    return {name: [entry.record for entry in entries] for name, entries in found.items()}
+
+
+def fingerprints(data: DataFlags) -> dict[str, str]:
+    """A digest of each file, so that a resumed run is known to read the same."""
+    paths = {n: Path(getattr(data, n)) for n in ("data", "val") if getattr(data, n) is not None}
+    return {n: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for n, p in paths.items()}
+
+
+def small_pairs(folder: Path) -> dict[str, Path]:
+    """Pairs of the small model's own text, made unless they are there: the prompt is the first
+    third of a passage of the documentation, chosen how it goes on, rejected source code of as many
+    tokens."""
+    from ..cli.files import replace_text
+    from ..training import small_model
+    from ..training.run_folder import is_main_process
+
+    texts = small_model.data_files(folder)
+    files = {name: folder / small_model.DATA / file for name, file in PAIRS.items()}
+    for name, ending in (("data", ""), ("val", "_held_out")):
+        if files[name].is_file() or not is_main_process():
+            continue
+        prose, code = (_texts_of(texts[side + ending]) for side in ("retain", "harmful"))
+        lines = []
+        for passage, source in zip(prose, code, strict=False):  # windows of one length in tokens
+            at, end = passage.rfind(" ", 0, len(passage) // 3), round(0.8 * len(passage))
+            chosen = passage[at:end]
+            rejected = source[: len(source) * len(chosen) // len(passage)]
+            if at > 0 and rejected.strip():
+                pair = {"prompt": passage[:at], "chosen": chosen, "rejected": rejected}
+                lines.append(json.dumps(pair) + "\n")
+        replace_text(files[name], "".join(lines))
+    return files
+
+
+def _texts_of(file: Path) -> list[str]:
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line)["text"] for line in lines if line]
+
+
+def train(flags: Flags, run: RunFolder) -> int:
+    """Train, then measure; returns the exit code."""
+    from ..training import small_model
+    from ..training.made_once import wait_for
+
+    data = flags[DataFlags]
+    tell("loading the libraries")
+    args = training_arguments(flags)
+    writes = (ADAPTER, MODEL, *FILES, *TOKENIZER, small_model.MODEL, small_model.DATA)
+    begin = partial(run.begin, fingerprints(data), writes=writes)
+    makes_model = flags[ModelFlags].model_name_or_path is None
+    if makes_model:
+        begin()
+        folder = small_model.small_language_model(run, args.seed, data.fast)
+        flags[ModelFlags].model_name_or_path = str(folder)
+        if data.data is None:
+            files = small_pairs(run.path)
+            wait_for(lambda: all(file.is_file() for file in files.values()), str(files["data"]))
+            data.data, data.val = str(files["data"]), str(files["val"])
+    from ..cli.terminal import quiet_libraries
+
+    with quiet_libraries():
+        return _train(flags, run, args, read_data(data), None if makes_model else begin)
+
+
+def lora_config(model: Any, lora: LoraFlags) -> Any:
+    """LoRA on the linear layers of the blocks."""
+    from peft import LoraConfig
+
+    from ..training.hidden_states import blocks_of
+    from ..training.lora import chosen_modules, lora_settings
+
+    blocks = blocks_of(model)
+    return LoraConfig(
+        **lora_settings(lora),
+        target_modules=chosen_modules(lora, blocks),
+        layers_to_transform=list(range(len(blocks))),
+        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in blocks[0].modules()),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _train(
+    flags: Flags,
+    run: RunFolder,
+    args: Any,
+    pairs: dict[str, list[dict[str, Any]]],
+    begin: Callable[[], None] | None,
+) -> int:
+    from ..training.curves import write_curves, write_summary
+    from ..training.models import load_language_model
+    from ..training.monitor import fit
+    from ..training.push import push
+    from .data import PreferenceDataset
+    from .trainer import DPOTrainer
+
+    data, adapter = flags[DataFlags], flags[AdapterFlags]
+    model, tokenizer = load_language_model(flags[ModelFlags], args)
+    dpo = replace(flags[DPOArguments])
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and dpo.max_length is not None:
+        dpo.max_length = min(positions, dpo.max_length)
+    held_out = pairs.get("val", pairs["data"])
+    try:
+        dpo.check()
+        dataset = PreferenceDataset(tokenizer, pairs["data"][: data.max_train_samples], dpo)
+        measured = PreferenceDataset(tokenizer, held_out[: data.max_eval_samples], dpo)
+        trainer = DPOTrainer(
+            model,
+            args=args,
+            train_dataset=dataset,
+            eval_dataset=measured,
+            tokenizer=tokenizer,
+            dpo_args=dpo,
+            peft_config=lora_config(model, adapter) if adapter.use_peft else None,
+        )
+    except ValueError as error:
+        raise UsageError(one_line(error, 1000)) from error
+    if begin is not None:
+        begin()
+
+    def measured_now() -> dict[str, float]:
+        loader = trainer.get_eval_dataloader()
+        found = trainer.evaluation_loop(loader, "measuring", prediction_loss_only=True).metrics
+        return {name: float(found[f"eval_{name}"]) for name in MEASURES}
+
+    before = measured_now()
+    if not all(map(math.isfinite, before.values())):
+        raise Failed("--model: its outputs on this data are not finite: it is damaged")
+    fit(trainer, run)
+    save(run, trainer, tokenizer, flags, dpo)
+    after = measured_now()
+    if not all(map(math.isfinite, after.values())):
+        raise Failed("the training ended with outputs that are not finite: lower --learning_rate")
+    write_curves(run, "DPO", PANELS)
+    rows = [
+        [text, *(_shown(name, found[name]) for found in (before, after))]
+        for name, text in MEASURES.items()
+    ]
+    title = "Held-out pairs" if "val" in pairs else "The training pairs (no validation)"
+    cut = {"train": [dataset.n_cut, dataset.n_cut_tokens]}
+    cut["measured"] = [measured.n_cut, measured.n_cut_tokens]
+    write_summary(
+        run,
+        f"{title}: before the training, where policy and reference are one, and after",
+        ["measure", "before", "after"],
+        rows,
+        before=before,
+        after=after,
+        n_pairs={"train": len(dataset), "measured": len(measured)},
+        cut_pairs_and_tokens=cut,
+        base_model=flags[ModelFlags].model_name_or_path,
+    )
+    save(run, trainer, tokenizer, flags, dpo, {row[0]: row[2] for row in rows})
+    made = ADAPTER if adapter.use_peft else MODEL
+    push(run, trainer, (f"{made}/*", *FILES, *TOKENIZER))
+    tell(f"wrote {run.path}: {made}/, {', '.join(FILES)}")
+    if after["rewards/accuracies"] < WEAK:
+        tell(
+            f"{after['rewards/accuracies']:.0%} of the pairs are told apart: train longer"
+            " (--max_steps), or raise --learning_rate"
+        )
+    return 0
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{value:.1%}" if name in SHARES else f"{value:.3f}"
+
+
+def save(
+    run: RunFolder,
+    trainer: Any,
+    tokenizer: Any,
+    flags: Flags,
+    dpo: DPOArguments,
+    results: dict[str, str] | None = None,
+) -> None:
+    """adapter/ as PEFT keeps it, or model/; the tokenizer and the card."""
+    from ..training.card import model_card
+
+    uses_peft = flags[AdapterFlags].use_peft
+    state = trainer.accelerator.get_state_dict(trainer.model)  # whole, of a sharded model too
+    if not run.is_main:
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base = flags[ModelFlags].model_name_or_path or ""
+
+    def write_weights(folder: Path) -> None:
+        if uses_peft:
+            model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled form
+        else:
+            model.save_pretrained(folder, state_dict=state)
+            tokenizer.save_pretrained(folder)
+
+    run.save(write_weights, ADAPTER if uses_peft else MODEL)
+    loads = (
+        f"`PeftModel.from_pretrained(base_model, folder + '/{ADAPTER}')`"
+        if uses_peft
+        else f"`AutoModelForCausalLM.from_pretrained(folder + '/{MODEL}')`"
+    )
+    card = model_card(
+        "DPO",
+        base_model=base,
+        tags=["dpo", "preference-optimization"],
+        text="A language model trained on pairs of a chosen and a rejected answer (Rafailov et al."
+        " 2023, arXiv 2305.18290; divergences after Wang et al. 2023, arXiv 2309.16240). Load it"
+        f" with {loads}.",
+        facts={
+            "held-out pairs": results or {},
+            "loss and data": asdict(dpo),
+            "adapter": asdict(flags[AdapterFlags]) if uses_peft else {},
+        },
+    )
+
+    def write(folder: Path) -> None:
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    run.save(write)

@@ -1,0 +1,647 @@
+"""`DPOTrainer`: a language model learns which of two answers is preferred, on transformers.Trainer.
+
+Its arguments and methods are those of TRL's class of 2023, which the notebook's subclass was
+written against; its flags, columns and metrics are those of TRL's of today.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from ..heads import unwrapped
+from ..training.hidden_states import (
+    adapter_off,
+    has_adapter,
+    make_lazy,
+    trained_beside_adapter,
+    training_mode,
+)
+from ..training.monitor import check_one_gpu
+from .arguments import DPOArguments
+from .data import IGNORED, PreferenceCollator, PreferenceDataset
+from .examples import REFERENCE, SIDES
+from .logps import SequenceLogps, ld_weights, sequence_logps, wpo_weights
+from .losses import DPOLoss, dpo_loss
+
+WANTED = ("entropy", "accuracy", "logits")
+REFERENCE_FOLDER = "reference"  # of a checkpoint, where the reference moves
+logger = logging.getLogger("onepass")
+
+
+class _Forward(NamedTuple):
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_logits: Tensor
+    rejected_logits: Tensor
+
+
+class Forward(_Forward):
+    """Four tensors as of old; `stats` is what the same pass over the vocabulary gave beside, of
+    the chosen and then the rejected answers."""
+
+    stats: SequenceLogps | None = None
+
+
+class DPOTrainer(Trainer):
+    """Trains on pairs of a chosen and a rejected answer to a prompt.
+
+    Args:
+        model: a causal language model, or the name of one. Its head becomes lazy
+            (`onepass.lazy_head`) where it can be.
+        ref_model: the reference, or the name of one. Without it: the model with its PEFT adapter
+            off; a model without an adapter is copied as it is here.
+        beta, label_smoothing, loss_type, truncation_mode, max_length, max_prompt_length,
+            precompute_ref_log_probs, disable_dropout, alpha, f_divergence_type: as `DPOArguments`
+            has them; what is not None wins over `dpo_args`.
+        args: transformers.TrainingArguments. remove_unused_columns becomes False.
+        data_collator: of the items of `PreferenceDataset`.
+        label_pad_token_id, padding_value: what pads labels and ids (default: the pad token).
+        train_dataset, eval_dataset: a datasets.Dataset or a list of dicts with [prompt,] chosen,
+            rejected, or a `PreferenceDataset`. With ref_chosen_logps and ref_rejected_logps in it
+            the reference does not run. eval_dataset may be a dict of them.
+        tokenizer, processing_class: two names of one argument.
+        model_init: makes the model, in place of `model`; called once.
+        peft_config: an adapter to put on the model.
+        dpo_args: what else the loss and the data are told.
+        others: as transformers.Trainer.
+
+    With `precompute_ref_log_probs` the reference runs here, over all pairs, and is not kept.
+
+    Each log has rewards/{chosen,rejected,accuracies,margins}, logps/{chosen,rejected},
+    logits/{chosen,rejected}, entropy and mean_token_accuracy as means since the last one, and
+    num_tokens since the beginning; `evaluate` has them of its data, with eval_ before them.
+    """
+
+    loss_is_scaled_for_ga = False  # a batch's mean: the Trainer divides it by the accumulation
+
+    def __init__(
+        self,
+        model: Any = None,
+        ref_model: Any = None,
+        beta: float | None = None,
+        label_smoothing: float | None = None,
+        loss_type: str | Sequence[str] | None = None,
+        args: Any = None,
+        data_collator: Any = None,
+        label_pad_token_id: int = IGNORED,
+        padding_value: int | None = None,
+        truncation_mode: str | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        tokenizer: Any = None,
+        model_init: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        max_length: int | None = None,
+        max_prompt_length: int | None = None,
+        peft_config: Any = None,
+        precompute_ref_log_probs: bool | None = None,
+        disable_dropout: bool | None = None,
+        alpha: float | None = None,
+        f_divergence_type: str | None = None,
+        *,
+        dpo_args: DPOArguments | None = None,
+        processing_class: Any = None,
+        **others: Any,
+    ) -> None:
+        given: dict[str, Any] = {
+            "beta": beta,
+            "label_smoothing": label_smoothing,
+            "loss_type": [loss_type] if isinstance(loss_type, str) else loss_type,
+            "truncation_mode": truncation_mode,
+            "max_length": max_length,
+            "max_prompt_length": max_prompt_length,
+            "precompute_ref_log_probs": precompute_ref_log_probs,
+            "disable_dropout": disable_dropout,
+            "alpha": alpha,
+            "f_divergence_type": f_divergence_type,
+        }
+        dpo = DPOArguments() if dpo_args is None else dpo_args
+        dpo = replace(dpo, **{name: value for name, value in given.items() if value is not None})
+        dpo.check(own_loss=type(self).dpo_loss is not DPOTrainer.dpo_loss)
+        self.dpo_args = dpo
+        self.beta, self.label_smoothing = dpo.beta, dpo.label_smoothing
+        self.loss_type: Any = dpo.loss_type[0] if len(dpo.loss_type) == 1 else list(dpo.loss_type)
+        self.alpha, self.f_divergence_type = dpo.alpha, dpo.f_divergence_type
+        self.reference_free = dpo.reference_free
+        self.label_pad_token_id = label_pad_token_id
+        if tokenizer is not None and processing_class is not None:
+            raise ValueError("tokenizer and processing_class are one argument: pass one of them")
+        tokenizer = processing_class if tokenizer is None else tokenizer
+        self.tokenizer = tokenizer
+        args = TrainingArguments("trainer_output") if args is None else args
+        set_seed(args.seed)  # the Trainer does so only later
+        model = _model_of(model, model_init)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        train_dataset = self._as_pairs(train_dataset, "train_dataset")
+        eval_dataset = self._as_pairs(eval_dataset, "eval_dataset")
+        self.precomputes = dpo.precompute_ref_log_probs
+        knows_reference = self.reference_free or _all_have_reference(train_dataset, eval_dataset)
+        self.ref_model = self._reference(model, ref_model, needed=not knows_reference)
+        for each in (model, self.ref_model):
+            if each is not None:
+                make_lazy(each)
+                if dpo.disable_dropout:
+                    without_dropout(each)
+        args.remove_unused_columns = False
+        args.label_names = args.label_names or []
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        if data_collator is None:
+            data_collator = PreferenceCollator(
+                _padding(padding_value, tokenizer), label_pad_token_id
+            )
+        self._beside: dict[str, Any] = {}
+        self._noted: dict[str, list[tuple[int, dict[str, Tensor]]]] = {"train": [], "eval": []}
+        self._seen: list[Tensor] = []
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            **others,
+        )
+        check_one_gpu(self.args)
+        self.model_accepts_loss_kwargs = False
+        if self.ref_model is not None:  # to the device, and under the model's autocast
+            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+        if dpo.sync_ref_model:
+            self.add_callback(SyncReference(self))
+        if self.precomputes:
+            self.precompute(self.train_dataset)
+            for data in _each(self.eval_dataset):
+                self.precompute(data)
+            self.ref_model = None
+
+    # -- the data -----------------------------------------------------------------------------
+
+    def _as_pairs(self, data: Any, name: str) -> Any:
+        if data is None or isinstance(data, PreferenceDataset | str):
+            return data
+        if isinstance(data, Mapping):
+            return {key: self._as_pairs(part, f"{name}[{key!r}]") for key, part in data.items()}
+        if hasattr(data, "__len__") and len(data) and "chosen_labels" in data[0]:
+            return data  # token ids already
+        if self.tokenizer is None:
+            raise ValueError(f"{name}: wanted a tokenizer with it, to make token ids of its text")
+        return PreferenceDataset(
+            self.tokenizer,
+            data,
+            self.dpo_args,
+            label_pad_token_id=self.label_pad_token_id,
+            name=f"{name}: row",
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """transformers' dataloader; of rows of text too."""
+        return super().get_eval_dataloader(self._as_pairs(eval_dataset, "eval_dataset"))
+
+    def concatenated_inputs(
+        self, batch: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Chosen and then rejected answers, padded to one length, as concatenated_{input_ids,
+        attention_mask,labels} [2B, S]."""
+        length = max(batch[f"{side}_input_ids"].shape[1] for side in SIDES)
+        joined = {}
+        for part in ("input_ids", "attention_mask", "labels"):
+            padding = self._padding_of(part)
+            joined[f"concatenated_{part}"] = torch.cat([
+                nn.functional.pad(side, (0, length - side.shape[1]), value=padding)
+                for side in (batch[f"{name}_{part}"] for name in SIDES)
+            ])  # fmt: skip
+        return joined
+
+    def _padding_of(self, part: str) -> int:
+        if part == "labels":
+            return self.label_pad_token_id
+        return getattr(self.data_collator, "pad_token_id", 0) if part == "input_ids" else 0
+
+    # -- log-probabilities --------------------------------------------------------------------
+
+    @staticmethod
+    def get_batch_logps(
+        logits: Tensor,
+        labels: Tensor,
+        average_log_prob: bool = False,
+        label_pad_token_id: int = IGNORED,
+        is_encoder_decoder: bool = False,
+    ) -> Tensor:
+        """Log-probabilities of sequences [B]: sums over the labels that are not padding, or with
+        `average_log_prob` means. Logits at a position are of the label at the next one."""
+        if is_encoder_decoder:
+            raise ValueError("is_encoder_decoder: only decoders are supported")
+        if logits.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must agree in"
+                " batch and length"
+            )
+        labels = _ignored(labels, label_pad_token_id)
+        return sequence_logps(logits, labels, average=average_log_prob).logps
+
+    def concatenated_forward(self, model: nn.Module, batch: Mapping[str, Any]) -> Forward:
+        """(chosen_logps, rejected_logps, chosen_logits, rejected_logits) of one run of the model;
+        the log-probabilities are sums over the answers' tokens."""
+        joined = self.concatenated_inputs(batch)
+        n = len(batch["chosen_input_ids"])
+        logits = model(
+            input_ids=joined["concatenated_input_ids"],
+            attention_mask=joined["concatenated_attention_mask"],
+            use_cache=False,
+        ).logits
+        labels = _ignored(joined["concatenated_labels"], self.label_pad_token_id)
+        stats = None
+        if type(self).get_batch_logps is DPOTrainer.get_batch_logps:
+            stats = self._sequence_logps(logits, labels)
+            logps = stats.logps
+        else:
+            logps = self.get_batch_logps(logits, labels)
+        found = Forward(logps[:n], logps[n:], logits[:n], logits[n:])
+        found.stats = stats
+        return found
+
+    def _sequence_logps(self, logits: Tensor, labels: Tensor) -> SequenceLogps:
+        dpo = self.dpo_args
+        weights = None if dpo.ld_alpha is None else ld_weights(labels, dpo.ld_alpha)
+        if not torch.is_grad_enabled() and not self._measures:
+            return sequence_logps(logits, labels, weights=weights)
+        wanted = (*WANTED, "alignment") if dpo.use_weighting else WANTED
+        return sequence_logps(logits, labels, weights=weights, want=wanted)
+
+    _measures = False  # whether a pass without gradients is one of the model, not the reference's
+
+    # -- the reference ------------------------------------------------------------------------
+
+    def _reference(self, model: nn.Module, ref_model: Any, needed: bool) -> nn.Module | None:
+        """A frozen module, or None where the adapter is switched off or nothing is to run."""
+        dpo = self.dpo_args
+        if ref_model is not None:
+            if self.reference_free:
+                raise ValueError("ref_model: got one, but reference_free leaves it out")
+            if ref_model is model:
+                raise ValueError(
+                    "ref_model is the model itself, which is trained: leave it out for a copy"
+                )
+            ref_model = _model_of(ref_model, None)
+        elif has_adapter(model):
+            beside = trained_beside_adapter(model)
+            if needed and beside is not None and not dpo.precompute_ref_log_probs:
+                raise ValueError(
+                    f"{beside} is trained, and stays so with the adapter off: pass a ref_model, or"
+                    " precompute_ref_log_probs"
+                )
+        elif needed and not dpo.precompute_ref_log_probs:
+            ref_model = copy.deepcopy(model)
+        if dpo.sync_ref_model and ref_model is None:
+            raise ValueError(
+                "sync_ref_model: the reference is the model without its adapter, which does not"
+                " move: pass a ref_model, or train without an adapter"
+            )
+        return None if ref_model is None else ref_model.requires_grad_(False).eval()
+
+    def reference_logps(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """(chosen, rejected): the columns of the batch where it has them, else the reference runs;
+        with `reference_free` zeros."""
+        if all(key in batch for key in REFERENCE):
+            return batch[REFERENCE[0]], batch[REFERENCE[1]]
+        if self.reference_free:
+            zeros = torch.zeros(len(batch["chosen_input_ids"]), device=self.args.device)
+            return zeros, zeros
+        if self.precomputes:
+            raise ValueError(
+                f"the batch has no {REFERENCE[0]!r}, and the reference is not kept: pass this"
+                " dataset as eval_dataset when the trainer is made"
+            )
+        return self._run_reference(model, batch)
+
+    def _run_reference(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        measures, self._measures = self._measures, False
+        reference = model if self.ref_model is None else self.ref_model
+        try:
+            with torch.no_grad(), training_mode(reference, False):
+                if self.ref_model is None and has_adapter(model):
+                    with adapter_off(model):
+                        found = self.concatenated_forward(model, batch)
+                else:
+                    found = self.concatenated_forward(reference, batch)
+        finally:
+            self._measures = measures
+        return found[0], found[1]
+
+    def precompute(self, data: Any) -> None:
+        """Put the reference's log-probabilities into the items of a `PreferenceDataset`."""
+        if data is None:
+            return
+        if not isinstance(data, PreferenceDataset):
+            raise ValueError(
+                "precompute_ref_log_probs: wanted rows of text or a PreferenceDataset, got"
+                f" {type(data).__name__}"
+            )
+        if data.has_reference:
+            return
+        size = self.dpo_args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+        found: list[Tensor] = []
+        for start in range(0, len(data), size):
+            items = data.items[start : start + size]
+            batch = self._prepare_inputs(self.data_collator(items))
+            with self.compute_loss_context_manager():
+                found.append(torch.stack(self._run_reference(self.model, batch)).float())
+        for item, (chosen, rejected) in zip(
+            data.items, torch.cat(found, dim=1).T.tolist(), strict=True
+        ):
+            item.update(zip(REFERENCE, (chosen, rejected), strict=True))
+
+    # -- the loss -----------------------------------------------------------------------------
+
+    def dpo_loss(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+        reference_free: bool = False,
+    ) -> DPOLoss:
+        """(losses, chosen_rewards, rejected_rewards), each [B]; see `onepass.dpo.dpo_loss`.
+
+        Within a step it also has the answers' lengths and weights, which the classic signature has
+        no place for; called alone it takes the log-probabilities as they are given.
+        """
+        options = self.dpo_args.loss_options() | {
+            "beta": self.beta,
+            "loss_type": self.loss_type,
+            "label_smoothing": self.label_smoothing,
+            "alpha": self.alpha,
+            "f_divergence": self.f_divergence_type,
+        }
+        return dpo_loss(
+            policy_chosen_logps,
+            policy_rejected_logps,
+            reference_chosen_logps,
+            reference_rejected_logps,
+            reference_free,
+            **options,
+            **self._beside,
+        )
+
+    def _beside_logps(self, found: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the loss needs of a batch beside log-probabilities."""
+        padding = self.label_pad_token_id
+        chosen, rejected = ((batch[f"{s}_labels"][:, 1:] != padding).sum(-1) for s in SIDES)
+        beside: dict[str, Any] = {
+            "chosen_lengths": chosen,
+            "rejected_lengths": rejected,
+            "ipo_average": self.dpo_args.ipo_average,
+        }
+        stats = getattr(found, "stats", None)
+        if self.dpo_args.use_weighting:
+            if stats is None:
+                raise ValueError("use_weighting: wanted the trainer's own concatenated_forward")
+            beside["weights"] = wpo_weights(stats.alignment, stats.lengths)
+        if self.dpo_args.ld_alpha is not None and "sft" in self.dpo_args.loss_type:
+            labels = batch["chosen_labels"]
+            logps = self.get_batch_logps(
+                found[2][:, : labels.shape[1]], labels, label_pad_token_id=padding
+            )
+            beside["chosen_nll"] = -logps.sum() / chosen.sum().clamp(1)
+        return beside
+
+    def get_batch_loss_metrics(
+        self, model: nn.Module, batch: Mapping[str, Any], train_eval: str = "train"
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of a batch, and its metrics by name as scalars on the device; with
+        `train_eval="eval"` eval_ stands before the names."""
+        self._measures = True
+        try:
+            found = self.concatenated_forward(model, batch)
+        finally:
+            self._measures = False
+        chosen_logps, rejected_logps = found[0], found[1]
+        n = len(chosen_logps)
+        reference = self.reference_logps(model, batch)
+        stats = getattr(found, "stats", None)
+        self._beside = self._beside_logps(found, batch)
+        try:
+            losses, chosen, rejected = self.dpo_loss(
+                chosen_logps, rejected_logps, *reference, self.reference_free
+            )
+        finally:
+            self._beside = {}
+        with torch.no_grad():
+            metrics = {
+                "rewards/chosen": chosen.mean(),
+                "rewards/rejected": rejected.mean(),
+                "rewards/accuracies": (chosen > rejected).float().mean(),
+                "rewards/margins": (chosen - rejected).mean(),
+                "logps/chosen": chosen_logps.detach().mean(),
+                "logps/rejected": rejected_logps.detach().mean(),
+            }
+            if stats is not None:
+                lengths = stats.lengths
+                n_tokens = lengths.sum().clamp(1)
+                metrics |= {
+                    "logits/chosen": stats.mean_logits[:n].sum() / lengths[:n].sum().clamp(1),
+                    "logits/rejected": stats.mean_logits[n:].sum() / lengths[n:].sum().clamp(1),
+                    "entropy": stats.entropy.sum() / n_tokens,
+                    "mean_token_accuracy": stats.correct.sum() / n_tokens,
+                }
+        before = "eval_" if train_eval == "eval" else ""
+        return losses.mean(), {before + name: value for name, value in metrics.items()}
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The loss of a batch; with `return_outputs` also a dict of its metrics."""
+        kind = "train" if model.training else "eval"
+        loss, metrics = self.get_batch_loss_metrics(model, inputs, kind)
+        self.store_metrics(metrics, kind, len(inputs["chosen_input_ids"]))
+        if model.training:
+            self._seen += [inputs[f"{side}_attention_mask"].sum() for side in SIDES]
+        return (loss, metrics) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: Any = None,
+    ) -> tuple[Tensor, None, None]:
+        """(loss, None, None): a batch's logits are never made."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    # -- metrics ------------------------------------------------------------------------------
+
+    def store_metrics(
+        self, metrics: Mapping[str, Tensor], train_eval: str = "train", n_pairs: int = 1
+    ) -> None:
+        """Note a batch's metrics for the next log; nothing is read of the device."""
+        self._noted[train_eval].append((n_pairs, dict(metrics)))
+
+    def _means(self, train_eval: str) -> dict[str, float]:
+        """The means over pairs of what was noted, over all processes, in one transfer."""
+        noted, self._noted[train_eval] = self._noted[train_eval], []
+        if not noted:
+            return {}
+        names = list(noted[0][1])
+        rows = torch.stack([
+            torch.stack([torch.as_tensor(metrics[name]).float() for name in names]) * n
+            for n, metrics in noted
+        ])  # fmt: skip
+        total = torch.cat([rows.sum(0), rows.new_tensor([sum(n for n, _ in noted)])])
+        *sums, n_pairs = self.accelerator.reduce(total, reduction="sum").tolist()
+        return {name: value / n_pairs for name, value in zip(names, sums, strict=True)}
+
+    def _count_tokens(self) -> int:
+        """The tokens trained on since the beginning; trainer_state.json has them too."""
+        if self._seen:
+            new = self.accelerator.reduce(torch.stack(self._seen).sum(), reduction="sum")
+            self._seen = []
+            self.state.num_input_tokens_seen = int(self.state.num_input_tokens_seen) + int(new)
+        return int(self.state.num_input_tokens_seen)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """transformers' log, with the means of what the steps since the last one noted."""
+        if "loss" in logs and self._noted["train"]:
+            logs = {**logs, **self._means("train"), "num_tokens": self._count_tokens()}
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' loop, with the metrics of what it ran over."""
+        self._noted["eval"] = []
+        found = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        for name, value in self._means("eval").items():
+            found.metrics[f"{prefix}_{name.removeprefix('eval_')}"] = value
+        return found
+
+    # -- processes and checkpoints ------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' training, also after an evaluation over several processes: that leaves the
+        model marked as prepared, and the training would leave DDP away, each process with gradients
+        of its own."""
+        if self.args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._count_tokens()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.dpo_args.sync_ref_model and self.args.should_save:
+            assert self.ref_model is not None
+            of_reference: Any = unwrapped(self.ref_model)
+            folder = Path(self.args.output_dir if output_dir is None else output_dir)
+            of_reference.save_pretrained(folder / REFERENCE_FOLDER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.dpo_args.sync_ref_model:
+            from safetensors.torch import load_file
+
+            assert self.ref_model is not None
+            folder = Path(resume_from_checkpoint) / REFERENCE_FOLDER
+            state: dict[str, Tensor] = {}
+            for file in folder.glob("*.safetensors"):
+                state |= load_file(file)
+            if not state:
+                raise ValueError(f"{folder}: no weights of the reference, wanted safetensors")
+            # tied weights are saved once
+            found = unwrapped(self.ref_model).load_state_dict(state, strict=False)
+            if found.unexpected_keys:
+                raise ValueError(f"{folder}: of another model: {found.unexpected_keys[0]}")
+
+
+class MyDPOTrainer(DPOTrainer):
+    """The notebook's class: `alpha` comes first, the rest by keyword."""
+
+    def __init__(self, alpha: float | None = None, **kwargs: Any) -> None:
+        super().__init__(alpha=alpha, **kwargs)
+
+
+class SyncReference(TrainerCallback):
+    """Moves the reference a share of the way to the model, each so many steps."""
+
+    def __init__(self, trainer: DPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        dpo, reference = self.trainer.dpo_args, self.trainer.ref_model
+        if reference is None or state.global_step % dpo.ref_model_sync_steps:
+            return
+        model, share = unwrapped(self.trainer.model), dpo.ref_model_mixup_alpha
+        with torch.no_grad():
+            pairs = zip(unwrapped(reference).parameters(), model.parameters(), strict=True)
+            for behind, ahead in pairs:
+                behind.lerp_(ahead.to(behind), share)
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Dropout of probability 0 everywhere, in attention too."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def _model_of(model: Any, model_init: Any) -> Any:
+    if (model is None) == (model_init is None):
+        raise ValueError("wanted one of model and model_init")
+    if model_init is not None:
+        return model_init()
+    if isinstance(model, str):
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(model)
+    return model
+
+
+def _padding(value: int | None, tokenizer: Any) -> int:
+    known = (
+        value,
+        getattr(tokenizer, "pad_token_id", None),
+        getattr(tokenizer, "eos_token_id", None),
+    )
+    return next((i for i in known if i is not None), 0)
+
+
+def _ignored(labels: Tensor, label_pad_token_id: int) -> Tensor:
+    if label_pad_token_id == IGNORED:
+        return labels
+    return labels.masked_fill(labels == label_pad_token_id, IGNORED)
+
+
+def _each(data: Any) -> list[Any]:
+    if data is None:
+        return []
+    return list(data.values()) if isinstance(data, Mapping) else [data]
+
+
+def _all_have_reference(train: Any, evaluation: Any) -> bool:
+    every = [data for data in (train, *_each(evaluation)) if data is not None]
+    return bool(every) and all(getattr(data, "has_reference", False) for data in every)
