@@ -55,6 +55,11 @@ COMMANDS = {
         "train a system on your model and data: circuit-breaker, ...",
         "Train with the losses of onepass.",
     ),
+    "dpo": Command(
+        ".dpo.command_line",
+        "make preference pairs, judge a model's answers, compare losses",
+        "Preferences from a reward, and what training on them brings.",
+    ),
     "protect": Command(
         ".jigsaw.protect",
         "transform a text's embeddings, show what an attack recovers",

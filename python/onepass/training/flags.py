@@ -27,6 +27,7 @@ if typing.TYPE_CHECKING:
     from transformers import TrainingArguments
 
 T = TypeVar("T")
+Known = Callable[[], frozenset[str]]  # the names of flags that are not ours, read if need be
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 HELP_AT, HELP_WIDTH = 35, 43  # of the 78 columns that argparse takes of 80
 METAVARS = {int: "N", float: "X", str: "TEXT", bool: ""}
@@ -145,7 +146,7 @@ def add_flags(
 
 
 def _add(group: Any, f: Any, hint: Any, defaults: Mapping[str, Any], every: bool) -> None:
-    meta, default = f.metadata, defaults.get(f.name, _default(f))
+    meta, default = f.metadata, defaults.get(f.name, default_of(f))
     base, is_list = _base(hint)
     how: dict[str, Any] = {"default": default, "type": _boolean if base is bool else base}
     how["choices"] = meta.get("choices")
@@ -173,7 +174,8 @@ def _add(group: Any, f: Any, hint: Any, defaults: Mapping[str, Any], every: bool
     )
 
 
-def _default(f: Any) -> Any:
+def default_of(f: Any) -> Any:
+    """The default of a dataclass field."""
     return f.default if f.default is not MISSING else f.default_factory()
 
 
@@ -212,8 +214,10 @@ def parse(
     defaults: Mapping[str, Any] | None = None,
     description: str = "",
     recorded: Callable[[Path], Mapping[str, Any]] = lambda folder: {},
+    training: bool = True,
 ) -> Flags:
     """The flags in `tokens`; `recorded(output_dir)` brings those of the run to go on with.
+    TrainingArguments' are taken too where they are for a `training`.
 
     Raises:
         UsageError: an unknown flag or key, or a value that is none.
@@ -223,7 +227,8 @@ def parse(
         prog=prog,
         usage=f"{prog} [flags]",
         description=description,
-        epilog="[x]: the default; --no_flag: off. Any flag of TrainingArguments is taken too."
+        epilog="[x]: the default; --no_flag: off."
+        + (" Any flag of TrainingArguments is taken too." if training else "")
         + ("" if every else " All flags: --help-all"),
         formatter_class=Help,
         add_help=False,
@@ -235,22 +240,24 @@ def parse(
     ours = {f.name for kind in kinds for f in fields(kind)}
     if every or "--help" in tokens or "-h" in tokens:
         parser.parse_args(["--help"])
+    known: Known = training_fields if training else frozenset
     typed, rest = _split(tokens, ours, aliases)
     first = parser.parse_args(typed)
     mapping = _read_config(Path(first.config)) if first.config else {}
-    file_tokens, file_rest = _config_tokens(first.config, mapping, ours, aliases)
+    file_tokens, file_rest = _config_tokens(first.config, mapping, ours, aliases, known)
     try:
         parser.parse_args(file_tokens)
     except UsageError as error:
         error.message = f"{first.config}: {error.message}"
         raise
     space = parser.parse_args([*file_tokens, *typed])
-    theirs, launch = _sort_out(parser, [*file_rest, *rest], space.accelerate_config)
+    accelerate = getattr(space, "accelerate_config", None)
+    theirs, launch = _sort_out(parser, [*file_rest, *rest], accelerate, known)
     overrides = _training_overrides(prog, theirs)
     given = {t[2:].split("=")[0] for t in [*file_tokens, *typed] if t.startswith("--")} & ours
     given |= set(overrides)
     values = vars(space)
-    if values["resume_from_checkpoint"] not in (None, "false"):
+    if values.get("resume_from_checkpoint") not in (None, "false"):
         path = Path(values["resume_from_checkpoint"])
         if "output_dir" not in given and path.name.startswith("checkpoint-"):
             values["output_dir"] = str(path.parent)
@@ -324,15 +331,19 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _config_tokens(
-    file: str | None, mapping: Mapping[str, Any], ours: set[str], aliases: Mapping[str, str]
+    file: str | None,
+    mapping: Mapping[str, Any],
+    ours: set[str],
+    aliases: Mapping[str, str],
+    known: Known,
 ) -> tuple[list[str], list[str]]:
     """The file's keys as flags: (ours, others)."""
     mine: list[str] = []
     rest: list[str] = []
     for spelt, value in mapping.items():
         key = aliases.get(f"--{spelt}", spelt).removeprefix("--").replace("-", "_")
-        if key == "config" or (key not in ours and key not in training_fields()):
-            names = [*ours - {"config"}, *training_fields()]
+        if key == "config" or (key not in ours and key not in known()):
+            names = [*ours - {"config"}, *known()]
             meant = nearest(key, names)
             raise UsageError(f"{file}: unknown key {spelt!r}", meant=meant, hint="keys are flags")
         if value is None:
@@ -363,7 +374,7 @@ def training_fields() -> frozenset[str]:
 
 
 def _sort_out(
-    parser: Parser, tokens: Sequence[str], accelerate: str | None
+    parser: Parser, tokens: Sequence[str], accelerate: str | None, known: Known
 ) -> tuple[list[str], list[str]]:
     """Flags that are not ours: (TrainingArguments', the launcher's)."""
     theirs: list[str] = []
@@ -373,14 +384,14 @@ def _sort_out(
         if token.startswith("--"):
             name = token.partition("=")[0]
             key = name[2:].replace("-", "_")
-            if key in training_fields():
+            if key in known():
                 into, token = theirs, token.replace(name, f"--{key}", 1)
-            elif key.removeprefix("no_") in training_fields() and name == token:
+            elif key.removeprefix("no_") in known() and name == token:
                 into, token = theirs, f"--{key.removeprefix('no_')}=false"
             elif accelerate and key in _launcher_flags():
                 into = launch
             else:
-                meant = nearest(name, [*parser._flags(), *(f"--{n}" for n in training_fields())])
+                meant = nearest(name, [*parser._flags(), *(f"--{n}" for n in known())])
                 hint = f"see {parser.prog} --help"
                 text = f"unknown option {name!r}"
                 raise UsageError(text, meant=meant, hint=hint, prog=parser.prog)

@@ -9,20 +9,20 @@ from ..cli.errors import Failed, UsageError, one_line
 from .flags import ModelFlags
 
 
-def check_folder(name: str) -> None:
+def check_folder(name: str, flag: str = "--model") -> None:
     """UsageError for a path that holds no model, which transformers would look for on the Hub."""
     path = Path(name).expanduser()
     looks_local = name.startswith((".", "~", "/")) or name.count("/") > 1
     if path.is_file():
-        raise UsageError(f"--model: {name!r} is a file, wanted the folder it lies in")
+        raise UsageError(f"{flag}: {name!r} is a file, wanted the folder it lies in")
     if not path.exists():
         if looks_local:
-            raise UsageError(f"--model: no such folder: {name!r}")
+            raise UsageError(f"{flag}: no such folder: {name!r}")
         return
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
-            raise UsageError(f"--model: {name!r} is an adapter, wanted the model it is of")
-        raise UsageError(f"--model: no config.json in {name!r}, wanted a model of transformers")
+            raise UsageError(f"{flag}: {name!r} is an adapter, wanted the model it is of")
+        raise UsageError(f"{flag}: no config.json in {name!r}, wanted a model of transformers")
 
 
 def _why(error: Exception) -> str:

@@ -183,7 +183,7 @@ class RunFolder:
 
     def _begin(self, data: dict[str, str], writes: Sequence[str]) -> None:
         if self.resumes and self.earlier is not None:
-            self._begin_again(data, self.earlier)
+            self._begin_again(data)
             return
         if self.earlier is not None:
             tell(f"replacing the run of {self.earlier.get('started', '?')} in {self.path}")
@@ -202,7 +202,9 @@ class RunFolder:
         }
         self.write_json(RUN, record)
 
-    def _begin_again(self, data: Mapping[str, str], earlier: Mapping[str, Any]) -> None:
+    def go_on(self, data: Mapping[str, str]) -> None:
+        """Take the folder of the earlier run as it stands, for a system without checkpoints."""
+        earlier = self.earlier or {}
         before = earlier.get("data", {})
         for name in sorted({*before, *data}):
             if before.get(name) != data.get(name):
@@ -214,6 +216,9 @@ class RunFolder:
         other = [f"{n} {then[n]} (now {v})" for n, v in now.items() if then.get(n, v) != v]
         if other:
             tell(f"begun with {', '.join(other)}: numbers may differ in their last digits")
+
+    def _begin_again(self, data: Mapping[str, str]) -> None:
+        self.go_on(data)
         step = int(self.checkpoint.name.removeprefix("checkpoint-")) if self.checkpoint else 0
         for found, path, complete in list(checkpoints(self.path)):
             if not complete or found > step:

@@ -1,0 +1,128 @@
+"""Answers drawn from a causal language model, many to each prompt, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ..cli.terminal import progress_bar
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; the draws change with the batch size as they do with the seed."""
+
+    num_answers: int = 50
+    max_new_tokens: int = 48
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    batch_size: int = 64
+    seed: int = 42
+
+
+class Answer(NamedTuple):
+    prompt: int  # its place among the prompts
+    text: str
+    ids: list[int]  # with the EOS token where it ended by itself
+
+    def content(self, special: frozenset[int]) -> list[int]:
+        """The tokens that are text."""
+        return [token for token in self.ids if token not in special]
+
+
+def prompt_ids(model: Any, tokenizer: Any, prompts: Sequence[str], n_new: int) -> list[list[int]]:
+    """Each prompt's tokens as the trainer has them: none added at the beginning.
+
+    Raises:
+        ValueError: one that leaves no room for `n_new` tokens.
+    """
+    ids: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        if not tokens:
+            raise ValueError(f"the prompt {prompt[:40]!r} has no tokens")
+        if isinstance(positions, int) and len(tokens) + n_new > positions:
+            raise ValueError(
+                f"the prompt {prompt[:40]!r} has {len(tokens)} tokens, which with"
+                f" max_new_tokens={n_new} is more than the {positions} that the model takes"
+            )
+    return ids
+
+
+def padding_of(tokenizer: Any) -> int:
+    """A token to pad with; what is padded is masked, so that any will do."""
+    found = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(token) for token in found if token is not None)
+
+
+@torch.no_grad()
+def sample_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[str], sampling: Sampling
+) -> list[Answer]:
+    """`num_answers` to each prompt, in the order of the prompts.
+
+    Raises:
+        ValueError: a prompt that is too long.
+    """
+    from transformers import GenerationConfig
+
+    ids = prompt_ids(model, tokenizer, prompts, sampling.max_new_tokens)
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    stops = frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
+    config = GenerationConfig(
+        do_sample=True,
+        max_new_tokens=sampling.max_new_tokens,
+        min_new_tokens=sampling.min_new_tokens or None,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        eos_token_id=ends,
+        pad_token_id=padding_of(tokenizer),
+        use_cache=True,
+    )
+    # Prompts of one length beside each other: little padding.
+    rows = [p for p in range(len(ids)) for _ in range(sampling.num_answers)]
+    order = sorted(range(len(rows)), key=lambda row: (len(ids[rows[row]]), row))
+    answers: list[Answer | None] = [None] * len(rows)
+    gpus = [model.device] if model.device.type == "cuda" else []
+    training = model.training
+    model.eval()
+    with torch.random.fork_rng(devices=gpus), progress_bar(len(rows), 0) as bar:
+        bar.set_description("answers")
+        bar.unit = ""
+        torch.manual_seed(sampling.seed)
+        for start in range(0, len(rows), sampling.batch_size):
+            batch = order[start : start + sampling.batch_size]
+            tokens = [ids[rows[row]] for row in batch]
+            width = max(map(len, tokens))
+            # padded on the left, so that all go on from the last column
+            padded = [[padding_of(tokenizer)] * (width - len(t)) + t for t in tokens]
+            mask = [[0] * (width - len(t)) + [1] * len(t) for t in tokens]
+            out = model.generate(
+                input_ids=torch.tensor(padded, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+                generation_config=config,
+            )
+            for row, new in zip(batch, out[:, width:].tolist(), strict=True):
+                end = next((n + 1 for n, token in enumerate(new) if token in stops), len(new))
+                text = answer_text(tokenizer, ids[rows[row]], new[:end])
+                answers[row] = Answer(rows[row], text, new[:end])
+            bar.update(len(batch))
+    model.train(training)
+    return [answer for answer in answers if answer is not None]
+
+
+def answer_text(tokenizer: Any, prompt: list[int], answer: list[int]) -> str:
+    """What the answer adds to the prompt's text; alone some tokenizers drop its first blank."""
+    how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before = tokenizer.decode(prompt, **how)
+    whole = tokenizer.decode([*prompt, *answer], **how)
+    if whole.startswith(before):
+        return str(whole[len(before) :])
+    return str(tokenizer.decode(answer, **how))
