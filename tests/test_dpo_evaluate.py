@@ -25,7 +25,7 @@ from onepass.dpo.evaluate import (  # noqa: E402
 from onepass.dpo.generate import Answer, Sampling, prompt_ids, sample_answers  # noqa: E402
 from onepass.dpo.logps import sequence_logps  # noqa: E402
 from onepass.dpo.reward import RewardFlags, parse_reward  # noqa: E402
-from support import tiny_rewards  # noqa: E402
+from support import tiny_reward  # noqa: E402
 from support.tiny_language_model import tokenizer  # noqa: E402
 from support.tiny_models import SIZES  # noqa: E402
 
@@ -41,7 +41,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("dpo")
-    tiny_rewards.save(folder)
+    tiny_reward.save(folder)
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
     torch.manual_seed(0)
     made = get_peft_model(
@@ -135,8 +135,8 @@ def test_kl_of_answers_is_that_of_unfused_torch(files: Path) -> None:
 
     base, merged = load(files / "model"), load(files / "merged")
     policy = PeftModel.from_pretrained(load(files / "model"), files / "run" / "adapter").eval()
-    ids = prompt_ids(base, tokenizer(), tiny_rewards.PROMPTS, 6)
-    answers = sample_answers(policy, tokenizer(), tiny_rewards.PROMPTS, SAMPLING)
+    ids = prompt_ids(base, tokenizer(), tiny_reward.PROMPTS, 6)
+    answers = sample_answers(policy, tokenizer(), tiny_reward.PROMPTS, SAMPLING)
     answers[0] = answers[0]._replace(ids=answers[0].ids[:1])  # of other lengths
     expected = naive(merged, base, ids, answers)
     assert min(expected) > 0.01
@@ -168,22 +168,22 @@ def test_kl_estimates_the_mean_log_ratio_of_own_answers(files: Path) -> None:
 
 def test_measure(files: Path) -> None:
     model = load(files / "model")
-    reward = parse_reward(RewardFlags("support.tiny_rewards:letters"))
+    reward = parse_reward(RewardFlags("support.tiny_reward:letters"))
     facts = measure(
-        model, tokenizer(), tiny_rewards.PROMPTS, SAMPLING, reward, reward.load(), reference=model
+        model, tokenizer(), tiny_reward.PROMPTS, SAMPLING, reward, reward.load(), reference=model
     )
-    answers = sample_answers(model, tokenizer(), tiny_rewards.PROMPTS, SAMPLING)
-    rewards = tiny_rewards.letters([a.text for a in answers])
+    answers = sample_answers(model, tokenizer(), tiny_reward.PROMPTS, SAMPLING)
+    rewards = tiny_reward.letters([a.text for a in answers])
     assert facts["reward"] == pytest.approx(sum(rewards) / 12)
     assert (facts["answers"], facts["prompts"]) == (12, 3)
     special = frozenset(tokenizer().all_special_ids)
     assert facts["token_entropy"] == token_entropy([a.content(special) for a in answers])
     assert facts["kl_per_token"] == facts["kl_per_sequence"] == 0.0
-    assert [s["prompt"] for s in facts["samples"]] == tiny_rewards.PROMPTS
+    assert [s["prompt"] for s in facts["samples"]] == tiny_reward.PROMPTS
     whole = measure(
-        model, tokenizer(), tiny_rewards.PROMPTS, SAMPLING, reward, reward.load(), score_prompt=True
+        model, tokenizer(), tiny_reward.PROMPTS, SAMPLING, reward, reward.load(), score_prompt=True
     )
-    more = 4 * sum(tiny_rewards.letters(tiny_rewards.PROMPTS)) / 12
+    more = 4 * sum(tiny_reward.letters(tiny_reward.PROMPTS)) / 12
     assert whole["reward"] == pytest.approx(facts["reward"] + more)
     assert whole["kl_per_token"] is None
 

@@ -23,12 +23,12 @@ pytest.importorskip("matplotlib")
 from onepass.dpo import frontier  # noqa: E402
 from onepass.dpo.frontier import Point, points_of, train_tokens  # noqa: E402
 from onepass.training.flags import RunFlags, parse  # noqa: E402
-from support import tiny_rewards  # noqa: E402
+from support import tiny_reward  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 ROOT = Path(__file__).resolve().parents[1]
 SMALLEST = (
-    *("--reward", "support.tiny_rewards:letters", "--num_answers", "6", "--max_new_tokens", "5"),
+    *("--reward", "support.tiny_reward:letters", "--num_answers", "6", "--max_new_tokens", "5"),
     *("--pairs_per_prompt", "4", "--max_steps", "2", "--learning_rate", "0.01", "--use_cpu"),
     *("--losses", "sigmoid,hinge:0.5:1", "--betas", "0.1", "--seed", "1"),
 )
@@ -38,7 +38,7 @@ NAMES = ["hinge-beta0.5", "hinge-beta1", "sigmoid-beta0.1"]
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dpo")
-    tiny_rewards.save(folder)
+    tiny_reward.save(folder)
     return folder
 
 
@@ -194,6 +194,16 @@ def test_killed_between_points_it_goes_on(
     changed.write_text((files / "prompts.txt").read_text())
     code = main([*arguments(files, out), "--prompts", str(changed)])
     assert code == 2 and "--prompts: got" in capsys.readouterr().err
+
+
+def test_all_weights_are_trained_where_no_adapter_is_wanted(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [*arguments(files, tmp_path), "--no_use_peft", "--losses", "JSD"]
+    assert main(args) == 0, capsys.readouterr().err
+    point = tmp_path / "points" / "JSD-beta0.1"
+    assert (point / "model" / "config.json").is_file() and not (point / "adapter").exists()
+    assert json.loads((point / "evaluation.json").read_text())["kl_per_token"] > 0
 
 
 def test_other_prompts_under_the_same_name_are_refused(

@@ -21,19 +21,19 @@ from onepass.dpo.reward import Reward, RewardFlags, code_shares, keyword_counts,
 
 pytest.importorskip("transformers")
 from onepass.dpo.generate import Sampling, sample_answers  # noqa: E402
-from support import tiny_rewards  # noqa: E402
+from support import tiny_reward  # noqa: E402
 from support.tiny_language_model import BENIGN, HARMFUL, tokenizer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-FUNCTION = "support.tiny_rewards:letters"
+FUNCTION = "support.tiny_reward:letters"
 DRAW = ("--num_answers", "6", "--max_new_tokens", "5", "--pairs_per_prompt", "4", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dpo")
-    tiny_rewards.save(folder)
-    tiny_rewards.save_classifier(folder / "classifier")
+    tiny_reward.save(folder)
+    tiny_reward.save_classifier(folder / "classifier")
     return folder
 
 
@@ -164,7 +164,7 @@ def test_a_function_of_anyones() -> None:
     ],
 )
 def test_a_function_that_is_no_reward_fails(name: str, told: str) -> None:
-    reward = parse_reward(RewardFlags(f"support.tiny_rewards:{name}"))
+    reward = parse_reward(RewardFlags(f"support.tiny_reward:{name}"))
     with pytest.raises(Failed, match=f"--reward: .*{told}"):
         reward.scores(reward.load(), ["a", "b"])
 
@@ -179,7 +179,7 @@ def test_a_function_that_is_no_reward_fails(name: str, told: str) -> None:
         ("keyword:@nowhere", "cannot read 'nowhere'"),
         ("classifier:./nowhere", "no such folder"),
         ("no_module_of_this_name:f", "no module 'no_module_of_this_name'"),
-        ("support.tiny_rewards:not a name", "got 'support.tiny_rewards:not a name'"),
+        ("support.tiny_reward:not a name", "got 'support.tiny_reward:not a name'"),
     ],
 )
 def test_rewards_that_are_refused(asked: str | None, told: str) -> None:
@@ -193,13 +193,13 @@ def test_rewards_that_are_refused(asked: str | None, told: str) -> None:
 def test_answers_are_without_their_prompt_and_the_same_of_one_seed(model: Any) -> None:
     sampling = Sampling(num_answers=3, max_new_tokens=6, batch_size=4, seed=5)
     state = torch.get_rng_state()
-    answers = sample_answers(model, tokenizer(), tiny_rewards.PROMPTS, sampling)
+    answers = sample_answers(model, tokenizer(), tiny_reward.PROMPTS, sampling)
     assert torch.equal(torch.get_rng_state(), state)
     assert [a.prompt for a in answers] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert all(1 <= len(a.ids) <= 6 for a in answers)
     for answer in answers:
         assert answer.text == tokenizer().decode(answer.ids, skip_special_tokens=True)
-    assert sample_answers(model, tokenizer(), tiny_rewards.PROMPTS, sampling) == answers
+    assert sample_answers(model, tokenizer(), tiny_reward.PROMPTS, sampling) == answers
     assert len({a.text for a in answers}) > 3
 
 
@@ -252,9 +252,9 @@ def test_pairs_are_written(files: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert rows
     for row in rows:
         assert list(row) == ["prompt", "chosen", "rejected", "chosen_score", "rejected_score"]
-        assert row["prompt"] in tiny_rewards.PROMPTS and row["chosen_score"] > row["rejected_score"]
+        assert row["prompt"] in tiny_reward.PROMPTS and row["chosen_score"] > row["rejected_score"]
         assert not row["chosen"].startswith(row["prompt"])
-        assert [row["chosen_score"], row["rejected_score"]] == tiny_rewards.letters(
+        assert [row["chosen_score"], row["rejected_score"]] == tiny_reward.letters(
             [row["chosen"], row["rejected"]]
         )
     from onepass.dpo import read_pairs
@@ -290,7 +290,7 @@ def test_a_reward_that_tells_nothing_apart_fails(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ("--model", files / "model", "--prompts", files / "prompts.txt", *DRAW)
-    reward = ("--reward", "support.tiny_rewards:constant")
+    reward = ("--reward", "support.tiny_reward:constant")
     code, out, err = cli(capsys, "pairs", *args, *reward, "--output", tmp_path / "pairs.jsonl")
     assert (code, out) == (1, "") and "no pair: all answers" in err
     assert not list(tmp_path.iterdir())

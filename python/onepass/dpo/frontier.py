@@ -126,8 +126,9 @@ class Point(NamedTuple):
 def run_frontier(prog: str, summary: str, tokens: Sequence[str]) -> int:
     """Refuse what cannot work, then do what is not done yet; returns the exit code."""
     flags = _parse(prog, summary, tokens)
-    folder = RunFolder(SYSTEM, flags)
     prompts, reward, points = check(flags)
+    folder = RunFolder(SYSTEM, flags)
+    check_losses(points, flags[FrontierFlags].alpha)
     check_installed((*NEEDED, "accelerate", "matplotlib"))
     from ..cli.terminal import quiet_libraries
 
@@ -199,16 +200,18 @@ def check(flags: Flags) -> tuple[list[str], Reward, list[Point]]:
             read_pairs(own.data)
         except (ValueError, OSError) as error:
             raise UsageError(f"--data: {one_line(error, 1000)}") from error
-    points = points_of(own.losses, own.betas)
+    return prompts, reward, points_of(own.losses, own.betas)
+
+
+def check_losses(points: Sequence[Point], alpha: float | None) -> None:
+    """UsageError for a loss that is none; loads torch."""
     from .arguments import DPOArguments
 
     for point in points:
         try:
-            DPOArguments(beta=point.beta, loss_type=[point.loss], alpha=own.alpha).check()
+            DPOArguments(beta=point.beta, loss_type=[point.loss], alpha=alpha).check()
         except (ValueError, TypeError) as error:
-            text = str(error).replace("loss_type", "losses", 1).replace("beta", "betas", 1)
-            raise UsageError(f"--{text}") from error
-    return prompts, reward, points
+            raise UsageError(f"--{str(error).replace('loss_type', 'losses', 1)}") from error
 
 
 def points_of(losses: Sequence[str], betas: Sequence[str]) -> list[Point]:
