@@ -10,6 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 from . import peers
+from .dpo import DPO_CASES
 from .heads import HEAD_CASES
 from .jigsaw import JIGSAW_CASE
 from .schema import CAP, CAP_SLOPE, Case, Provider, Size, ours, peer, plain, wide
@@ -735,6 +736,7 @@ CASES: tuple[Case, ...] = (
         },
     ),
     JIGSAW_CASE,
+    *DPO_CASES,
 )
 
 

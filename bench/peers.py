@@ -146,3 +146,50 @@ def trl_head_logp_entropy() -> Function:
     """The same with the entropy of every row."""
     statistics = _trl_statistics(("entropy",))
     return lambda inputs: statistics(inputs)[:2]
+
+
+def liger_dpo(beta: float) -> Function:
+    """Liger's chunked DPO, a pair at a time, its reference included. It makes the head's gradient
+    whether that is asked for or not."""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    loss = LigerFusedLinearDPOLoss(beta=beta)
+
+    def function(inputs: Inputs) -> Outputs:
+        weight, hidden = inputs["weight"], inputs["hidden"]
+        result = loss(
+            weight,
+            hidden,
+            inputs["labels"],
+            ref_input=inputs["reference"],
+            ref_weight=weight,
+        )
+        return (result[0],)
+
+    return function
+
+
+def trl_dpo(beta: float) -> Function:
+    """TRL's chunked log-probabilities of policy and reference, summed and compared as in its
+    DPOTrainer."""
+    import torch
+    from torch.nn import functional as F
+
+    statistics = _trl_statistics(())
+
+    def logps(inputs: Inputs, name: str) -> torch.Tensor:
+        labels = inputs["labels"]
+        rows = {
+            "hidden": inputs[name].flatten(0, 1),
+            "weight": inputs["weight"],
+            "labels": labels.flatten(),
+        }
+        return (statistics(rows)[0].view_as(labels) * (labels != -100)).sum(-1)
+
+    def function(inputs: Inputs) -> Outputs:
+        chosen, rejected = logps(inputs, "hidden").chunk(2)
+        with torch.no_grad():
+            ref_chosen, ref_rejected = logps(inputs, "reference").chunk(2)
+        return (-F.logsigmoid(beta * (chosen - ref_chosen - rejected + ref_rejected)).mean(),)
+
+    return function
