@@ -82,7 +82,7 @@ stage() { # NAME SECONDS LOG COMMAND...
 } >"$out/environment.txt" 2>&1
 
 tests=(-q -rfE -p no:cacheprovider -p support.failures_at_once --tb=short --durations=15)
-export ONEPASS_FAILURES="$out/failures.txt" # kept where the stage runs out of time
+export ONEPASS_FAILURES="$cache/failures" # kept where the stage runs out of time
 # Settings of pyproject.toml that belong to plugins which may be missing here.
 has pytest_timeout || tests+=(-o timeout= -W "ignore::pytest.PytestConfigWarning")
 has pytest_benchmark && tests+=(-p no:benchmark)
@@ -96,6 +96,7 @@ if ! has hypothesis; then
 fi
 PYTHONPATH="$root/tests:$PYTHONPATH" stage tests "$test_seconds" "$out/tests.log" \
     "$python" -m pytest "${tests[@]}" ${TESTS:-tests}
+cat "$cache/failures" >>"$out/tests.log" 2>/dev/null
 tail -n 15 "$out/tests.log"
 
 if [ "$sanitize" = 1 ]; then
