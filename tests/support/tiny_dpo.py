@@ -8,8 +8,8 @@ from typing import Any
 import transformers
 
 from onepass.dpo import DPOArguments, DPOTrainer
-from onepass.dpo.command import lora_config
 from onepass.training.flags import LoraFlags
+from onepass.training.lora import lora_in_blocks
 
 from .tiny_language_model import BENIGN, model, tokenizer
 
@@ -45,7 +45,7 @@ def trainer(
     """With LoRA of `rank`, or of rank 0 with all weights trained; `of` goes to the trainer,
     `options` to its TrainingArguments."""
     base = model(2) if base is None else base
-    lora = lora_config(base, LoraFlags(lora_r=rank, lora_alpha=2 * rank)) if rank else None
+    lora = lora_in_blocks(base, LoraFlags(lora_r=rank, lora_alpha=2 * rank)) if rank else None
     return kind(**{
         "model": base,
         "args": arguments(folder, **options),

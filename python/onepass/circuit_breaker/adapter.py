@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..training.hidden_states import blocks_of
-from ..training.lora import chosen_modules, lora_settings
+from ..training.lora import lora_in_blocks
 from .arguments import LoraArguments, LorraArguments
 
 if TYPE_CHECKING:
@@ -17,16 +17,11 @@ if TYPE_CHECKING:
 
 def lora_config(model: nn.Module, lora: LoraArguments, lorra: LorraArguments) -> LoraConfig:
     """LoRA on the linear layers of the blocks that `lorra` transforms."""
-    from peft import LoraConfig
-
-    blocks = blocks_of(model)
-    transformed = lorra.blocks_of(len(blocks))
-    return LoraConfig(
-        **lora_settings(lora),
+    return lora_in_blocks(
+        model,
+        lora,
+        lorra.blocks_of(len(blocks_of(model))),
         bias=lora.lora_bias,
-        target_modules=chosen_modules(lora, [blocks[n] for n in transformed]),
-        layers_to_transform=transformed,
-        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in blocks[0].modules()),
         task_type="CAUSAL_LM" if hasattr(model, "get_output_embeddings") else None,
     )
 

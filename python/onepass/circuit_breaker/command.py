@@ -7,7 +7,6 @@ first, then breaks the code. Imports nothing heavy before all that can be refuse
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,7 @@ from ..training.flags import (
     training_arguments,
 )
 from ..training.prompts import Prompt, read_prompts, split
-from ..training.run_folder import RunFolder, tell
+from ..training.run_folder import RunFolder, fingerprints, tell
 from .arguments import LoraArguments, LorraArguments, numbers
 from .examples import REFUSAL, example_of
 from .options import ADAPTER_OFF, FROZEN_COPY, PRECOMPUTED
@@ -43,6 +42,7 @@ SMALL = {  # what suits the small model, where nothing else is said
     "per_device_train_batch_size": 8,
     "gradient_checkpointing": False,
 }
+FILES = ("retain", "harmful", "retain_val", "harmful_val")
 DEFAULTS = {
     "max_steps": 150,
     "learning_rate": 1e-4,
@@ -121,10 +121,7 @@ def check(flags: Flags) -> None:
     if data.fast and model.model_name_or_path is not None:
         raise UsageError("--fast: is of the model made here; leave it out with --model")
     if model.model_name_or_path is None:
-        for name, value in SMALL.items():
-            owner = next((v for v in flags.values if hasattr(v, name)), None)
-            if owner is not None and name not in flags.given:
-                setattr(owner, name, value)
+        flags.prefer(SMALL)
         from ..demo import settings
 
         size = settings.FAST if data.fast else settings.FULL
@@ -140,7 +137,7 @@ def check(flags: Flags) -> None:
         flags[RunFlags].logging_steps = lorra.log_every
     _check_numbers(data, lorra, flags[LoraArguments])
     if not missing:
-        for name in ("retain", "harmful", "retain_val", "harmful_val"):
+        for name in FILES:
             if (path := getattr(data, name)) is not None:  # resumed from anywhere
                 setattr(data, name, str(Path(path).absolute()))
         found = read_data(data)
@@ -191,13 +188,6 @@ def read_data(data: DataFlags, seed: int = 0) -> dict[str, list[Prompt]]:
     return found
 
 
-def fingerprints(data: DataFlags) -> dict[str, str]:
-    """A digest of each file, so that a resumed run is known to read the same."""
-    names = ("retain", "harmful", "retain_val", "harmful_val")
-    paths = {n: Path(getattr(data, n)) for n in names if getattr(data, n) is not None}
-    return {n: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for n, p in paths.items()}
-
-
 def train(flags: Flags, run: RunFolder) -> int:
     """Train, then measure; returns the exit code."""
     from ..training import small_model
@@ -206,7 +196,7 @@ def train(flags: Flags, run: RunFolder) -> int:
     tell("loading the libraries")
     args = training_arguments(flags)
     writes = (*ADAPTER, REFERENCE, small_model.MODEL, small_model.DATA)
-    begin = partial(run.begin, fingerprints(data), writes=writes)
+    begin = partial(run.begin, fingerprints({n: getattr(data, n) for n in FILES}), writes=writes)
     makes_model = flags[ModelFlags].model_name_or_path is None
     if makes_model:
         begin()

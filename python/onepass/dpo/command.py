@@ -7,7 +7,6 @@ refused has been.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from ..training.flags import (
     flag,
     training_arguments,
 )
-from ..training.run_folder import RunFolder, tell
+from ..training.run_folder import TOKENIZER, RunFolder, fingerprints, tell
 from .arguments import DPOArguments
 
 SMALL = {  # what suits the small model, where nothing else is said
@@ -47,11 +46,6 @@ ADAPTER, MODEL = "adapter", "model"
 PAIRS = {"data": "pairs.jsonl", "val": "pairs_held_out.jsonl"}  # where they are made here
 WEAK = 0.6  # a share of pairs told apart below it is little learnt
 FILES = ("README.md", "metrics.jsonl", "curves.png", "summary.json")
-TOKENIZER = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
-    *("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "tokenizer.model"),
-    *("spiece.model", "sentencepiece.bpe.model"),
-)
 # what the table calls the facts of an evaluation
 MEASURES = {
     "loss": "loss",
@@ -129,14 +123,7 @@ def check(flags: Flags) -> None:
     if data.fast and model.model_name_or_path is not None:
         raise UsageError("--fast: is of the model made here; leave it out with --model")
     if model.model_name_or_path is None:
-        for name, value in (SMALL_FAST if data.fast else SMALL).items():
-            if name in flags.given:
-                continue
-            owner = next((v for v in flags.values if hasattr(v, name)), None)
-            if owner is not None:
-                setattr(owner, name, value)
-            else:
-                flags.overrides[name] = value
+        flags.prefer(SMALL_FAST if data.fast else SMALL)
     if model.load_in_8bit and model.load_in_4bit:
         raise UsageError("--load_in_8bit and --load_in_4bit exclude each other")
     if (model.load_in_8bit or model.load_in_4bit) and not adapter.use_peft:
@@ -193,12 +180,6 @@ def read_data(data: DataFlags, seed: int = 0) -> dict[str, list[dict[str, Any]]]
     return {name: [entry.record for entry in entries] for name, entries in found.items()}
 
 
-def fingerprints(data: DataFlags) -> dict[str, str]:
-    """A digest of each file, so that a resumed run is known to read the same."""
-    paths = {n: Path(getattr(data, n)) for n in ("data", "val") if getattr(data, n) is not None}
-    return {n: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for n, p in paths.items()}
-
-
 def small_pairs(folder: Path) -> dict[str, Path]:
     """Pairs of the small model's own text, made unless they are there: the prompt is the first
     third of a passage of the documentation, chosen how it goes on, rejected source code of as many
@@ -239,7 +220,7 @@ def train(flags: Flags, run: RunFolder) -> int:
     tell("loading the libraries")
     args = training_arguments(flags)
     writes = (ADAPTER, MODEL, *FILES, *TOKENIZER, small_model.MODEL, small_model.DATA)
-    begin = partial(run.begin, fingerprints(data), writes=writes)
+    begin = partial(run.begin, fingerprints({"data": data.data, "val": data.val}), writes=writes)
     makes_model = flags[ModelFlags].model_name_or_path is None
     if makes_model:
         begin()
@@ -255,23 +236,6 @@ def train(flags: Flags, run: RunFolder) -> int:
         return _train(flags, run, args, read_data(data), None if makes_model else begin)
 
 
-def lora_config(model: Any, lora: LoraFlags) -> Any:
-    """LoRA on the linear layers of the blocks."""
-    from peft import LoraConfig
-
-    from ..training.hidden_states import blocks_of
-    from ..training.lora import chosen_modules, lora_settings
-
-    blocks = blocks_of(model)
-    return LoraConfig(
-        **lora_settings(lora),
-        target_modules=chosen_modules(lora, blocks),
-        layers_to_transform=list(range(len(blocks))),
-        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in blocks[0].modules()),
-        task_type="CAUSAL_LM",
-    )
-
-
 def _train(
     flags: Flags,
     run: RunFolder,
@@ -280,6 +244,7 @@ def _train(
     begin: Callable[[], None] | None,
 ) -> int:
     from ..training.curves import write_curves, write_summary
+    from ..training.lora import lora_in_blocks
     from ..training.models import load_language_model
     from ..training.monitor import fit
     from ..training.push import push
@@ -304,7 +269,7 @@ def _train(
             eval_dataset=measured,
             tokenizer=tokenizer,
             dpo_args=dpo,
-            peft_config=lora_config(model, adapter) if adapter.use_peft else None,
+            peft_config=lora_in_blocks(model, adapter) if adapter.use_peft else None,
         )
     except ValueError as error:
         raise UsageError(one_line(error, 1000)) from error

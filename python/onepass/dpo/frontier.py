@@ -28,7 +28,7 @@ from ..training.flags import (
     flag,
     parse,
 )
-from ..training.run_folder import RunFolder, read_run, recorded_flags, tell
+from ..training.run_folder import RunFolder, digest, read_run, recorded_flags, tell
 from .command import DEFAULTS, AdapterFlags
 from .command_line import (
     NEEDED,
@@ -242,12 +242,10 @@ def points_of(losses: Sequence[str], betas: Sequence[str]) -> list[Point]:
 
 def fingerprints(flags: Flags, prompts: Sequence[str]) -> dict[str, str]:
     """Digests of what is read, so that an experiment goes on with the same."""
-    import hashlib
-
     found = {"prompts": "\n".join(prompts).encode()}
     if (data := flags[FrontierFlags].data) is not None:
         found["pairs"] = Path(data).read_bytes()
-    return {name: hashlib.sha256(raw).hexdigest()[:16] for name, raw in found.items()}
+    return {name: digest(raw) for name, raw in found.items()}
 
 
 def _run(

@@ -601,7 +601,8 @@ class SyncReference(TrainerCallback):
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Dropout of probability 0 everywhere, in attention too."""
+    """nn.Dropout of probability 0, and `attention_dropout`; not a rate that a module keeps under
+    another name."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

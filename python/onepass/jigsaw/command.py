@@ -6,7 +6,6 @@ Imports nothing heavy before all that can be refused has been.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from ..training.flags import (
     training_arguments,
 )
 from ..training.prompts import Prompt, read_prompts, split
-from ..training.run_folder import RunFolder, tell
+from ..training.run_folder import TOKENIZER, RunFolder, fingerprints, tell
 from .arguments import JigsawArguments
 
 SMALL = {  # what suits the small model, where nothing else is said
@@ -58,11 +57,6 @@ ADAPTER, SGT = "adapter", "sgt"
 WEAK = 0.2  # a share of recovered tokens above it is little protection
 AGREES = 0.8  # a share of next tokens below it is a student that answers otherwise
 FILES = ("README.md", "metrics.jsonl", "curves.png", "summary.json")
-TOKENIZER = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
-    *("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "tokenizer.model"),
-    *("spiece.model", "sentencepiece.bpe.model"),
-)
 # what the table calls the facts of `measure`
 MEASURES = {
     "kl_performance": "KL, student on transformed text",
@@ -145,14 +139,7 @@ def check(flags: Flags) -> None:
     if data.fast and model.model_name_or_path is not None:
         raise UsageError("--fast: is of the model made here; leave it out with --model")
     if model.model_name_or_path is None:
-        for name, value in (SMALL_FAST if data.fast else SMALL).items():
-            if name in flags.given:
-                continue
-            owner = next((v for v in flags.values if hasattr(v, name)), None)
-            if owner is not None:
-                setattr(owner, name, value)
-            else:
-                flags.overrides[name] = value
+        flags.prefer(SMALL_FAST if data.fast else SMALL)
     if model.load_in_8bit and model.load_in_4bit:
         raise UsageError("--load_in_8bit and --load_in_4bit exclude each other")
     if flags.overrides.get("eval_strategy", "no") != "no" or flags.overrides.get("do_eval"):
@@ -219,12 +206,6 @@ def asked(prompts: list[Prompt], seed: int) -> list[Prompt]:
     return found
 
 
-def fingerprints(data: DataFlags) -> dict[str, str]:
-    """A digest of each file, so that a resumed run is known to read the same."""
-    paths = {n: Path(getattr(data, n)) for n in ("data", "val") if getattr(data, n) is not None}
-    return {n: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for n, p in paths.items()}
-
-
 def train(flags: Flags, run: RunFolder) -> int:
     """Train, then measure; returns the exit code."""
     from ..training import small_model
@@ -233,7 +214,7 @@ def train(flags: Flags, run: RunFolder) -> int:
     tell("loading the libraries")
     args = training_arguments(flags)
     writes = (ADAPTER, SGT, *FILES, *TOKENIZER, small_model.MODEL, small_model.DATA)
-    begin = partial(run.begin, fingerprints(data), writes=writes)
+    begin = partial(run.begin, fingerprints({"data": data.data, "val": data.val}), writes=writes)
     small_text = False
     makes_model = flags[ModelFlags].model_name_or_path is None
     if makes_model:

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from ..heads import unwrapped
 from ..reduce import masked_mean
 from ..training.hidden_states import blocks_of, make_lazy, same_draws
-from ..training.lora import chosen_modules, lora_settings
+from ..training.lora import lora_in_blocks
 from ..training.monitor import check_one_gpu, logs_step, means_of
 from .arguments import JigsawArguments
 from .cloak import TransformerCloak
@@ -262,19 +262,10 @@ class JigsawTrainer(Trainer):
 
 def lora_config(model: nn.Module, lora: LoraFlags, jigsaw: JigsawArguments) -> LoraConfig:
     """LoRA on the linear layers of the blocks that run."""
-    from peft import LoraConfig
-
-    blocks = blocks_of(model)
-    run = list(range(len(blocks)))
+    run = list(range(len(blocks_of(model))))
     if jigsaw.is_truncated and jigsaw.distillation_layer_index is not None:
         run = run[: run[jigsaw.distillation_layer_index] + 1]
-    return LoraConfig(
-        **lora_settings(lora),
-        target_modules=chosen_modules(lora, [blocks[n] for n in run]),
-        layers_to_transform=run,
-        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in blocks[0].modules()),
-        task_type="CAUSAL_LM",
-    )
+    return lora_in_blocks(model, lora, run)
 
 
 def _check_adapter(model: Any) -> None:

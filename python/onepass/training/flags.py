@@ -121,6 +121,17 @@ class Flags:
     def __getitem__(self, kind: type[T]) -> T:
         return next(value for value in self.values if isinstance(value, kind))
 
+    def prefer(self, values: Mapping[str, Any]) -> None:
+        """Take these, by name, where nothing was given."""
+        for name, value in values.items():
+            if name in self.given:
+                continue
+            owner = next((v for v in self.values if hasattr(v, name)), None)
+            if owner is None:
+                self.overrides[name] = value
+            else:
+                setattr(owner, name, value)
+
     def as_dict(self) -> dict[str, Any]:
         """All flags by name, less secrets."""
         named = {f.name: getattr(v, f.name) for v in self.values for f in fields(v)}

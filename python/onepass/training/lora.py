@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .flags import LoraFlags
+from .hidden_states import blocks_of
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def lora_in_blocks(
+    model: nn.Module, lora: LoraFlags, numbers: Sequence[int] | None = None, **others: Any
+) -> LoraConfig:
+    """LoRA on the linear layers of the blocks with these numbers (default: all); `others` go to
+    peft's LoraConfig as they are."""
+    from peft import LoraConfig
+
+    blocks = blocks_of(model)
+    numbers = range(len(blocks)) if numbers is None else numbers
+    settings = {
+        "target_modules": chosen_modules(lora, [blocks[n] for n in numbers]),
+        "layers_to_transform": list(numbers),
+        "fan_in_fan_out": any(type(m).__name__ == "Conv1D" for m in blocks[0].modules()),
+        "task_type": "CAUSAL_LM",
+    }
+    return LoraConfig(**lora_settings(lora), **settings | others)
 
 
 def lora_settings(lora: LoraFlags) -> dict[str, Any]:

@@ -8,6 +8,7 @@ and until it does the one before is there. Others removed from here are renamed 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -26,6 +27,11 @@ from .flags import Flags, RunFlags
 PROGRAM, SCHEMA = "onepass train", 1
 RUN, METRICS, SUMMARY, CURVES = "run.json", "metrics.jsonl", "summary.json", "curves.png"
 STATE = "trainer_state.json"
+TOKENIZER = (  # what save_pretrained of one may write
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "tokenizer.model"),
+    *("spiece.model", "sentencepiece.bpe.model"),
+)
 DISCARDED, PARTIAL = ".discarded-", ".partial-"
 # What a resumed run may be told anew: it changes no parameter. Not max_steps: the learning rate
 # and the coefficients are schedules over it.
@@ -36,6 +42,16 @@ FREE = frozenset(
     " log_level_replica disable_tqdm dataloader_num_workers dataloader_pin_memory"
     " dataloader_prefetch_factor skip_memory_metrics".split()
 )
+
+
+def digest(raw: bytes) -> str:
+    """What tells contents apart."""
+    return hashlib.sha256(raw).hexdigest()[:16]
+
+
+def fingerprints(files: Mapping[str, str | Path | None]) -> dict[str, str]:
+    """A digest of each file that is named, so that a resumed run is known to read the same."""
+    return {name: digest(Path(f).read_bytes()) for name, f in files.items() if f is not None}
 
 
 def is_main_process() -> bool:

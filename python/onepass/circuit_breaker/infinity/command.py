@@ -7,7 +7,6 @@ harmful ones. Imports nothing heavy before all that can be refused has been.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -28,7 +27,7 @@ from ...training.flags import (
     training_arguments,
 )
 from ...training.prompts import Prompt
-from ...training.run_folder import RunFolder, tell
+from ...training.run_folder import RunFolder, fingerprints, tell
 from ..command import PANELS as SHARED_PANELS
 from . import small
 from .arguments import CIRCUIT_BREAKER, InfinityArguments, scale_schedule
@@ -224,10 +223,10 @@ def _check_captions(prompts: Sequence[Prompt]) -> None:
             )
 
 
-def fingerprints(sides: Sides) -> dict[str, str]:
-    """A digest of each file, so that a resumed run is known to read the same."""
+def _fingerprints(sides: Sides) -> dict[str, str]:
+    """Of the files that were found under whatever name."""
     files = {"harmful": sides.circuit_breaker[0].file, "sanitized": sides.retain[0].file}
-    return {n: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for n, p in files.items()}
+    return fingerprints(files)
 
 
 def train(flags: Flags, run: RunFolder) -> int:
@@ -238,7 +237,7 @@ def train(flags: Flags, run: RunFolder) -> int:
     given = data.harmful_prompts_path is not None
     begin = partial(
         run.begin,
-        fingerprints(read_data(data, args.seed)) if given else {},
+        _fingerprints(read_data(data, args.seed)) if given else {},
         writes=(*ADAPTER, WEIGHTS, SETTINGS, SAMPLES, README, small.MODEL, small.DATA),
     )
     makes_something = model.model is None or not given
