@@ -104,6 +104,7 @@ def main(rank: int, rendezvous: str, answers: str) -> None:
         except Exception:
             said = traceback.format_exc()
         Path(answers, f"{name}.{rank}").write_text(said, encoding="utf-8")
+    dist.barrier()  # who is left behind by the other may wait in gloo for ever
     dist.destroy_process_group()
 
 
