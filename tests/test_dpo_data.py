@@ -182,6 +182,29 @@ def test_conversations_go_through_the_chat_template() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_template_may_go_on_after_its_eos() -> None:
+    """As ChatML does, with a line break."""
+    turns = {"prompt": [USER], "chosen": [FOUR], "rejected": [FIVE]}
+    for template, ends in ((CHAT.replace("</s>", "</s>\n"), "four</s>\n"),
+                           (CHAT.replace("</s>", "\n"), "four\n</s>")):  # fmt: skip
+        [item] = dataset([turns], template).items
+        assert text([i for i in item["chosen_labels"] if i != -100]) == ends
+
+
+def test_pairs_that_are_equal_once_cut_are_left_out_and_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    alike = {"prompt": "01", "chosen": "abcdefg", "rejected": "abcdefh"}
+    with caplog.at_level(logging.WARNING, "onepass"):
+        found = dataset([alike, PAIR | {"prompt": "0"}, alike], max_length=8, max_prompt_length=2)
+    assert len(found) == 1 and found.n_equal == 2 and found.n_cut == 3
+    assert text(found[0]["prompt_input_ids"]) == "0"
+    assert "3 of 3 pairs are longer" in caplog.text
+    assert "2 pairs are left out" in caplog.text and "the first: row 1" in caplog.text
+    with pytest.raises(ValueError, match="row 1: chosen and rejected are equal in their first"):
+        dataset([alike], max_length=8)
+
+
 def test_an_empty_prompt_is_the_bos_token() -> None:
     [item] = dataset([{"prompt": "", "chosen": "a", "rejected": "b"}]).items
     assert item["chosen_input_ids"][0] == tokenizer().bos_token_id
@@ -201,6 +224,7 @@ CUTS: list[tuple[dict[str, Any], str, str, str]] = [
     ({"max_length": 16, "truncation_mode": "keep_start"}, "01234567", "ab</s>", "cdefgh</s>"),
     ({"max_length": 10, "max_prompt_length": 4}, "6789", "ab</s>", "cdefgh"),
     ({"max_length": 4}, "89", "ab", "cd"),
+    ({"max_length": 12, "max_prompt_length": 11}, "0123456789", "ab", "cd"),
     ({"max_length": None}, "0123456789", "ab</s>", "cdefgh</s>"),
 ]
 

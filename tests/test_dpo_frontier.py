@@ -21,7 +21,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 from onepass.dpo import frontier  # noqa: E402
-from onepass.dpo.frontier import Point, points_of, train_tokens  # noqa: E402
+from onepass.dpo.frontier import Point, check_losses, points_of, train_tokens  # noqa: E402
 from onepass.training.flags import RunFlags, parse  # noqa: E402
 from support import tiny_reward  # noqa: E402
 
@@ -32,7 +32,7 @@ SMALLEST = (
     *("--pairs_per_prompt", "4", "--max_steps", "2", "--learning_rate", "0.01", "--use_cpu"),
     *("--losses", "sigmoid,hinge:0.5:1", "--betas", "0.1", "--seed", "1"),
 )
-NAMES = ["hinge-beta0.5", "hinge-beta1", "sigmoid-beta0.1"]
+NAMES = ["hinge-beta0.5", "hinge-beta1.0", "sigmoid-beta0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,10 @@ def test_each_loss_at_each_beta_or_at_its_own() -> None:
         *(Point("ipo", 0.1), Point("ipo", 0.5)),
     ]
     assert len({point.name for point in points}) == 6
-    assert points_of(["sigmoid", "sigmoid:0.1"], ["0.1"]) == [Point("sigmoid", 0.1)]
+    points = points_of(["jsd", "Sigmoid:0.1:0.10000001", "JSD"], ["0.1"])
+    found = check_losses(points, alpha=0.5)
+    assert found == [Point("JSD", 0.1), Point("sigmoid", 0.1), Point("sigmoid", 0.10000001)]
+    assert len({point.name for point in found}) == 3
     for losses, betas in ((["sigmoid"], ["x"]), (["sigmoid:0"], ["1"]), (["hinge"], ["-1"])):
         with pytest.raises(UsageError, match="wanted a number above 0"):
             points_of(losses, betas)
@@ -160,13 +163,13 @@ def test_killed_between_points_it_goes_on(
     assert first.is_file(), told
     known = {file: file.read_bytes() for file in (first, out / "pairs.jsonl", out / "start.json")}
     points = out / "points"
-    assert not (points / "hinge-beta1").exists()
+    assert not (points / "hinge-beta1.0").exists()
 
     code = main([*arguments(files, out)])
     table, told = capsys.readouterr()
     assert code == 0, told
     assert "1 of 3: sigmoid, beta 0.1: there already" in told
-    assert trained == ["hinge-beta0.5", "hinge-beta1"]
+    assert trained == ["hinge-beta0.5", "hinge-beta1.0"]
     assert all(file.read_bytes() == content for file, content in known.items())
 
     facts = json.loads((out / "frontier.json").read_text())
@@ -179,7 +182,7 @@ def test_killed_between_points_it_goes_on(
         assert point["token_entropy"] > 0 and point["reward_error"] >= 0
     assert (out / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in points.iterdir() if path.is_dir()) == NAMES
-    assert (points / "hinge-beta1" / "adapter" / "adapter_config.json").is_file()
+    assert (points / "hinge-beta1.0" / "adapter" / "adapter_config.json").is_file()
     rows = [line.split()[:2] for line in table.splitlines()[-3:]]
     assert rows == [["sigmoid", "0.1"], ["hinge", "0.5"], ["hinge", "1"]]
 

@@ -70,7 +70,7 @@ def test_is_the_sum_over_the_tokens_that_count(lazy: bool) -> None:
         got = sequence_logps(logits, labels, want=WANT)
     assert isinstance(got, SequenceLogps)
     assert got.lengths.tolist() == [last - first for first, last in KEPT]
-    for fact, value in zip(("logp", *WANT), (got.logps, *got[2:]), strict=True):
+    for fact, value in zip(("logp", *WANT), (got.logps, *got[2:-1]), strict=True):
         assert value is not None and value.requires_grad == (fact == "logp"), fact
         expected = torch.stack([row[fact].sum() for row in rows])
         torch.testing.assert_close(value.detach().to(expected), expected, msg=fact)
@@ -78,7 +78,7 @@ def test_is_the_sum_over_the_tokens_that_count(lazy: bool) -> None:
 
     with onepass.strict():
         mean = sequence_logps(logits, labels, average=True)
-    assert mean[2:] == (None,) * 4
+    assert mean[2:] == (None,) * 5
     torch.testing.assert_close(mean.logps, got.logps / got.lengths)
 
 
@@ -102,11 +102,15 @@ def test_lazy_equals_plain(
                 logits, labels, weights=weights, average=average, want=want, impl=impl
             )
         leaves = [hidden] if frozen else [hidden, weight]
-        grads = torch.autograd.grad((got.logps * upstream).sum(), leaves)
+        total = (got.logps * upstream).sum()
+        if weighted:  # without the weights in the same pass, as for sft beside LD-DPO
+            assert got.unweighted is not None
+            total = total + (got.unweighted * upstream.flip(0)).sum()
+        grads = torch.autograd.grad(total, leaves)
         return [t.detach() for t in got if t is not None], list(grads)
 
     (values, grads), (expected, expected_grads) = run(True), run(False)
-    assert len(values) == 2 + len(want)
+    assert len(values) == 2 + len(want) + weighted
     assert all(float(grad.abs().sum()) > 0 for grad in grads)
     for got, wanted in zip([*values, *grads], [*expected, *expected_grads], strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)

@@ -14,7 +14,15 @@ from torch import Tensor
 
 import onepass.dpo
 from onepass.dpo import check_loss
-from onepass.dpo.losses import DIVERGENCES, LINKS, LOSS_TYPES, NOTEBOOK, OF_SCORES, SORTING
+from onepass.dpo.losses import (
+    DIVERGENCES,
+    LINKS,
+    LOSS_TYPES,
+    NOTEBOOK,
+    OF_SCORES,
+    SMOOTHED,
+    SORTING,
+)
 
 dpo_loss: Any = onepass.dpo.dpo_loss  # called with lists and dicts of arguments
 BETA, EPS, A, TAU = 0.7, 0.1, 0.4, 0.05
@@ -124,13 +132,18 @@ def transcribed(
     return out
 
 
+def smoothing(name: str) -> dict[str, float]:
+    """For the losses that take it."""
+    return {"label_smoothing": EPS} if name in (*SMOOTHED, *NOTEBOOK) else {}
+
+
 def options(name: str, divergence: str = "reverse_kl", n: int = 5) -> dict[str, Any]:
     return {
         "loss_type": name,
         "f_divergence": divergence,
         "beta": BETA,
-        "label_smoothing": EPS,
         "alpha": A,
+        **smoothing(name),
         **lengths(n),
     }
 
@@ -201,8 +214,9 @@ def test_identities() -> None:
         theirs = losses_of("alpha", f_alpha_divergence_coef=1 - a)
         close(losses_of("alpha", alpha=a), theirs)
     for name, divergence in NOTEBOOK.items():
-        close(losses_of(name), losses_of("sigmoid", f_divergence=divergence), rtol=0, atol=0)
-        close(losses_of("hinge", f_divergence=name), losses_of("hinge", f_divergence=divergence))
+        named: dict[str, Any] = {"f_divergence": divergence, "alpha": 1.0}
+        close(losses_of(name), losses_of("sigmoid", **named), rtol=0, atol=0)
+        close(losses_of("hinge", f_divergence=name, alpha=1.0), losses_of("hinge", **named))
     close(losses_of("slic_hf") * BETA, losses_of("hinge", reference_free=True))
     close(losses_of("robust"), losses_of("sigmoid"))
     one: dict[str, Any] = {"chosen_lengths": torch.ones(5), "rejected_lengths": torch.ones(5)}
@@ -218,7 +232,7 @@ def test_names_of_the_notebook_in_any_case(name: str) -> None:
     expected = losses_of(name)
     for spelled in (name.lower(), name.upper(), name.title()):
         assert torch.equal(losses_of(spelled), expected)
-        assert torch.equal(losses_of("sigmoid", f_divergence=spelled), expected)
+        assert torch.equal(losses_of("sigmoid", f_divergence=spelled, alpha=1.0), expected)
     assert torch.equal(losses_of("Sigmoid"), losses_of("sigmoid"))
 
 
@@ -255,7 +269,7 @@ def test_reference_free() -> None:
     pw, pl, qw, ql = logps()
     zero = torch.zeros_like(pw)
     for name in LOSS_TYPES:
-        settings = {"loss_type": name, "beta": BETA, "label_smoothing": EPS, **lengths()}
+        settings = {"loss_type": name, "beta": BETA, **smoothing(name), **lengths()}
         expected = dpo_loss(pw, pl, zero, zero, **settings)
         for got in (
             dpo_loss(pw, pl, qw, ql, True, **settings),
@@ -291,7 +305,7 @@ def test_a_wrong_pair_still_pulls() -> None:
     for name in ("sigmoid", "hinge", "ipo", "JSD", "RKL", "robust", "discopop", "sppo_hard"):
         leaves = [torch.tensor([-200.0], requires_grad=True), torch.tensor([200.0])]
         zero = torch.zeros(1)
-        dpo_loss(*leaves, zero, zero, loss_type=name, label_smoothing=0.1).losses.backward()
+        dpo_loss(*leaves, zero, zero, loss_type=name, **smoothing(name)).losses.backward()
         assert leaves[0].grad is not None and float(leaves[0].grad) < 0, name
 
 
@@ -318,7 +332,7 @@ def test_half_precision_is_computed_in_float32() -> None:
 def test_no_pairs() -> None:
     none = [torch.zeros(0)] * 4
     for name in LOSS_TYPES:
-        assert losses_of(name, none, label_smoothing=EPS, **lengths(0)).shape == (0,)
+        assert losses_of(name, none, **smoothing(name), **lengths(0)).shape == (0,)
 
 
 # ---------------------------------------------------------------- mixtures and weights
@@ -377,6 +391,12 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"loss_type": ["hinge", "ipo"], "loss_weights": [1.0]}, ValueError, "^loss_weights must hold"),
     ({"loss_weights": [-1.0]}, ValueError, "^loss_weights must be finite and at least 0"),
     ({"loss_weights": 1.0}, TypeError, "^loss_weights must be a list"),
+    (
+        {"loss_type": ["hinge", "ipo"], "label_smoothing": 0.1},
+        ValueError,
+        "^label_smoothing is of sigmoid, .* alone: got 0.1 for hinge, ipo; leave it out",
+    ),
+    ({"f_divergence": "alpha"}, ValueError, "^alpha must be a number for f_divergence 'alpha'"),
     ({"loss_type": "exo_pair"}, ValueError, "^label_smoothing must be above 0 for exo_pair"),
     ({"loss_type": "FKL", "f_divergence": "JSD"}, ValueError, "^loss_type 'FKL' is .*leave one"),
     ({"discopop_tau": 0.0}, ValueError, "^discopop_tau must be above 0"),
@@ -395,10 +415,10 @@ def test_options_that_do_not_fit(given: Any, error: Any, said: str) -> None:
 @pytest.mark.parametrize("name", [name for name in LINKS if name not in OF_SCORES])
 def test_losses_without_f_divergence(name: str, divergence: str) -> None:
     with pytest.raises(ValueError, match=f"'{name}' has no f-divergence, since its partition"):
-        check_loss(name, f_divergence=divergence)
+        check_loss(name, f_divergence=divergence, alpha=A)
     check_loss(name, f_divergence="reverse_kl")
     with pytest.raises(ValueError, match=name):
-        check_loss(["hinge", name], f_divergence=divergence)
+        check_loss(["hinge", name], f_divergence=divergence, alpha=A)
 
 
 @pytest.mark.parametrize("name", SORTING)

@@ -238,6 +238,26 @@ def test_the_draws_are_those_of_the_model(model: Any) -> None:
     assert float((found - p).abs().max()) < 5 * float((p * (1 - p) / n).sqrt().max())
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_models_own_settings_do_not_count(files: Path, adapted: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    own = AutoModelForCausalLM.from_pretrained(files / "model").eval()
+    if adapted:
+        own = get_peft_model(own, LoraConfig(target_modules=["q_proj"])).eval()
+    sampling = Sampling(num_answers=4, max_new_tokens=8)
+    plain = sample_answers(own, tokenizer(), ["the old"], sampling)
+    settings = GenerationConfig(
+        repetition_penalty=3.0, min_p=0.9, no_repeat_ngram_size=1, do_sample=True, eos_token_id=2
+    )
+    own.generation_config = settings
+    if adapted:
+        own.get_base_model().generation_config = settings
+    assert sample_answers(own, tokenizer(), ["the old"], sampling) == plain
+    assert own.generation_config is settings
+
+
 # -- the command ------------------------------------------------------------------------------
 
 

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from onepass import LazyLogits, strict
 from onepass.demo import train
-from onepass.dpo import DPOArguments, DPOTrainer, MyDPOTrainer, PreferenceDataset
+from onepass.dpo import (
+    DPOArguments,
+    DPOTrainer,
+    MyDPOTrainer,
+    PreferenceDataset,
+    sequence_logps,
+)
 from onepass.dpo.trainer import without_dropout
 from support.tiny_dpo import arguments, pairs, trainer
 from support.tiny_language_model import model, tokenizer
@@ -219,6 +225,18 @@ def test_precomputed_is_on_the_fly(tmp_path: Path, rank: int, loss: str) -> None
         ahead.evaluate(pairs()[:2])
 
 
+@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "whole"])
+def test_precomputed_under_bf16_is_the_policy_at_the_start(tmp_path: Path, rank: int) -> None:
+    ours = trainer(
+        tmp_path, rank=rank, bf16=True, max_steps=1, logging_steps=1, learning_rate=0.0,
+        per_device_train_batch_size=6, of={"precompute_ref_log_probs": True},
+    )  # fmt: skip
+    ours.train()
+    [line] = logged(ours)
+    assert line["rewards/chosen"] == line["rewards/rejected"] == 0
+    assert line["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_without_a_reference_rewards_are_of_the_policy_alone(tmp_path: Path) -> None:
     ours = trainer(tmp_path, dpo=DPOArguments(reference_free=True), rank=0)
     ours.train()
@@ -243,6 +261,15 @@ def test_dropout_is_off_in_both_or_in_the_reference_alone(tmp_path: Path) -> Non
     assert any(isinstance(m, torch.nn.Dropout) and m.p for m in base.modules())
     without_dropout(base)
     assert not any(isinstance(m, torch.nn.Dropout) and m.p for m in base.modules())
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 16, "ffn_dim": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    opt = OPTForCausalLM(
+        OPTConfig(vocab_size=50, word_embed_proj_dim=16, dropout=0.5, layerdrop=0.5, **sizes)
+    ).train()
+    without_dropout(opt)  # a functional one, of a rate that a module keeps
+    ids = torch.arange(20)[None]
+    assert torch.equal(opt(ids).logits, opt(ids).logits)
     lora = trainer(tmp_path, of={"disable_dropout": False})
     lora.train()
     assert any(isinstance(m, torch.nn.Dropout) and m.p for m in lora.model.modules())
@@ -328,11 +355,34 @@ def test_logs_have_the_names_of_trl(tmp_path: Path) -> None:
     found = ours.evaluate()
     assert {f"eval_{name}" for name in METRICS} <= set(found)
     assert "eval_num_tokens" not in found
-    whole = ours.get_batch_loss_metrics(ours.model.eval(), ours.data_collator(
+    whole: Any = ours.get_batch_loss_metrics(ours.model.eval(), ours.data_collator(
         ours.eval_dataset.items), "eval")[1]  # fmt: skip
-    for name in ("rewards/margins", "logps/chosen", "rewards/accuracies"):  # batches of 4 and 1
+    for name in METRICS:  # of batches of 4 and 1
         assert found[f"eval_{name}"] == pytest.approx(float(whole[f"eval_{name}"]), rel=1e-4)
-    assert "test_rewards/margins" in ours.predict(ours.eval_dataset).metrics
+    assert found["eval_loss"] == pytest.approx(float(whole.losses.mean()), rel=1e-5)
+    predicted = ours.predict(pairs()[:5])
+    assert predicted.metrics["test_rewards/margins"] == pytest.approx(
+        found["eval_rewards/margins"], rel=1e-5
+    )
+    assert predicted.predictions.keys() == METRICS | {"loss"}
+    torch.testing.assert_close(torch.tensor(predicted.predictions["loss"]), whole.losses)
+
+
+def test_metrics_of_a_subclass_and_training_without_logs(tmp_path: Path) -> None:
+    class Own(DPOTrainer):
+        def get_batch_loss_metrics(self, *args: Any) -> Any:
+            loss, metrics = super().get_batch_loss_metrics(*args)
+            before = "eval_" if args[-1] == "eval" else ""
+            return loss, {before + "three": torch.tensor(3.0)}
+
+    ours = trainer(
+        tmp_path, kind=Own, logging_strategy="no", max_steps=3, of={"eval_dataset": pairs()[:5]}
+    )
+    ours.train()
+    [totals] = ours._totals.values()  # and not one for each step
+    assert totals.shape == (2, 1) and torch.equal(totals[0], 3 * totals[1])
+    assert ours.evaluate()["eval_three"] == 3.0
+    assert ours._count_tokens() > 0 and ours._seen == 0
 
 
 def test_evaluation_takes_rows_and_leaves_no_trace(tmp_path: Path) -> None:
@@ -396,7 +446,9 @@ def test_bf16_autocast_and_checkpointing_train_without_logits(tmp_path: Path) ->
 # -- options ----------------------------------------------------------------------------------
 
 
-def test_the_length_of_an_answer_may_weigh_less(tmp_path: Path) -> None:
+def test_the_length_of_an_answer_may_weigh_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full, none = (
         moved(trainer(tmp_path / str(a), dpo=DPOArguments(ld_alpha=a))) for a in (1.0, 0.0)
     )
@@ -419,9 +471,17 @@ def test_the_length_of_an_answer_may_weigh_less(tmp_path: Path) -> None:
     mixed = moved(trainer(tmp_path / "mixed", dpo=both))
     chosen = plain.concatenated_forward(plain.model, found)[0]
     n = (found["chosen_labels"] != -100).sum()
+    calls = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(torch.is_grad_enabled())
+        return sequence_logps(*args, **kwargs)
+
+    monkeypatch.setattr("onepass.dpo.trainer.sequence_logps", noted)
     with strict():
         loss = mixed.compute_loss(mixed.model, found)
     torch.testing.assert_close(loss, -chosen.sum() / n)
+    assert calls == [True, False]  # one pass of the policy, one of the reference
 
 
 def test_pairs_may_weigh_by_their_likelihood(tmp_path: Path) -> None:
@@ -519,7 +579,21 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("mixup", {"dpo_args": DPOArguments(ref_model_mixup_alpha=2)}, "from 0 to 1"),
     ("weighted sort", {"dpo_args": DPOArguments(loss_type=["aot"], use_weighting=True)},
      "sorts the batch"),
-    ("sync of an adapter", {"dpo_args": DPOArguments(sync_ref_model=True)}, "does not move"),
+    ("sync of an adapter", {"dpo_args": DPOArguments(sync_ref_model=True)},
+     "wanted a model without an adapter"),
+    ("sync of an adapter and a model",
+     {"dpo_args": DPOArguments(sync_ref_model=True), "ref_model": model(2)},
+     "wanted a model without an adapter"),
+    ("sync and columns",
+     {"dpo_args": DPOArguments(sync_ref_model=True), "peft_config": None,
+      "train_dataset": [{**pairs()[0], "ref_chosen_logps": -1, "ref_rejected_logps": -2}]},
+     "so that no reference runs that could follow"),
+    ("metrics", {"compute_metrics": lambda found: {}}, "compute_metrics: pairs have no"),
+    ("loss function", {"compute_loss_func": lambda *a, **k: 0}, "compute_loss_func: pairs have no"),
+    ("no length", {"dpo_args": DPOArguments(max_length=None, max_prompt_length=8)},
+     "max_prompt_length: got 8 without max_length"),
+    ("no alpha", {"f_divergence_type": "alpha_divergence"}, "alpha must be a number for f_diverg"),
+    ("smoothed hinge", {"label_smoothing": 0.1, "loss_type": "hinge"}, "of sigmoid, sigmoid_norm"),
     ("sync and precompute", {"dpo_args": DPOArguments(sync_ref_model=True,
                                                       precompute_ref_log_probs=True)},
      "wanted a reference that runs"),

@@ -338,7 +338,7 @@ def save(
     from ..training.card import model_card
 
     used = replace(lorra, target_layers=",".join(map(str, trainer.rerouting.target_layers)))
-    state = trainer.accelerator.get_state_dict(trainer.model)  # whole, of a sharded model too
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, also if sharded
     if not run.is_main:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)

@@ -40,7 +40,7 @@ class DPOArguments:
     )
     use_weighting: bool = flag(False, "weight pairs by their likelihood (WPO)", advanced=True)
     discopop_tau: float = flag(0.05, "temperature of discopop", advanced=True)
-    alpha: float | None = flag(None, "of alpha_divergence (default: 1)")
+    alpha: float | None = flag(None, "of alpha_divergence (with --loss_type alpha: 1)")
     max_prompt_length: int | None = flag(
         None, "tokens of a prompt whose pair is too long (default: half)"
     )
@@ -106,6 +106,11 @@ class DPOArguments:
         prompt = self.max_prompt_length
         if prompt is not None and prompt < 1:
             raise ValueError(f"max_prompt_length: got {prompt}, wanted a number from 1 on")
+        if prompt is not None and self.max_length is None:
+            raise ValueError(
+                f"max_prompt_length: got {prompt} without max_length, beyond which alone prompts"
+                " are cut: give both"
+            )
         if prompt is not None and self.max_length is not None and prompt >= self.max_length:
             raise ValueError(
                 f"max_prompt_length: got {prompt}, wanted less than max_length, {self.max_length}:"

@@ -285,7 +285,7 @@ def _train(
     if not all(map(math.isfinite, before.values())):
         raise Failed("--model: its outputs on this data are not finite: it is damaged")
     fit(trainer, run)
-    save(run, trainer, tokenizer, flags, dpo)
+    save_weights(run, trainer, tokenizer, adapter.use_peft)
     after = measured_now()
     if not all(map(math.isfinite, after.values())):
         raise Failed("the training ended with outputs that are not finite: lower --learning_rate")
@@ -297,6 +297,7 @@ def _train(
     title = "Held-out pairs" if "val" in pairs else "The training pairs (no validation)"
     cut = {"train": [dataset.n_cut, dataset.n_cut_tokens]}
     cut["measured"] = [measured.n_cut, measured.n_cut_tokens]
+    equal = {"train": dataset.n_equal, "measured": measured.n_equal}
     write_summary(
         run,
         f"{title}: before the training, where policy and reference are one, and after",
@@ -306,9 +307,10 @@ def _train(
         after=after,
         n_pairs={"train": len(dataset), "measured": len(measured)},
         cut_pairs_and_tokens=cut,
+        left_out_as_equal=equal,
         base_model=flags[ModelFlags].model_name_or_path,
     )
-    save(run, trainer, tokenizer, flags, dpo, {row[0]: row[2] for row in rows})
+    save_card(run, tokenizer, flags, dpo, {row[0]: row[2] for row in rows})
     made = ADAPTER if adapter.use_peft else MODEL
     push(run, trainer, (f"{made}/*", *FILES, *TOKENIZER))
     tell(f"wrote {run.path}: {made}/, {', '.join(FILES)}")
@@ -324,25 +326,15 @@ def _shown(name: str, value: float) -> str:
     return f"{value:.1%}" if name in SHARES else f"{value:.3f}"
 
 
-def save(
-    run: RunFolder,
-    trainer: Any,
-    tokenizer: Any,
-    flags: Flags,
-    dpo: DPOArguments,
-    results: dict[str, str] | None = None,
-) -> None:
-    """adapter/ as PEFT keeps it, or model/; the tokenizer and the card."""
-    from ..training.card import model_card
-
-    uses_peft = flags[AdapterFlags].use_peft
-    state = trainer.accelerator.get_state_dict(trainer.model)  # whole, of a sharded model too
+def save_weights(run: RunFolder, trainer: Any, tokenizer: Any, uses_peft: bool) -> None:
+    """adapter/ as PEFT keeps it, or model/."""
+    # whole, of a sharded model too
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not run.is_main:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
-    base = flags[ModelFlags].model_name_or_path or ""
 
-    def write_weights(folder: Path) -> None:
+    def write(folder: Path) -> None:
         if uses_peft:
             model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled form
@@ -350,7 +342,18 @@ def save(
             model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
 
-    run.save(write_weights, ADAPTER if uses_peft else MODEL)
+    run.save(write, ADAPTER if uses_peft else MODEL)
+
+
+def save_card(
+    run: RunFolder, tokenizer: Any, flags: Flags, dpo: DPOArguments, results: dict[str, str]
+) -> None:
+    """README.md, and the tokenizer."""
+    from ..training.card import model_card
+
+    if not run.is_main:
+        return
+    uses_peft = flags[AdapterFlags].use_peft
     loads = (
         f"`PeftModel.from_pretrained(base_model, folder + '/{ADAPTER}')`"
         if uses_peft
@@ -358,13 +361,13 @@ def save(
     )
     card = model_card(
         "DPO",
-        base_model=base,
+        base_model=flags[ModelFlags].model_name_or_path or "",
         tags=["dpo", "preference-optimization"],
         text="A language model trained on pairs of a chosen and a rejected answer (Rafailov et al."
         " 2023, arXiv 2305.18290; divergences after Wang et al. 2023, arXiv 2309.16240). Load it"
         f" with {loads}.",
         facts={
-            "held-out pairs": results or {},
+            "held-out pairs": results,
             "loss and data": asdict(dpo),
             "adapter": asdict(flags[AdapterFlags]) if uses_peft else {},
         },

@@ -48,10 +48,13 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
     prompt_attention_mask as lists, and the two log-probabilities where the rows have them. Prompt
     and answers are tokenized apart, without special tokens; an answer ends with the EOS token, and
     an empty prompt is the BOS token. Of a pair longer than `max_length` the prompt is cut to
-    `max_prompt_length`, then the answers to what is left, and a line tells how much was.
+    `max_prompt_length`, then the answers to what is left, and a line tells how much was. Pairs
+    whose answers are then equal are left out, which a line tells too. Answers of conversations end
+    as the chat template ends them, with the EOS token where that has none.
 
     Attributes:
         n_cut, n_cut_tokens: pairs, and tokens of them, that were cut.
+        n_equal: pairs that are left out.
 
     Raises:
         ValueError: a row that is no pair, by its number.
@@ -85,20 +88,39 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
             for part in ("prompt", *SIDES)
         }
         self.items: list[dict[str, Any]] = []
+        kept: list[str] = []
+        equal: list[str] = []
         self.n_cut = self.n_cut_tokens = 0
         for n, row in enumerate(rows):
             prompt = list(ids["prompt"][n]) or _beginning(tokenizer, places[n])
-            answers = {side: _ended(list(ids[side][n]), tokenizer) for side in SIDES}
+            is_text = isinstance(pairs[n]["chosen"], str)
+            answers = {side: _ended(list(ids[side][n]), tokenizer, is_text) for side in SIDES}
             prompt, answers = self._cut(prompt, answers, dpo)
+            if answers["chosen"] == answers["rejected"]:
+                equal.append(places[n])
+                continue
             item = self._item(prompt, answers)
             if row.get(REFERENCE[0]) is not None:
                 item |= {key: float(row[key]) for key in REFERENCE}
             self.items.append(item)
+            kept.append(places[n])
         with_reference = [REFERENCE[0] in item for item in self.items]
         if any(with_reference) and not all(with_reference):
-            place = places[with_reference.index(False)]
+            place = kept[with_reference.index(False)]
             raise ValueError(f"{place}: no {REFERENCE[0]!r}, but other pairs have it")
+        self.n_equal = len(equal)
+        if not self.items:
+            raise ValueError(
+                f"{equal[0]}: chosen and rejected are equal in their first tokens, which are all"
+                f" that max_length={dpo.max_length} leaves, as in all other pairs"
+            )
         self._tell_cuts(dpo)
+        if equal:
+            logger.warning(
+                "%d pairs are left out, whose answers are equal as token ids once they are cut (the"
+                " first: %s)",
+                *(len(equal), equal[0]),
+            )
         if tokenizer.eos_token_id is None:
             logger.info("the tokenizer has no EOS token: answers end without one")
 
@@ -123,7 +145,7 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
         before = len(prompt) + sum(map(len, answers.values()))
         prompt = prompt[-at_most:] if dpo.truncation_mode == "keep_end" else prompt[:at_most]
         if len(prompt) + answer > longest:
-            answers = {side: ids[: longest - at_most] for side, ids in answers.items()}
+            answers = {side: ids[: longest - len(prompt)] for side, ids in answers.items()}
         self.n_cut += 1
         self.n_cut_tokens += before - len(prompt) - sum(map(len, answers.values()))
         return prompt, answers
@@ -145,7 +167,7 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
             logger.warning(
                 "%d of %d pairs are longer than max_length=%s: %d tokens are left out, of prompts"
                 " beyond %s at their %s, then of answers at their end",
-                *(self.n_cut, len(self), dpo.max_length, self.n_cut_tokens),
+                *(self.n_cut, len(self) + self.n_equal, dpo.max_length, self.n_cut_tokens),
                 *(dpo.longest_prompt, end),
             )
 
@@ -192,9 +214,11 @@ def _beginning(tokenizer: Any, place: str) -> list[int]:
     return found[:1]
 
 
-def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+def _ended(ids: list[int], tokenizer: Any, is_text: bool) -> list[int]:
+    """With the EOS token at the end; a chat template may write a line break after its own."""
     end = tokenizer.eos_token_id
-    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+    has_it = ids[-1:] == [end] if is_text else end in ids
+    return ids if end is None or has_it else [*ids, end]
 
 
 class PreferenceCollator:

@@ -97,7 +97,7 @@ class FrontierFlags:
     data: str | None = flag(None, "pairs (default: made of the model's answers)", metavar="FILE")
     losses: list[str] = flag(LOSSES, "--loss_type's; hinge:0.1:1 has betas of its own")
     betas: list[str] = flag(["0.05", "0.1", "0.5"], "how much the reference holds")
-    alpha: float | None = flag(None, "of the loss alpha (default: 1)")
+    alpha: float = flag(0.5, "of the loss alpha")
     num_eval_answers: int = flag(3, "to each prompt, of each trained model")
     fast: bool = flag(False, "a smaller model, where one is made here")
 
@@ -120,7 +120,7 @@ class Point(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.loss}-beta{self.beta:g}"
+        return f"{self.loss}-beta{self.beta!r}"
 
 
 def run_frontier(prog: str, summary: str, tokens: Sequence[str]) -> int:
@@ -128,7 +128,7 @@ def run_frontier(prog: str, summary: str, tokens: Sequence[str]) -> int:
     flags = _parse(prog, summary, tokens)
     prompts, reward, points = check(flags)
     folder = RunFolder(SYSTEM, flags)
-    check_losses(points, flags[FrontierFlags].alpha)
+    points = check_losses(points, flags[FrontierFlags].alpha)
     check_installed((*NEEDED, "accelerate", "matplotlib"))
     from ..cli.terminal import quiet_libraries
 
@@ -203,15 +203,23 @@ def check(flags: Flags) -> tuple[list[str], Reward, list[Point]]:
     return prompts, reward, points_of(own.losses, own.betas)
 
 
-def check_losses(points: Sequence[Point], alpha: float | None) -> None:
-    """UsageError for a loss that is none; loads torch."""
-    from .arguments import DPOArguments
+def check_losses(points: Sequence[Point], alpha: float) -> list[Point]:
+    """The points by their losses' own names, each once; loads torch.
 
+    Raises:
+        UsageError: a loss that is none.
+    """
+    from .arguments import DPOArguments
+    from .losses import loss_name
+
+    found = []
     for point in points:
         try:
             DPOArguments(beta=point.beta, loss_type=[point.loss], alpha=alpha).check()
         except (ValueError, TypeError) as error:
             raise UsageError(f"--{str(error).replace('loss_type', 'losses', 1)}") from error
+        found.append(Point(loss_name(point.loss), point.beta))
+    return list(dict.fromkeys(found))
 
 
 def points_of(losses: Sequence[str], betas: Sequence[str]) -> list[Point]:
@@ -234,7 +242,7 @@ def points_of(losses: Sequence[str], betas: Sequence[str]) -> list[Point]:
             points.append(Point(loss, beta))
     if not points:
         raise UsageError("--losses, --betas: got nothing, wanted at least one of each")
-    return list(dict.fromkeys(points))
+    return points
 
 
 # -- the work -----------------------------------------------------------------------------------
@@ -415,8 +423,7 @@ def train_tokens(flags: Flags) -> list[str]:
     values = {f.name: getattr(h, f.name) for h in holders for f in fields(h)}
     usual = {f.name: default_of(f) for h in holders for f in fields(h)} | DEFAULTS
     values = {n: v for n, v in values.items() if v != usual[n] and n not in NOT_PASSED}
-    if (alpha := flags[FrontierFlags].alpha) is not None:
-        values["alpha"] = alpha
+    values["alpha"] = flags[FrontierFlags].alpha
     for name, value in (values | flags.overrides).items():
         if isinstance(value, list):
             tokens += [f"--{name}", *map(str, value)] if value else []

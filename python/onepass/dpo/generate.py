@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from ..cli.terminal import progress_bar
+from ..training.hidden_states import without_adapter
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,28 @@ def padding_of(tokenizer: Any) -> int:
     return next(int(token) for token in found if token is not None)
 
 
+@contextlib.contextmanager
+def no_settings(model: Any) -> Iterator[None]:
+    """Without the settings that a model brings for its sampling (min_p, repetition_penalty, ...),
+    which transformers takes where a call says nothing; restored after."""
+    from transformers import GenerationConfig
+
+    before = {id(m): (m, m.generation_config) for m in (model, without_adapter(model))}
+    try:
+        for owner, _ in before.values():
+            owner.generation_config = GenerationConfig()
+        yield
+    finally:
+        for owner, config in before.values():
+            owner.generation_config = config
+
+
 @torch.no_grad()
 def sample_answers(
     model: Any, tokenizer: Any, prompts: Sequence[str], sampling: Sampling
 ) -> list[Answer]:
-    """`num_answers` to each prompt, in the order of the prompts.
+    """`num_answers` to each prompt, in the order of the prompts; drawn as `sampling` says and as
+    nothing else does, the model's own settings but its EOS tokens being left out.
 
     Raises:
         ValueError: a prompt that is too long.
@@ -93,7 +112,11 @@ def sample_answers(
     gpus = [model.device] if model.device.type == "cuda" else []
     training = model.training
     model.eval()
-    with torch.random.fork_rng(devices=gpus), progress_bar(len(rows), 0) as bar:
+    with (
+        torch.random.fork_rng(devices=gpus),
+        no_settings(model),
+        progress_bar(len(rows), 0) as bar,
+    ):
         bar.set_description("answers")
         bar.unit = ""
         torch.manual_seed(sampling.seed)

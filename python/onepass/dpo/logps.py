@@ -34,8 +34,8 @@ FACTS = {
 
 
 class SequenceLogps(NamedTuple):
-    """Of every sequence, [B] each; all but `logps` are detached, None where not asked for by
-    `want`, and sums over the tokens that count.
+    """Of every sequence, [B] each; all but log-probabilities are detached, None where `want` does
+    not ask for them, and sums over the tokens that count.
 
         logps        sum of (weighted) log p, or its mean
         lengths      tokens that count, int64
@@ -43,6 +43,7 @@ class SequenceLogps(NamedTuple):
         correct      tokens that are the likeliest one
         mean_logits  means over the vocabulary
         alignment    log p - log sum_v p_v^2 (see `wpo_weights`)
+        unweighted   logps without the weights, differentiable; None where there are none
     """
 
     logps: Tensor
@@ -51,6 +52,7 @@ class SequenceLogps(NamedTuple):
     correct: Tensor | None = None
     mean_logits: Tensor | None = None
     alignment: Tensor | None = None
+    unweighted: Tensor | None = None
 
 
 def sequence_logps(
@@ -102,9 +104,13 @@ def sequence_logps(
     )
     counts = labels != IGNORED
     lengths = counts.sum(-1)
-    logps = (stats.logp if weights is None else stats.logp * weights).sum(-1)
+    logps = stats.logp.sum(-1)
+    unweighted = None if weights is None else logps
+    if weights is not None:
+        logps = (stats.logp * weights).sum(-1)
     if average:
         logps = logps / lengths.clamp(min=1)
+        unweighted = None if unweighted is None else unweighted / lengths.clamp(min=1)
     entropy = correct = mean_logits = alignment = None
     if "entropy" in want:
         entropy = stats.entropy.detach().sum(-1)
@@ -114,7 +120,7 @@ def sequence_logps(
         mean_logits = stats.logit_sum.detach().sum(-1) / logits.shape[-1]
     if "alignment" in want:
         alignment = (stats.logp.detach() - stats.sum_sq_probs.detach()).sum(-1)
-    return SequenceLogps(logps, lengths, entropy, correct, mean_logits, alignment)
+    return SequenceLogps(logps, lengths, entropy, correct, mean_logits, alignment, unweighted)
 
 
 def predicted(rows: Tensor, last: float) -> Tensor:

@@ -199,6 +199,7 @@ LINKS: dict[str, Callable[[Pairs], Tensor]] = {
 }
 # The log partition function of an f-DPO policy cancels in a difference of scores, nowhere else.
 OF_SCORES = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft", "sigmoid_norm")
+SMOOTHED = ("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired")
 SORTING = ("aot", "aot_unpaired")  # a row of their losses is no longer that of a pair
 
 NOTEBOOK = {
@@ -255,10 +256,15 @@ def check_loss(
     if f_alpha_divergence_coef is not None:
         check_number("f_alpha_divergence_coef", f_alpha_divergence_coef)
     divergence = _named("f_divergence", f_divergence, _F_DIVERGENCES, F_DIVERGENCES)
+    if divergence == "alpha_divergence" and alpha is None and f_alpha_divergence_coef is None:
+        raise ValueError(
+            f"alpha must be a number for f_divergence {f_divergence!r}: got None; TRL takes 0.5, "
+            "the notebook 1"
+        )
     names = [loss_type] if isinstance(loss_type, str) else loss_type
     if not isinstance(names, Sequence) or not names:
         raise TypeError(f"loss_type must be a name, or a list of names: got {loss_type!r}")
-    names = [_named("loss_type", name, _LOSS_TYPES, LOSS_TYPES) for name in names]
+    names = [loss_name(name) for name in names]
     factors = [1.0] * len(names) if loss_weights is None else loss_weights
     if isinstance(factors, str) or not isinstance(factors, Sequence):
         raise TypeError(f"loss_weights must be a list of numbers: got {loss_weights!r}")
@@ -293,7 +299,21 @@ def check_loss(
                 "the weighting out"
             )
         terms.append(Term(link, own, float(factor)))
+    if label_smoothing and not any(term.link in SMOOTHED for term in terms):
+        raise ValueError(
+            f"label_smoothing is of {', '.join(SMOOTHED)} alone: got {label_smoothing} for "
+            f"{', '.join(names)}; leave it out"
+        )
     return tuple(terms)
+
+
+def loss_name(loss_type: str) -> str:
+    """The name of LOSS_TYPES for one in any case.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    return _named("loss_type", loss_type, _LOSS_TYPES, LOSS_TYPES)
 
 
 def _named(argument: str, value: object, known: dict[str, str], allowed: Sequence[str]) -> str:
@@ -338,9 +358,10 @@ def dpo_loss(
         loss_weights: a factor for each loss type.
         f_divergence: a name of F_DIVERGENCES; another than reverse_kl only where a loss is made of
             the difference of scores (OF_SCORES).
-        alpha: coefficient a of the alpha divergence as in the notebook; 1 (the forward KL) where
-            neither is given. 0 is the reverse KL, as a limit.
-        f_alpha_divergence_coef: the same in TRL's convention, 1 - a.
+        alpha: coefficient a of the alpha divergence as in the notebook, which wants this or the
+            next (1, as there, with loss_type "alpha"). 1 is the forward KL, 0, as a limit, the
+            reverse KL.
+        f_alpha_divergence_coef: the same in TRL's convention, 1 - a (0.5 is its default).
         label_smoothing: share of pairs whose preference is the wrong way round, in [0, 0.5); for
             sigmoid (and the notebook's names), sigmoid_norm, robust, exo_pair, aot, aot_unpaired.
         ipo_average: scores per token for ipo (TRL from 0.7.11 on), sums as they are otherwise.
@@ -413,8 +434,9 @@ def dpo_loss(
         _row("weights", weights, like)
         weights = weights.detach().to(dtype)
     chosen_ratios, rejected_ratios = policy[0] - reference[0], policy[1] - reference[1]
-    if alpha is None:
-        alpha = 1.0 if f_alpha_divergence_coef is None else 1 - f_alpha_divergence_coef
+    if f_alpha_divergence_coef is not None:
+        alpha = 1 - f_alpha_divergence_coef
+    a = 1.0 if alpha is None else float(alpha)
     pairs = Pairs(
         s_w=chosen_ratios,
         s_l=rejected_ratios,
@@ -433,7 +455,7 @@ def dpo_loss(
     for term in terms:
         score = DIVERGENCES[term.divergence]
         loss = LINKS[term.link](
-            pairs._replace(s_w=score(chosen_ratios, alpha), s_l=score(rejected_ratios, alpha))
+            pairs._replace(s_w=score(chosen_ratios, a), s_l=score(rejected_ratios, a))
         )
         loss = loss if term.weight == 1 else term.weight * loss
         losses = loss if losses is None else losses + loss

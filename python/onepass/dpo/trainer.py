@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from ..cli.terminal import progress_bar
 from ..heads import unwrapped
 from ..training.hidden_states import (
     adapter_off,
@@ -51,6 +53,22 @@ class Forward(_Forward):
     stats: SequenceLogps | None = None
 
 
+class Metrics(dict[str, Tensor]):
+    """Scalars by name as of old; `rows` are their sums and counts of every pair [2, names, B], and
+    `losses` [B]."""
+
+    rows: Tensor | None = None
+    losses: Tensor | None = None
+
+    def facts(self, n_pairs: int) -> Tensor:
+        """`rows`; of a subclass's own dict its scalars, alike for all pairs."""
+        if self.rows is not None:
+            return self.rows
+        values = torch.stack([torch.as_tensor(value).float() for value in self.values()])
+        values = values[:, None].expand(-1, n_pairs)
+        return torch.stack([values, torch.ones_like(values)])
+
+
 class DPOTrainer(Trainer):
     """Trains on pairs of a chosen and a rejected answer to a prompt.
 
@@ -78,7 +96,8 @@ class DPOTrainer(Trainer):
 
     Each log has rewards/{chosen,rejected,accuracies,margins}, logps/{chosen,rejected},
     logits/{chosen,rejected}, entropy and mean_token_accuracy as means since the last one, and
-    num_tokens since the beginning; `evaluate` has them of its data, with eval_ before them.
+    num_tokens since the beginning; `evaluate` has them of its data, with eval_ before them, and
+    `predict` those of every pair, in its predictions, by name.
     """
 
     loss_is_scaled_for_ga = False  # a batch's mean: the Trainer divides it by the accumulation
@@ -128,6 +147,12 @@ class DPOTrainer(Trainer):
         dpo = DPOArguments() if dpo_args is None else dpo_args
         dpo = replace(dpo, **{name: value for name, value in given.items() if value is not None})
         dpo.check(own_loss=type(self).dpo_loss is not DPOTrainer.dpo_loss)
+        for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
+            if others.get(name) is not None:
+                raise ValueError(
+                    f"{name}: pairs have no predictions and no loss outside dpo_loss: leave it out,"
+                    " or override get_batch_loss_metrics"
+                )
         self.dpo_args = dpo
         self.beta, self.label_smoothing = dpo.beta, dpo.label_smoothing
         self.loss_type: Any = dpo.loss_type[0] if len(dpo.loss_type) == 1 else list(dpo.loss_type)
@@ -164,8 +189,9 @@ class DPOTrainer(Trainer):
                 _padding(padding_value, tokenizer), label_pad_token_id
             )
         self._beside: dict[str, Any] = {}
-        self._noted: dict[str, list[tuple[int, dict[str, Tensor]]]] = {"train": [], "eval": []}
-        self._seen: list[Tensor] = []
+        self._totals: dict[tuple[str, ...], Tensor] = {}  # of training, since the last log
+        self._measured: dict[tuple[str, ...], list[Tensor]] = {}  # of an evaluation's pairs
+        self._seen: Tensor | int = 0
         super().__init__(
             model,
             args,
@@ -179,6 +205,13 @@ class DPOTrainer(Trainer):
         )
         check_one_gpu(self.args)
         self.model_accepts_loss_kwargs = False
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            if self.ref_model is not None or self.precomputes:
+                raise ValueError(
+                    "FSDP and DeepSpeed: a reference of its own would stand whole on every device:"
+                    " train an adapter, whose reference is the model without it, or pass"
+                    f" {' and '.join(REFERENCE)} with the data"
+                )
         if self.ref_model is not None:  # to the device, and under the model's autocast
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
         if dpo.sync_ref_model:
@@ -211,6 +244,10 @@ class DPOTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """transformers' dataloader; of rows of text too."""
         return super().get_eval_dataloader(self._as_pairs(eval_dataset, "eval_dataset"))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """transformers' dataloader; of rows of text too."""
+        return super().get_test_dataloader(self._as_pairs(test_dataset, "test_dataset"))
 
     def concatenated_inputs(
         self, batch: Mapping[str, Any], *args: Any, **kwargs: Any
@@ -307,10 +344,15 @@ class DPOTrainer(Trainer):
                 )
         elif needed and not dpo.precompute_ref_log_probs:
             ref_model = copy.deepcopy(model)
+        if dpo.sync_ref_model and has_adapter(model):
+            raise ValueError(
+                "sync_ref_model: wanted a model without an adapter, whose weights the reference"
+                " follows"
+            )
         if dpo.sync_ref_model and ref_model is None:
             raise ValueError(
-                "sync_ref_model: the reference is the model without its adapter, which does not"
-                " move: pass a ref_model, or train without an adapter"
+                f"sync_ref_model: all pairs have {REFERENCE[0]}, so that no reference runs that"
+                " could follow: leave out the columns, or sync_ref_model"
             )
         return None if ref_model is None else ref_model.requires_grad_(False).eval()
 
@@ -355,16 +397,20 @@ class DPOTrainer(Trainer):
         if data.has_reference:
             return
         size = self.dpo_args.precompute_ref_batch_size or self.args.per_device_train_batch_size
-        found: list[Tensor] = []
-        for start in range(0, len(data), size):
-            items = data.items[start : start + size]
-            batch = self._prepare_inputs(self.data_collator(items))
-            with self.compute_loss_context_manager():
-                found.append(torch.stack(self._run_reference(self.model, batch)).float())
-        for item, (chosen, rejected) in zip(
-            data.items, torch.cat(found, dim=1).T.tolist(), strict=True
-        ):
-            item.update(zip(REFERENCE, (chosen, rejected), strict=True))
+        starts = range(0, len(data), size)[self.args.process_index :: self.args.world_size]
+        found: list[tuple[int, list[list[float]]]] = []
+        with progress_bar(len(starts), 0) as bar:
+            bar.set_description("reference")
+            for start in starts:
+                batch = self._prepare_inputs(self.data_collator(data.items[start : start + size]))
+                # the model itself gets its autocast only in the training
+                with self.compute_loss_context_manager(), self.accelerator.autocast():
+                    sides = self._run_reference(self.model, batch)
+                found.append((start, torch.stack(sides, 1).float().tolist()))
+                bar.update()
+        for start, values in gather_object(found):  # of all processes
+            for item, pair in zip(data.items[start : start + size], values, strict=True):
+                item.update(zip(REFERENCE, pair, strict=True))
 
     # -- the loss -----------------------------------------------------------------------------
 
@@ -412,12 +458,8 @@ class DPOTrainer(Trainer):
             if stats is None:
                 raise ValueError("use_weighting: wanted the trainer's own concatenated_forward")
             beside["weights"] = wpo_weights(stats.alignment, stats.lengths)
-        if self.dpo_args.ld_alpha is not None and "sft" in self.dpo_args.loss_type:
-            labels = batch["chosen_labels"]
-            logps = self.get_batch_logps(
-                found[2][:, : labels.shape[1]], labels, label_pad_token_id=padding
-            )
-            beside["chosen_nll"] = -logps.sum() / chosen.sum().clamp(1)
+        if stats is not None and stats.unweighted is not None:
+            beside["chosen_nll"] = -stats.unweighted[: len(chosen)].sum() / chosen.sum().clamp(1)
         return beside
 
     def get_batch_loss_metrics(
@@ -441,26 +483,38 @@ class DPOTrainer(Trainer):
             )
         finally:
             self._beside = {}
-        with torch.no_grad():
-            metrics = {
-                "rewards/chosen": chosen.mean(),
-                "rewards/rejected": rejected.mean(),
-                "rewards/accuracies": (chosen > rejected).float().mean(),
-                "rewards/margins": (chosen - rejected).mean(),
-                "logps/chosen": chosen_logps.detach().mean(),
-                "logps/rejected": rejected_logps.detach().mean(),
+        facts = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/accuracies": chosen > rejected,
+            "rewards/margins": chosen - rejected,
+            "logps/chosen": chosen_logps.detach(),
+            "logps/rejected": rejected_logps.detach(),
+        }
+        counts = [torch.ones_like(chosen)] * len(facts)
+        if stats is not None:
+            of_tokens = (stats.mean_logits, stats.entropy, stats.correct)
+            logits, entropy, correct = (fact.unflatten(0, (2, n)) for fact in of_tokens)
+            lengths = stats.lengths.unflatten(0, (2, n))
+            facts |= {
+                "logits/chosen": logits[0],
+                "logits/rejected": logits[1],
+                "entropy": entropy.sum(0),
+                "mean_token_accuracy": correct.sum(0),
             }
-            if stats is not None:
-                lengths = stats.lengths
-                n_tokens = lengths.sum().clamp(1)
-                metrics |= {
-                    "logits/chosen": stats.mean_logits[:n].sum() / lengths[:n].sum().clamp(1),
-                    "logits/rejected": stats.mean_logits[n:].sum() / lengths[n:].sum().clamp(1),
-                    "entropy": stats.entropy.sum() / n_tokens,
-                    "mean_token_accuracy": stats.correct.sum() / n_tokens,
-                }
-        before = "eval_" if train_eval == "eval" else ""
-        return losses.mean(), {before + name: value for name, value in metrics.items()}
+            counts += [*lengths, lengths.sum(0), lengths.sum(0)]
+        with torch.no_grad():
+            rows = torch.stack([
+                torch.stack([value.float() for value in values])
+                for values in (list(facts.values()), counts)
+            ])  # fmt: skip
+            sums, totals = rows.sum(-1)
+            before = "eval_" if train_eval == "eval" else ""
+            metrics = Metrics(
+                zip((before + name for name in facts), sums / totals.clamp(min=1), strict=True)
+            )
+        metrics.rows, metrics.losses = rows, losses.detach()
+        return losses.mean(), metrics
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -473,9 +527,9 @@ class DPOTrainer(Trainer):
         """The loss of a batch; with `return_outputs` also a dict of its metrics."""
         kind = "train" if model.training else "eval"
         loss, metrics = self.get_batch_loss_metrics(model, inputs, kind)
-        self.store_metrics(metrics, kind, len(inputs["chosen_input_ids"]))
         if model.training:
-            self._seen += [inputs[f"{side}_attention_mask"].sum() for side in SIDES]
+            self.store_metrics(metrics, kind, len(inputs["chosen_input_ids"]))
+            self._seen = self._seen + sum(inputs[f"{side}_attention_mask"].sum() for side in SIDES)
         return (loss, metrics) if return_outputs else loss
 
     def prediction_step(
@@ -488,7 +542,8 @@ class DPOTrainer(Trainer):
         """(loss, None, None): a batch's logits are never made."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
+            loss, metrics = self.compute_loss(model, inputs, return_outputs=True)
+        self.store_metrics(metrics, "eval", len(inputs["chosen_input_ids"]))
         return loss.detach(), None, None
 
     # -- metrics ------------------------------------------------------------------------------
@@ -497,44 +552,60 @@ class DPOTrainer(Trainer):
         self, metrics: Mapping[str, Tensor], train_eval: str = "train", n_pairs: int = 1
     ) -> None:
         """Note a batch's metrics for the next log; nothing is read of the device."""
-        self._noted[train_eval].append((n_pairs, dict(metrics)))
+        metrics = metrics if isinstance(metrics, Metrics) else Metrics(metrics)
+        if not metrics:
+            return
+        facts, names = metrics.facts(n_pairs), tuple(metrics)
+        if train_eval == "train":
+            self._totals[names] = facts.sum(-1) + self._totals.get(names, 0.0)
+            return
+        if metrics.losses is not None and metrics.losses.shape == (n_pairs,):
+            loss = torch.stack([metrics.losses, torch.ones_like(metrics.losses)])
+            facts, names = torch.cat([facts, loss[:, None].float()], 1), (*names, "loss")
+        # of all processes, without the pairs that fill up the last batch
+        found = self.gather_function(facts.permute(2, 0, 1).contiguous())
+        self._measured.setdefault(names, []).append(found)
 
-    def _means(self, train_eval: str) -> dict[str, float]:
-        """The means over pairs of what was noted, over all processes, in one transfer."""
-        noted, self._noted[train_eval] = self._noted[train_eval], []
-        if not noted:
-            return {}
-        names = list(noted[0][1])
-        rows = torch.stack([
-            torch.stack([torch.as_tensor(metrics[name]).float() for name in names]) * n
-            for n, metrics in noted
-        ])  # fmt: skip
-        total = torch.cat([rows.sum(0), rows.new_tensor([sum(n for n, _ in noted)])])
-        *sums, n_pairs = self.accelerator.reduce(total, reduction="sum").tolist()
-        return {name: value / n_pairs for name, value in zip(names, sums, strict=True)}
+    def _means(self) -> dict[str, float]:
+        """The means of what the training noted, over all processes, in one transfer a set."""
+        found: dict[str, float] = {}
+        totals, self._totals = self._totals, {}
+        for names, facts in totals.items():
+            sums, counts = self.accelerator.reduce(facts, reduction="sum").tolist()
+            found |= {n: s / max(c, 1) for n, s, c in zip(names, sums, counts, strict=True)}
+        return found
 
     def _count_tokens(self) -> int:
         """The tokens trained on since the beginning; trainer_state.json has them too."""
-        if self._seen:
-            new = self.accelerator.reduce(torch.stack(self._seen).sum(), reduction="sum")
-            self._seen = []
+        if isinstance(self._seen, Tensor):
+            new = self.accelerator.reduce(self._seen, reduction="sum")
+            self._seen = 0
             self.state.num_input_tokens_seen = int(self.state.num_input_tokens_seen) + int(new)
         return int(self.state.num_input_tokens_seen)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """transformers' log, with the means of what the steps since the last one noted."""
-        if "loss" in logs and self._noted["train"]:
-            logs = {**logs, **self._means("train"), "num_tokens": self._count_tokens()}
+        if "loss" in logs and self._totals:
+            logs = {**logs, **self._means(), "num_tokens": self._count_tokens()}
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' loop, with the metrics of what it ran over."""
-        self._noted["eval"] = []
+        """transformers' loop, with the metrics of what it ran over; its predictions are those of
+        every pair, by name."""
+        self._measured = {}
         found = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        for name, value in self._means("eval").items():
-            found.metrics[f"{prefix}_{name.removeprefix('eval_')}"] = value
-        return found
+        of_pairs = {}
+        for names, batches in self._measured.items():
+            sums, counts = torch.cat(batches).cpu().unbind(1)
+            means = sums.sum(0) / counts.sum(0).clamp(min=1)
+            pairs = sums / counts.clamp(min=1)
+            for name, mean, values in zip(names, means.tolist(), pairs.unbind(1), strict=True):
+                name = name.removeprefix("eval_")
+                found.metrics[f"{prefix}_{name}"] = mean
+                of_pairs[name] = values.numpy()
+        self._measured = {}
+        return found._replace(predictions=of_pairs)
 
     # -- processes and checkpoints ------------------------------------------------------------
 
@@ -601,13 +672,14 @@ class SyncReference(TrainerCallback):
 
 
 def without_dropout(model: nn.Module) -> None:
-    """nn.Dropout of probability 0, and `attention_dropout`; not a rate that a module keeps under
-    another name."""
+    """Of probability 0: nn.Dropout and its kin, and every rate that a module keeps as a number
+    under a name with "drop" in it, for attention among others."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _model_of(model: Any, model_init: Any) -> Any:

@@ -45,7 +45,7 @@ EXTRAS = {
 
 DPO_HOME, DPO_NAME = "trl.trainer.dpo_trainer", "_compute_loss"
 DPO_ARGUMENTS = ("self", "model", "inputs", "return_outputs")
-UNSMOOTHED = ("sigmoid", "sigmoid_norm")  # loss types for which TRL leaves label_smoothing out
+SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # where TRL takes label_smoothing
 
 _theirs: Any = None  # what stood under NAME before enable()
 _their_loss: Any = None  # and DPOTrainer's _compute_loss before enable(losses=True)
@@ -178,7 +178,7 @@ def dpo_compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outpu
             loss_type=loss_type,
             f_divergence=self.f_divergence_type,
             f_alpha_divergence_coef=self.f_alpha_divergence_coef,
-            label_smoothing=0.0 if loss_type in UNSMOOTHED else self.label_smoothing,
+            label_smoothing=self.label_smoothing if loss_type in SMOOTHED else 0.0,
             ipo_average=True,
             chosen_lengths=chosen_lengths,
             rejected_lengths=rejected_lengths,

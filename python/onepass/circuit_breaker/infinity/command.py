@@ -467,7 +467,7 @@ def save(
     from ...training.card import model_card
     from .weights import changed_weights
 
-    state = trainer.accelerator.get_state_dict(trainer.model)  # whole, of a sharded model too
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, also if sharded
     if not run.is_main:
         return
     model, ours = trainer.accelerator.unwrap_model(trainer.model), flags[InfinityArguments]
