@@ -313,6 +313,11 @@ class Gradients:
         self.begun = True
 
 
+def rounds_products(tensor: Tensor) -> bool:
+    """Whether products come rounded to bfloat16: those of a CPU."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
+
+
 def widens(tensor: Tensor) -> bool:
     """Whether the device's library gives a product in fp32 before it rounds: NVIDIA's."""
     return tensor.device.type == "cuda" and torch.version.hip is None
@@ -629,8 +634,7 @@ def factor_ahead(
         factor = common_factor(upstream, shares, counts)
     else:
         factor = upstream[0][..., None]
-    if exact and made[0].device.type == "cpu" and made[0].dtype == torch.bfloat16:
-        # A CPU's product has been rounded already: only a power of two rounds nothing more.
+    if exact and rounds_products(made[0]):  # already: only a power of two rounds nothing more
         mantissa = factor.frexp().mantissa.abs()
         if not ((mantissa == 0.5) | (mantissa == 0)).all():
             return None
@@ -725,8 +729,8 @@ def head_stats(
     """The outputs of vocab_stats' operator for a head's logits; its arguments have been checked.
 
     Products' work, of N D V each: 1 without gradients. With a frozen head 2 where one fact is
-    differentiated or `shares` foretell the upstream gradients, with a trained one 3 where they do;
-    4 otherwise (3 for a frozen head), and in float16.
+    differentiated (3 in bfloat16 on a CPU) or `shares` foretell the upstream gradients, with a
+    trained one 3 where they do; 4 otherwise (3 for a frozen head), and in float16.
 
     Bytes beside inputs and gradients, with b an element's, n = min(max_slab_bytes // (V b), N):
         n V b  +  n D b  +  32 MB on a CPU (parts of a slab in fp32)  +  40 N (facts, row vectors)
@@ -749,7 +753,10 @@ def head_stats(
             f"its rows' weights, and no float16: got {', '.join(smooth)} of a {kind} head in "
             f"{hidden[0].dtype}"
         )
-    ahead = smooth if can and head.mode != "recompute" else []
+    # One that nothing was foretold of is seldom a power of two: see factor_ahead.
+    in_vain = rounds_products(hidden[0]) and not foretold
+    makes = {"auto": can and not in_vain, "ahead": can, "recompute": False}
+    ahead = smooth if makes[head.mode] else []
     known = []
     if shares is not None and foretold:  # in the facts' dtype, which a cast of the logits is not
         known = [shares[fact].to(accumulation_dtype(hidden[0].dtype)) for fact in ahead]
