@@ -53,8 +53,8 @@ def given(files: Path) -> list[str]:
     return ["--model", str(files / "model"), "--data", str(files / "pairs.jsonl")]
 
 
-def start(arguments: list[str], *launcher: str) -> subprocess.Popen[str]:
-    env = {**os.environ, "PYTHONPATH": str(PYTHON), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+def start(arguments: list[str], *launcher: str, **env: str) -> subprocess.Popen[str]:
+    env |= {**os.environ, "PYTHONPATH": str(PYTHON), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"} | env
     command = [sys.executable, *launcher, *RUN, *arguments]
     return subprocess.Popen(
         command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -120,6 +120,14 @@ WRONG: list[tuple[str, Callable[[Path, Path], list[str]], str]] = [
     ("two quantisations", lambda f, t: [*given(f), "--load_in_8bit", "--load_in_4bit"], "exclude"),
     ("bits and all weights", lambda f, t: [*given(f), "--load_in_4bit", "--no_use_peft"],
      "are frozen"),
+    ("two data", lambda f, t: [*given(f), "--dataset_name", "a/b"], "leave one out"),
+    ("a dataset without a model", lambda f, t: ["--dataset_name", "a/b"], "wanted --model"),
+    ("no new name", lambda f, t: [*given(f), "--rename_column", "yes"], "wanted old=new"),
+    ("no alpha", lambda f, t: [*given(f), "--f_divergence_type", "alpha_divergence"],
+     "--alpha must be a number for f_divergence_type"),
+    ("smoothed hinge", lambda f, t: [
+        *given(f), "--loss_type", "hinge", "--label_smoothing", "0.1",
+    ], "--label_smoothing is of sigmoid"),
     ("fast with a model", lambda f, t: [*given(f), "--fast"], "leave it out with --model"),
 ]  # fmt: skip
 
@@ -251,6 +259,39 @@ def test_all_weights_may_be_trained_and_what_is_cut_is_told(files: Path, tmp_pat
     made = AutoModelForCausalLM.from_pretrained(folder / "model")
     start_at = load_file(files / "model" / "model.safetensors")
     assert not torch.equal(made.lm_head.weight, start_at["lm_head.weight"])
+
+
+def test_a_dataset_and_columns_of_other_names(whole: Path, files: Path, tmp_path: Path) -> None:
+    """A folder of `datasets` trains as the same rows in a file do."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    rows = [{"good": p["chosen"], "bad": p["rejected"], "question": p["prompt"]} for p in pairs()]
+    file = write(folder, "train.jsonl", *rows)
+    names = ["--rename_column", "good=chosen", "bad=rejected", "question=prompt"]
+    model = ["--model", str(files / "model")]
+    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    for n, data in enumerate((["--data", file], ["--dataset_name", str(folder)])):
+        run = tmp_path / f"run{n}"
+        begun = start([*model, *data, *names, *QUICK, "--output_dir", str(run)], **cache)
+        code, _, err = finish(begun)
+        assert code == 0, err
+        one, other = (
+            load_file(each / "adapter" / "adapter_model.safetensors") for each in (whole, run)
+        )
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+    write(folder, "test.jsonl", {**rows[0], "bad": rows[0]["good"]})
+    for flags, told in (
+        (names[:2], "own[train]: row 1: no 'rejected', wanted chosen and rejected; it has"),
+        (names, "own[test]: row 1: 'chosen' and 'rejected' are equal"),
+        ([*names, "--dataset_train_split", "trian"], "has no split 'trian'\n  allowed: "),
+        (["--rename_column", "god=chosen"], "--rename_column: no column 'god', the dataset has"),
+        (["--dataset_name", str(tmp_path / "none")], "cannot be loaded: "),
+    ):
+        run = tmp_path / "refused"
+        data = ["--dataset_name", str(folder), *flags]
+        code, _, err = finish(start([*model, *data, "--output_dir", str(run)], **cache))
+        assert code == 2 and told in err and "Traceback" not in err, err
+        assert not run.exists()
 
 
 @pytest.mark.skipif(

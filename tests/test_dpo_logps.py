@@ -217,8 +217,8 @@ def test_precision_of_half_logits() -> None:
 @pytest.mark.parametrize("want", [(), WANT], ids=["bare", "everything"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_products_of_the_head(dtype: torch.dtype, want: tuple[str, ...]) -> None:
-    """Of the tokens that count: the policy's logits and its gradient, the reference's logits; on a
-    CPU in bfloat16 the policy's logits twice, since a gradient made ahead would be rounded twice."""
+    """Of the tokens that count: the policy's logits and its gradient, the reference's logits. On a
+    CPU in bfloat16 the policy's logits twice: a gradient made ahead would be rounded twice."""
     unit = sum(last - first for first, last in KEPT) * D * V
     hidden, weight = head(dtype)
     labels = answers()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -20,9 +21,11 @@ from onepass.dpo.pairs import draw_pairs
 from onepass.dpo.reward import Reward, RewardFlags, code_shares, keyword_counts, parse_reward
 
 pytest.importorskip("transformers")
-from onepass.dpo.generate import Sampling, sample_answers  # noqa: E402
+from onepass.dpo import PreferenceDataset  # noqa: E402
+from onepass.dpo.examples import read_pairs  # noqa: E402
+from onepass.dpo.generate import Sampling, sample_answers, texts_of  # noqa: E402
 from support import tiny_reward  # noqa: E402
-from support.tiny_language_model import BENIGN, HARMFUL, tokenizer  # noqa: E402
+from support.tiny_language_model import BENIGN, CHAT, HARMFUL, tokenizer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 FUNCTION = "support.tiny_reward:letters"
@@ -62,7 +65,7 @@ def test_pairs_are_different_answers_to_one_prompt_and_the_better_is_chosen(seed
     scores = [[score[text] for text in texts] for texts in answers]
     pairs, counts = draw_pairs(prompts, answers, scores, 5, seed)
     for pair in pairs:
-        assert {pair.chosen, pair.rejected} <= set(answers[prompts.index(pair.prompt)])
+        assert {pair.chosen, pair.rejected} <= set(answers[prompts.index(str(pair.prompt))])
         assert pair.chosen.strip() and pair.rejected.strip() and pair.chosen != pair.rejected
         assert pair.chosen_score > pair.rejected_score
         assert (pair.chosen_score, pair.rejected_score) == (
@@ -349,14 +352,61 @@ def test_what_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_conversation_is_refused(
+def chat(folder: Path, files: Path, *turns: dict[str, str]) -> tuple[Path, Path]:
+    """(a model whose tokenizer has a chat template, a file of this conversation)."""
+    shutil.copytree(files / "model", folder / "chat")
+    tokenizer(CHAT).save_pretrained(folder / "chat")
+    prompts = folder / "chat.jsonl"
+    prompts.write_text(2 * (json.dumps({"messages": turns}) + "\n"))
+    return folder / "chat", prompts
+
+
+def test_conversations_are_answered(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prompts = tmp_path / "chat.jsonl"
-    prompts.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}) + "\n")
-    args = ("--model", files / "model", "--reward", "code", "--prompts", prompts)
-    code, _, err = cli(capsys, "pairs", *args)
-    assert code == 2 and f"{prompts}:1: a conversation, wanted text" in err
+    """Pairs of them are conversations, which the trainer makes the same tokens of."""
+    asked = {"role": "user", "content": "the old?"}
+    own, prompts = chat(tmp_path, files, asked)
+    args = ["--model", own, "--reward", "code", "--prompts", prompts, "--num_answers", 4]
+    args += ["--max_new_tokens", 8, "--device", "cpu"]
+    code, out, err = cli(capsys, "pairs", *args, "--output", tmp_path / "x.jsonl")
+    assert code == 0, err
+    assert "of 4 answers to 1 prompts" in err  # each once
+    rows = read_pairs(tmp_path / "x.jsonl")
+    assert rows and all(row["prompt"] == [asked] for row in rows)
+    assert all(row["chosen"][0]["role"] == "assistant" for row in rows)
+    [text] = texts_of([[asked]], tokenizer(CHAT))
+    assert text == "<user>the old?</s><assistant>"
+    item = PreferenceDataset(tokenizer(CHAT), rows)[0]
+    assert item["prompt_input_ids"] == tokenizer()(text, add_special_tokens=False)["input_ids"]
+    code, out, err = cli(capsys, "evaluate", *args, "--json")
+    assert code == 0, err
+    assert json.loads(out)["samples"][0]["prompt"] == text
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "told"),
+    [
+        (False, [{"role": "user", "content": "a"}], "has no chat template: wanted text"),
+        (True, [{"role": "assistant", "content": "a"}], "its last turn is the assistant's"),
+        (True, [{"content": "a"}], 'chat.jsonl:1: got a list, wanted text or {"role"'),
+    ],
+)
+def test_conversations_that_are_refused(
+    files: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    template: bool,
+    turns: list[dict[str, str]],
+    told: str,
+) -> None:
+    own, prompts = chat(tmp_path, files, *turns)
+    model = own if template else files / "model"
+    args = ("--model", model, "--reward", "code", "--prompts", prompts, "--device", "cpu")
+    for action, more in (("pairs", ("--output", tmp_path / "x.jsonl")), ("evaluate", ())):
+        code, _, err = cli(capsys, action, *args, *more)
+        assert code == 2 and told in err and len(err.splitlines()) <= 3, err
+    assert not (tmp_path / "x.jsonl").exists()
 
 
 def test_a_refusal_loads_nothing_heavy(files: Path) -> None:

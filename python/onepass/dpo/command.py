@@ -27,7 +27,8 @@ from ..training.flags import (
     flag,
     training_arguments,
 )
-from ..training.run_folder import TOKENIZER, RunFolder, fingerprints, tell
+from ..training.hub_data import DatasetFlags, serialized
+from ..training.run_folder import TOKENIZER, RunFolder, digest, fingerprints, tell
 from .arguments import DPOArguments
 
 SMALL = {  # what suits the small model, where nothing else is said
@@ -105,14 +106,23 @@ class AdapterFlags(LoraFlags):
     use_peft: bool = flag(True, "train LoRA; off: all weights")
 
 
-FLAGS = (ModelFlags, DataFlags, DPOArguments, AdapterFlags, RunFlags)
+FLAGS = (ModelFlags, DataFlags, DatasetFlags, DPOArguments, AdapterFlags, RunFlags)
 
 
 def check(flags: Flags) -> None:
     """UsageError for what can be refused before libraries are loaded and files written."""
     model, data, dpo = flags[ModelFlags], flags[DataFlags], flags[DPOArguments]
-    adapter = flags[AdapterFlags]
-    if data.data is None:
+    adapter, dataset = flags[AdapterFlags], flags[DatasetFlags]
+    dataset.check()
+    if dataset.dataset_name is not None:
+        for name in ("data", "val"):
+            if getattr(data, name) is not None:
+                raise UsageError(f"--{name}: --dataset_name has the pairs; leave one out")
+        if model.model_name_or_path is None:
+            raise UsageError("--dataset_name: wanted --model with it")
+        if Path(dataset.dataset_name).is_dir():  # resumed from anywhere
+            dataset.dataset_name = str(Path(dataset.dataset_name).absolute())
+    elif data.data is None:
         if model.model_name_or_path is not None:
             raise UsageError(
                 "--data: got no file, wanted one with --model",
@@ -148,28 +158,39 @@ def check(flags: Flags) -> None:
         for name in ("data", "val"):
             if (path := getattr(data, name)) is not None:  # resumed from anywhere
                 setattr(data, name, str(Path(path).absolute()))
-        read_data(data)
+        read_data(data, dataset)
     try:
         dpo.check()  # last: it loads torch
     except (ValueError, TypeError) as error:
         raise UsageError(f"--{error}") from error
 
 
-def read_data(data: DataFlags, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
-    """The pairs of `data`, and of `val` where there are any.
+def read_data(
+    data: DataFlags, dataset: DatasetFlags, seed: int = 0
+) -> dict[str, list[dict[str, Any]]]:
+    """The pairs of `data`, and of `val` where there are any; or those of a dataset.
 
     Raises:
         UsageError: a file that is missing, empty or malformed, by file and line.
     """
-    from ..training.prompts import split
-    from .examples import read_preferences
+    from ..training.prompts import Prompt, split
+    from .examples import check_pair, read_preferences
 
     found = {}
+    if dataset.dataset_name is not None:
+        for part, rows in dataset.load().items():
+            try:
+                for row in rows:
+                    check_pair(row, row["place"])
+            except ValueError as error:
+                raise UsageError(f"--dataset_name: {one_line(error, 1000)}") from error
+            file = Path(dataset.dataset_name)
+            found[part] = [Prompt("", row, file, None, None) for row in rows]
     for name in ("data", "val"):
         if (path := getattr(data, name)) is None:
             continue
         try:
-            found[name] = read_preferences(path)
+            found[name] = read_preferences(path, dataset.names)
         except (ValueError, OSError) as error:
             raise UsageError(f"--{name}: {one_line(error, 1000)}") from error
     if "val" not in found and data.validation_ratio:
@@ -216,11 +237,16 @@ def train(flags: Flags, run: RunFolder) -> int:
     from ..training import small_model
     from ..training.made_once import wait_for
 
-    data = flags[DataFlags]
+    data, dataset = flags[DataFlags], flags[DatasetFlags]
     tell("loading the libraries")
     args = training_arguments(flags)
     writes = (ADAPTER, MODEL, *FILES, *TOKENIZER, small_model.MODEL, small_model.DATA)
-    begin = partial(run.begin, fingerprints({"data": data.data, "val": data.val}), writes=writes)
+    digests = fingerprints({"data": data.data, "val": data.val})
+    pairs = None
+    if dataset.dataset_name is not None:
+        pairs = read_data(data, dataset)
+        digests["dataset"] = digest(serialized([row for rows in pairs.values() for row in rows]))
+    begin = partial(run.begin, digests, writes=writes)
     makes_model = flags[ModelFlags].model_name_or_path is None
     if makes_model:
         begin()
@@ -233,7 +259,8 @@ def train(flags: Flags, run: RunFolder) -> int:
     from ..cli.terminal import quiet_libraries
 
     with quiet_libraries():
-        return _train(flags, run, args, read_data(data), None if makes_model else begin)
+        pairs = read_data(data, dataset) if pairs is None else pairs
+        return _train(flags, run, args, pairs, None if makes_model else begin)
 
 
 def _train(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cli.errors import Failed, Parser, UsageError, one_line, unknown
 from ..training.flags import Flags, ModelFlags, check_above_0, check_from, flag, parse
+from .examples import TextOrTurns, is_conversation
 from .reward import Reward, RewardFlags, Score, parse_reward
 
 if TYPE_CHECKING:
@@ -178,8 +180,8 @@ def check_model(flags: Flags) -> None:
         raise UsageError("--load_in_8bit and --load_in_4bit exclude each other")
 
 
-def read_texts(path: str | None) -> list[str]:
-    """The prompts of a file, each once.
+def read_asked(path: str | None) -> list[TextOrTurns]:
+    """The prompts of a file, texts or conversations, each once.
 
     Raises:
         UsageError: no file, or one without prompts.
@@ -192,11 +194,19 @@ def read_texts(path: str | None) -> list[str]:
         found = read_prompts(path)
     except (ValueError, OSError) as error:
         raise UsageError(f"--prompts: {one_line(error, 1000)}") from error
+    asked: dict[str, TextOrTurns] = {}
     for number, prompt in enumerate(found, 1):
-        if any(isinstance(value, list) for value in prompt.record.values()):
-            where = prompt.line or f"entry {number}"
-            raise UsageError(f"--prompts: {path}:{where}: a conversation, wanted text")
-    return list(dict.fromkeys(prompt.text for prompt in found))
+        turns = next((v for v in prompt.record.values() if isinstance(v, list)), None)
+        if turns is None:
+            asked.setdefault(json.dumps(prompt.text), prompt.text)
+        elif is_conversation(turns):
+            asked.setdefault(json.dumps(turns), turns)
+        else:
+            where = f"{path}:{prompt.line}" if prompt.line else f"{path}: entry {number}"
+            raise UsageError(
+                f'--prompts: {where}: got a list, wanted text or {{"role": ..., "content": text}}'
+            )
+    return list(asked.values())
 
 
 def check_output(action: ActionFlags, suffixes: Sequence[str], needed: bool) -> None:
@@ -266,7 +276,7 @@ def make_pairs(
     path: Path,
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[TextOrTurns],
     sampling: Sampling,
     reward: Reward,
     score: Score,
@@ -278,15 +288,16 @@ def make_pairs(
     Raises:
         Failed: no pair could be made.
     """
-    from .generate import sample_answers
+    from .generate import sample_answers, texts_of
     from .pairs import draw_pairs, write_pairs
 
     try:
-        drawn = sample_answers(model, tokenizer, prompts, sampling)
+        texts = texts_of(prompts, tokenizer)
+        drawn = sample_answers(model, tokenizer, texts, sampling)
     except ValueError as error:
         raise UsageError(f"--prompts: {one_line(error)}") from error
     values = reward.scores(
-        score, [prompts[a.prompt] + a.text if score_prompt else a.text for a in drawn]
+        score, [texts[a.prompt] + a.text if score_prompt else a.text for a in drawn]
     )
     answers: list[list[str]] = [[] for _ in prompts]
     scores: list[list[float]] = [[] for _ in prompts]
@@ -313,7 +324,7 @@ def run_pairs(flags: Flags) -> int:
     check_from("pairs_per_prompt", n_pairs, 1)
     check_from("seed", action.seed, 0)
     reward = parse_reward(wanted)
-    prompts = read_texts(asked.prompts)
+    prompts = read_asked(asked.prompts)
     check_output(action, (".jsonl",), needed=True)
     check_installed()
     from ..cli.files import strict_json
@@ -356,13 +367,14 @@ def run_evaluate(flags: Flags) -> int:
     asked.check()
     check_from("seed", action.seed, 0)
     reward = parse_reward(wanted)
-    prompts = read_texts(asked.prompts)
+    prompts = read_asked(asked.prompts)
     check_output(action, (".json",), needed=False)
     check_installed()
     from ..cli.files import replace_text, strict_json
     from ..cli.table import render
     from ..cli.terminal import quiet_libraries
     from .evaluate import measure
+    from .generate import texts_of
 
     device = device_of(action.device)
     with quiet_libraries():
@@ -377,7 +389,7 @@ def run_evaluate(flags: Flags) -> int:
             facts = measure(
                 model,
                 tokenizer,
-                prompts,
+                texts_of(prompts, tokenizer),
                 asked.sampling(action.seed),
                 reward,
                 score,

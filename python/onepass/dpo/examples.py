@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..training.hub_data import renamed
 from ..training.prompts import Prompt, read_prompts
 
 SIDES = ("chosen", "rejected")
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 logger = logging.getLogger("onepass")
 Row = Mapping[str, Any]
+TextOrTurns = str | list[dict[str, str]]  # a prompt: text, or a conversation
 
 
 def read_pairs(path: str | Path) -> list[dict[str, Any]]:
@@ -31,12 +33,15 @@ def read_pairs(path: str | Path) -> list[dict[str, Any]]:
     return [prompt.record for prompt in read_preferences(path)]
 
 
-def read_preferences(path: str | Path) -> list[Prompt]:
-    """`read_pairs` as entries that `training.prompts.split` takes."""
+def read_preferences(path: str | Path, names: Mapping[str, str] | None = None) -> list[Prompt]:
+    """`read_pairs` as entries that `training.prompts.split` takes; `names` are new ones of columns
+    by their old ones."""
+    names = names or {}
     found = []
-    for number, entry in enumerate(read_prompts(path, fields=("chosen",)), 1):
+    called_chosen = [old for old, new in names.items() if new == "chosen"] or ["chosen"]
+    for number, entry in enumerate(read_prompts(path, fields=called_chosen), 1):
         place = f"{entry.file}:{entry.line}" if entry.line else f"{entry.file}: entry {number}"
-        row = {**entry.record, "place": place}
+        row = {**renamed(entry.record, names), "place": place}
         check_pair(row, place)
         found.append(entry._replace(record=row))
     return found
@@ -52,7 +57,7 @@ def check_pair(row: Row, place: str) -> None:
             raise ValueError(f"{place}: no {name!r}, wanted chosen and rejected; it has {keys}")
     for name in ("prompt", *SIDES):
         value = row.get(name)
-        if value is not None and not isinstance(value, str) and not _is_conversation(value):
+        if value is not None and not isinstance(value, str) and not is_conversation(value):
             raise ValueError(
                 f"{place}: got {_kind(value)} as {name!r}, wanted a string or a list of"
                 ' {"role": ..., "content": text}'
@@ -92,7 +97,8 @@ def check_not_empty(side: Any, name: str, place: str, why: str = "") -> None:
         raise ValueError(f"{place}: {name!r} is empty{why}, wanted text")
 
 
-def _is_conversation(value: Any) -> bool:
+def is_conversation(value: Any) -> bool:
+    """Whether it is a list of {"role", "content"}, both text."""
     return isinstance(value, list) and all(
         isinstance(turn, Mapping)
         and isinstance(turn.get("role"), str)

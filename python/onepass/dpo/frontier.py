@@ -38,9 +38,10 @@ from .command_line import (
     check_model,
     load_policy,
     make_pairs,
-    read_texts,
+    read_asked,
     shown,
 )
+from .examples import TextOrTurns
 from .reward import Reward, RewardFlags, parse_reward
 
 SYSTEM = "dpo-frontier"
@@ -166,7 +167,7 @@ def _parse(prog: str, summary: str, tokens: Sequence[str]) -> Flags:
 # -- what is refused ----------------------------------------------------------------------------
 
 
-def check(flags: Flags) -> tuple[list[str], Reward, list[Point]]:
+def check(flags: Flags) -> tuple[list[TextOrTurns], Reward, list[Point]]:
     """(prompts, reward, points) of the flags.
 
     Raises:
@@ -189,7 +190,9 @@ def check(flags: Flags) -> tuple[list[str], Reward, list[Point]]:
     check_from("num_eval_answers", own.num_eval_answers, 1)
     check_from("pairs_per_prompt", flags[PairFlags].pairs_per_prompt, 1)
     reward = parse_reward(flags[RewardFlags])
-    prompts = list(PROMPTS) if small and asked.prompts is None else read_texts(asked.prompts)
+    prompts: list[TextOrTurns] = list(PROMPTS)
+    if not small or asked.prompts is not None:
+        prompts = read_asked(asked.prompts)
     for holder, name in ((asked, "prompts"), (own, "data")):
         if (path := getattr(holder, name)) is not None:  # gone on with from anywhere
             setattr(holder, name, str(Path(path).absolute()))
@@ -248,16 +251,16 @@ def points_of(losses: Sequence[str], betas: Sequence[str]) -> list[Point]:
 # -- the work -----------------------------------------------------------------------------------
 
 
-def fingerprints(flags: Flags, prompts: Sequence[str]) -> dict[str, str]:
+def fingerprints(flags: Flags, prompts: Sequence[TextOrTurns]) -> dict[str, str]:
     """Digests of what is read, so that an experiment goes on with the same."""
-    found = {"prompts": "\n".join(prompts).encode()}
+    found = {"prompts": json.dumps(prompts).encode()}
     if (data := flags[FrontierFlags].data) is not None:
         found["pairs"] = Path(data).read_bytes()
     return {name: digest(raw) for name, raw in found.items()}
 
 
 def _run(
-    flags: Flags, folder: RunFolder, prompts: list[str], reward: Reward, points: list[Point]
+    flags: Flags, folder: RunFolder, prompts: list[TextOrTurns], reward: Reward, points: list[Point]
 ) -> int:
     import torch
 
@@ -312,7 +315,12 @@ class _Work:
     """The stages of an experiment, each of which leaves a file when it is done."""
 
     def __init__(
-        self, flags: Flags, folder: RunFolder, prompts: list[str], reward: Reward, device: Any
+        self,
+        flags: Flags,
+        folder: RunFolder,
+        prompts: list[TextOrTurns],
+        reward: Reward,
+        device: Any,
     ) -> None:
         self.flags, self.folder, self.prompts = flags, folder, prompts
         self.reward, self.device = reward, device
@@ -396,6 +404,7 @@ class _Work:
         self, named: ModelFlags, adapter: Path | None, reference: Any = None
     ) -> dict[str, Any]:
         from .evaluate import measure
+        from .generate import texts_of
 
         run, own = self.flags[RunFlags], self.flags[FrontierFlags]
         model, tokenizer = load_policy(named, adapter, self.device)
@@ -404,7 +413,7 @@ class _Work:
             return measure(
                 model,
                 tokenizer,
-                self.prompts,
+                texts_of(self.prompts, tokenizer),
                 sampling,
                 self.reward,
                 self.score,

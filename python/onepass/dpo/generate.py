@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..cli.errors import one_line
 from ..cli.terminal import progress_bar
 from ..training.hidden_states import without_adapter
+from .examples import TextOrTurns
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,28 @@ class Answer(NamedTuple):
     def content(self, special: frozenset[int]) -> list[int]:
         """The tokens that are text."""
         return [token for token in self.ids if token not in special]
+
+
+def texts_of(prompts: Sequence[TextOrTurns], tokenizer: Any) -> list[str]:
+    """Prompts as text: conversations as the chat template writes them, up to where the assistant
+    begins to answer.
+
+    Raises:
+        ValueError: a conversation that the template, or the lack of one, refuses.
+    """
+    return [p if isinstance(p, str) else _rendered(p, tokenizer) for p in prompts]
+
+
+def _rendered(turns: list[dict[str, str]], tokenizer: Any) -> str:
+    where = f"the conversation that ends with {turns[-1]['content'][-40:]!r}"
+    if turns[-1]["role"] == "assistant":
+        raise ValueError(f"{where}: its last turn is the assistant's: there is nothing to answer")
+    if not tokenizer.chat_template:
+        raise ValueError(f"{where}: the model's tokenizer has no chat template: wanted text")
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(f"{where}: the chat template refuses it: {one_line(error)}") from error
 
 
 def prompt_ids(model: Any, tokenizer: Any, prompts: Sequence[str], n_new: int) -> list[list[int]]:

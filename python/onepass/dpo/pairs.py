@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..cli.files import replace_text
+from .examples import SIDES, TextOrTurns
 
 
 class Pair(NamedTuple):
-    prompt: str
+    prompt: TextOrTurns
     chosen: str
     rejected: str
     chosen_score: float
@@ -32,7 +33,7 @@ class Drawn(NamedTuple):
 
 
 def draw_pairs(
-    prompts: Sequence[str],
+    prompts: Sequence[TextOrTurns],
     answers: Sequence[Sequence[str]],
     scores: Sequence[Sequence[float]],
     pairs_per_prompt: int,
@@ -80,8 +81,13 @@ def draw_pairs(
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
-    """A JSON object a line, whole or not at all."""
-    lines = (json.dumps(pair._asdict(), ensure_ascii=False) + "\n" for pair in pairs)
+    """A JSON object a line, whole or not at all; answers to a conversation are turns of it."""
+    lines = []
+    for pair in pairs:
+        row = pair._asdict()
+        if not isinstance(pair.prompt, str):
+            row |= {s: [{"role": "assistant", "content": row[s]}] for s in SIDES}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     replace_text(path, "".join(lines))
 
 
