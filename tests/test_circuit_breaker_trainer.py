@@ -338,3 +338,18 @@ def test_the_published_function_and_a_schedule_of_ones_own_work_in_a_subclass(
     before = ours.current_training_step
     loss = compute_loss(ours, ours.model, batch, [2, 3], 10.0)
     assert isinstance(loss, Tensor) and ours.current_training_step == before + 1
+
+
+def test_ddp_is_put_on_after_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation over processes marks the model as prepared; see `forget_evaluation`."""
+    ours = trainer(tmp_path)
+    seen = []
+    monkeypatch.setattr(
+        transformers.Trainer, "train",
+        lambda self: seen.append("_is_accelerate_prepared" in vars(self.model)),
+    )  # fmt: skip
+    for n_processes in (1, 2):
+        monkeypatch.setattr(type(ours.args), "world_size", property(lambda self: n_processes))  # noqa: B023
+        ours.model._is_accelerate_prepared = True
+        ours.train()
+    assert seen == [True, False]

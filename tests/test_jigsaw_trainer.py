@@ -489,3 +489,18 @@ def test_a_trainer_without_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not ours.args.remove_unused_columns
     batch = next(iter(ours.get_train_dataloader()))
     assert set(batch) == set(NAMES)
+
+
+def test_ddp_is_put_on_after_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation over processes marks the model as prepared; see `forget_evaluation`."""
+    ours = trainer(tmp_path)
+    seen = []
+    monkeypatch.setattr(
+        transformers.Trainer, "train",
+        lambda self: seen.append("_is_accelerate_prepared" in vars(self.model)),
+    )  # fmt: skip
+    for n_processes in (1, 2):
+        monkeypatch.setattr(type(ours.args), "world_size", property(lambda self: n_processes))  # noqa: B023
+        ours.model._is_accelerate_prepared = True
+        ours.train()
+    assert seen == [True, False]

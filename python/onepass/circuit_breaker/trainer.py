@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from ..heads import unwrapped
 from ..training.hidden_states import blocks_of
 from ..training.lora import has_lora
-from ..training.monitor import check_one_gpu, logs_step, means_of
+from ..training.monitor import check_one_gpu, forget_evaluation, logs_step, means_of
 from .adapter import jitter, jitter_weights
 from .arguments import LorraArguments
 from .data import data_collator
@@ -109,6 +109,11 @@ class CircuitBreakerTrainer(Trainer):
     def rerouting_of(self, reference: str | nn.Module) -> Rerouting:
         """The trainer's `rerouting` against another reference."""
         return replace(self.rerouting, reference=reference)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' training, also after an evaluation over several processes."""
+        forget_evaluation(self)
+        return super().train(*args, **kwargs)
 
     def get_training_progress(self) -> float:
         """Where the schedule stands: 1/2 at the end of the training."""

@@ -27,7 +27,7 @@ from ..training.hidden_states import (
     trained_beside_adapter,
     training_mode,
 )
-from ..training.monitor import check_one_gpu
+from ..training.monitor import check_one_gpu, forget_evaluation
 from .arguments import DPOArguments
 from .data import IGNORED, PreferenceCollator, PreferenceDataset
 from .examples import REFERENCE, SIDES
@@ -610,11 +610,8 @@ class DPOTrainer(Trainer):
     # -- processes and checkpoints ------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' training, also after an evaluation over several processes: that leaves the
-        model marked as prepared, and the training would leave DDP away, each process with gradients
-        of its own."""
-        if self.args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            self.model.__dict__.pop("_is_accelerate_prepared", None)
+        """transformers' training, also after an evaluation over several processes."""
+        forget_evaluation(self)
         return super().train(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

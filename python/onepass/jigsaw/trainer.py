@@ -16,7 +16,7 @@ from ..heads import unwrapped
 from ..reduce import masked_mean
 from ..training.hidden_states import blocks_of, make_lazy, same_draws
 from ..training.lora import lora_in_blocks
-from ..training.monitor import check_one_gpu, logs_step, means_of
+from ..training.monitor import check_one_gpu, forget_evaluation, logs_step, means_of
 from .arguments import JigsawArguments
 from .cloak import TransformerCloak
 from .data import data_collator
@@ -150,6 +150,11 @@ class JigsawTrainer(Trainer):
         check_one_gpu(self.args)
         self.model_accepts_loss_kwargs = False
         self._noted: dict[str, list[Tensor]] = defaultdict(list)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' training, also after an evaluation over several processes."""
+        forget_evaluation(self)
+        return super().train(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' optimizer; the transform's parameters have the learning rate of their own

@@ -117,6 +117,14 @@ def means_of(trainer: Any, noted: Mapping[str, Sequence[Tensor]]) -> dict[str, f
     return dict(zip(noted, means.tolist(), strict=True))
 
 
+def forget_evaluation(trainer: Any) -> None:
+    """To be called before a training over several processes: an evaluation marks the model as
+    prepared, and the training would leave DDP away, each process with gradients of its own."""
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if trainer.args.world_size > 1 and not sharded:
+        trainer.model.__dict__.pop("_is_accelerate_prepared", None)
+
+
 def check_one_gpu(args: Any) -> None:
     """ValueError where transformers would spread a batch over GPUs within this process."""
     if args.n_gpu > 1:
