@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from onepass.cli import main
+from onepass.dpo.command import DataFlags, read_data
+from onepass.training.hub_data import DatasetFlags
 from support.tiny_dpo import pairs
 from support.tiny_language_model import save
 
@@ -81,7 +83,7 @@ WRONG: list[tuple[str, Callable[[Path, Path], list[str]], str]] = [
     ("a model alone", lambda f, t: ["--model", str(f / "model")], "leave out --model"),
     ("val alone", lambda f, t: ["--val", str(f / "pairs.jsonl")], "wanted --data with it"),
     ("no file", lambda f, t: [*given(f), "--data", str(t / "no.jsonl")], "no such file"),
-    ("empty", lambda f, t: [*given(f), "--val", write(t, "e.jsonl")], "holds no prompt"),
+    ("empty", lambda f, t: [*given(f), "--val", write(t, "e.jsonl")], "holds no pair"),
     ("malformed line", lambda f, t: [
         *given(f), "--data", write(t, "d.jsonl", pairs()[0], "{oops"),
     ], "d.jsonl:2"),
@@ -109,8 +111,11 @@ WRONG: list[tuple[str, Callable[[Path, Path], list[str]], str]] = [
         *given(f), "--max_length", "9", "--max_prompt_length", "9",
     ], "--max_prompt_length: got 9"),
     ("truncation", lambda f, t: [*given(f), "--truncation_mode", "keep_non"], "keep_end"),
-    ("batch of the reference", lambda f, t: [*given(f), "--precompute_ref_batch_size", "0"],
-     "from 1 on"),
+    ("batch of the reference", lambda f, t: [
+        *given(f), "--precompute_ref_log_probs", "--precompute_ref_batch_size", "0",
+    ], "from 1 on"),
+    ("batch of no reference", lambda f, t: [*given(f), "--precompute_ref_batch_size", "2"],
+     "is of --precompute_ref_log_probs"),
     ("dropout that is taken out", lambda f, t: [*given(f), "--lora_dropout", "0.1"],
      "--no_disable_dropout"),
     ("sync of an adapter", lambda f, t: [*given(f), "--sync_ref_model"], "--no_use_peft"),
@@ -120,8 +125,27 @@ WRONG: list[tuple[str, Callable[[Path, Path], list[str]], str]] = [
     ("two quantisations", lambda f, t: [*given(f), "--load_in_8bit", "--load_in_4bit"], "exclude"),
     ("bits and all weights", lambda f, t: [*given(f), "--load_in_4bit", "--no_use_peft"],
      "are frozen"),
+    ("dropped tokens of smoothing", lambda f, t: [*given(f), "--label_smoothing_factor", "0.1"],
+     "is of transformers' own loss"),
+    ("alpha for nothing", lambda f, t: [*given(f), "--alpha", "0.5"], "--alpha: is of the alpha"),
+    ("a temperature for nothing", lambda f, t: [*given(f), "--discopop_tau", "0.1"],
+     "--loss_type discopop"),
+    ("a rank for nothing", lambda f, t: [*given(f), "--no_use_peft", "--lora_r", "4"],
+     "--lora_r: is of an adapter"),
+    ("an empty batch", lambda f, t: [*given(f), "--per_device_eval_batch_size", "0"],
+     "--per_device_eval_batch_size: got 0"),
+    ("no weights", lambda f, t: [
+        *given(f), "--loss_type", "sigmoid,ipo", "--loss_weights", "0,0",
+    ], "--loss_weights must not all be 0"),
+    ("itself", lambda f, t: [*given(f), "--val", str(f / "pairs.jsonl")], "is --data itself"),
     ("two data", lambda f, t: [*given(f), "--dataset_name", "a/b"], "leave one out"),
     ("a dataset without a model", lambda f, t: ["--dataset_name", "a/b"], "wanted --model"),
+    ("a name twice", lambda f, t: [*given(f), "--rename_column", "a=prompt", "b=prompt"],
+     "'prompt' is named twice"),
+    ("a name that is none", lambda f, t: [*given(f), "--rename_column", "questoin=text"],
+     "no column 'questoin' to rename, it has chosen, prompt, rejected"),
+    ("a name that is there", lambda f, t: [*given(f), "--rename_column", "prompt=rejected"],
+     "'prompt' is to be 'rejected', which is there already"),
     ("no new name", lambda f, t: [*given(f), "--rename_column", "yes"], "wanted old=new"),
     ("no alpha", lambda f, t: [*given(f), "--f_divergence_type", "alpha_divergence"],
      "--alpha must be a number for f_divergence_type"),
@@ -157,7 +181,12 @@ def test_what_only_the_model_tells_is_one_line_too(
     chat = {"chosen": [user, chosen], "rejected": [user, rejected]}
     for flags, code, message in (
         (["--lora_target_modules", "wq"], 2, "no wq in the blocks"),
-        (["--data", write(tmp_path, "c.jsonl", *[chat] * 5)], 2, "no chat template"),
+        (["--lora_modules_to_save", "head"], 2, "no module head in this model"),
+        (
+            ["--data", write(tmp_path, "c.jsonl", *[chat] * 5), "--validation_ratio", "0"],
+            2,
+            "no chat template",
+        ),
         (["--model", str(tmp_path / "none")], 2, "no such folder"),
     ):
         run = ["train", "dpo", *given(files), *QUICK, *flags]
@@ -245,11 +274,39 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(
     assert summary(folder)["after"] == summary(whole)["after"]
 
 
+def test_pairs_of_one_prompt_stay_together(tmp_path: Path) -> None:
+    """Held out is a share of the prompts, with all of their pairs."""
+    rows = [{**row, "rejected": f"{row['rejected']} {n}"} for row in pairs() for n in range(5)]
+    file = write(tmp_path, "many.jsonl", *rows)
+    found = read_data(DataFlags(data=file, validation_ratio=0.4), DatasetFlags())
+    assert {name: len(part) for name, part in found.items()} == {"data": 20, "val": 10}
+    train, held_out = ({row["prompt"] for row in found[name]} for name in ("data", "val"))
+    assert not train & held_out
+    bare = write(tmp_path, "bare.jsonl", *({k: r[k] for k in ("chosen", "rejected")} for r in rows))
+    found = read_data(DataFlags(data=bare, validation_ratio=0.2), DatasetFlags())
+    assert not {r["chosen"] for r in found["data"]} & {r["chosen"] for r in found["val"]}
+
+
+def test_a_folder_is_one_runs_at_a_time(files: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    many = [*given(files), *QUICK, "--max_steps", "5000", "--save_steps", "5000"]
+    first = start([*many, "--output_dir", str(folder)])
+    ends = time.monotonic() + 120
+    while time.monotonic() < ends and not (folder / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    code, _, err = finish(start([*many, "--output_dir", str(folder), "--overwrite"]))
+    first.kill()
+    first.communicate()
+    assert code == 2 and "another run is writing to" in err, err
+    assert (folder / "metrics.jsonl").exists()
+
+
 def test_all_weights_may_be_trained_and_what_is_cut_is_told(files: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path / "run"
     flags = ["--no_use_peft", "--max_length", "32", "--loss_type", "hinge,ipo", "--max_steps", "2"]
+    flags += ["--loss_weights", "1,0.5", "--dataloader_drop_last"]
     flags += ["--precompute_ref_log_probs", "--f_divergence_type", "js_divergence"]
     code, _, err = finish(start([*given(files), *QUICK, *flags, "--output_dir", str(folder)]))
     assert code == 0, err
@@ -283,6 +340,7 @@ def test_a_dataset_and_columns_of_other_names(whole: Path, files: Path, tmp_path
     for flags, told in (
         (names[:2], "own[train]: row 1: no 'rejected', wanted chosen and rejected; it has"),
         (names, "own[test]: row 1: 'chosen' and 'rejected' are equal"),
+        ([*names, "--dataset_test_split", "validatoin"], "has no split 'validatoin'"),
         ([*names, "--dataset_train_split", "trian"], "has no split 'trian'\n  allowed: "),
         (["--rename_column", "god=chosen"], "--rename_column: no column 'god', the dataset has"),
         (["--dataset_name", str(tmp_path / "none")], "cannot be loaded: "),

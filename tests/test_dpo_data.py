@@ -14,7 +14,9 @@ import torch
 
 from onepass.dpo import DPOArguments, PreferenceCollator, PreferenceDataset, read_pairs
 from onepass.dpo.examples import split_prompt
+from onepass.dpo.generate import prompt_ids
 from support.tiny_language_model import CHAT, tokenizer
+from support.tiny_language_model import model as tiny
 
 USER = {"role": "user", "content": "two and two?"}
 FOUR = {"role": "assistant", "content": "four"}
@@ -180,6 +182,27 @@ def test_conversations_go_through_the_chat_template() -> None:
     with pytest.raises(ValueError, match="row 1: the chat template refuses it: ") as caught:
         dataset([{"prompt": [USER], "chosen": [FOUR], "rejected": [FIVE]}], refusing)
     assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text() -> None:
+    """As Llama's and Gemma's do with their BOS token; a chat template writes its own."""
+    from tokenizers.processors import TemplateProcessing
+
+    begins = tokenizer(CHAT)
+    begins.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    [item] = PreferenceDataset(begins, [PAIR]).items
+    assert item["prompt_input_ids"] == begins(PAIR["prompt"])["input_ids"][:-1]
+    assert item["chosen_input_ids"].count(1) == 1 and item["chosen_labels"].count(2) == 1
+    [there] = PreferenceDataset(begins, [{**PAIR, "prompt": "<s>" + PAIR["prompt"]}]).items
+    assert there["prompt_input_ids"] == item["prompt_input_ids"]
+    turns = {"prompt": [USER], "chosen": [FOUR], "rejected": [FIVE]}
+    [chat] = PreferenceDataset(begins, [turns]).items
+    assert text(chat["prompt_input_ids"]).startswith("<user>")
+    for prompt, ids in ((PAIR["prompt"], item), ([USER], chat)):
+        [drawn] = prompt_ids(tiny(1), begins, [prompt], 1)
+        assert drawn == ids["prompt_input_ids"]
 
 
 def test_a_template_may_go_on_after_its_eos() -> None:

@@ -21,7 +21,15 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 from onepass.dpo import frontier  # noqa: E402
-from onepass.dpo.frontier import Point, check_losses, points_of, train_tokens  # noqa: E402
+from onepass.dpo.frontier import (  # noqa: E402
+    FrontierFlags,
+    Point,
+    check_losses,
+    own_options,
+    points_of,
+    train_tokens,
+)
+from onepass.dpo.reward import RewardFlags, parse_reward  # noqa: E402
 from onepass.training.flags import RunFlags, parse  # noqa: E402
 from support import tiny_reward  # noqa: E402
 
@@ -72,7 +80,7 @@ def test_each_loss_at_each_beta_or_at_its_own() -> None:
     ]
     assert len({point.name for point in points}) == 6
     points = points_of(["jsd", "Sigmoid:0.1:0.10000001", "JSD"], ["0.1"])
-    found = check_losses(points, alpha=0.5)
+    found = check_losses(points, FrontierFlags())
     assert found == [Point("JSD", 0.1), Point("sigmoid", 0.1), Point("sigmoid", 0.10000001)]
     assert len({point.name for point in found}) == 3
     for losses, betas in ((["sigmoid"], ["x"]), (["sigmoid:0"], ["1"]), (["hinge"], ["-1"])):
@@ -86,8 +94,16 @@ def test_a_training_gets_the_flags_that_were_given() -> None:
     tokens = ["--max_steps=3", "--output_dir=a", "--no_use_peft", "--model=m", "--alpha=0.5"]
     flags = parse("onepass dpo frontier", frontier.FLAGS, [*tokens, "--adam_beta2=0.9"])
     passed = train_tokens(flags)
-    for wanted in ("--max_steps=3", "--use_peft=false", "--alpha=0.5", "--adam_beta2=0.9"):
+    for wanted in ("--max_steps=3", "--use_peft=false", "--adam_beta2=0.9"):
         assert wanted in passed
+    own = FrontierFlags(alpha=0.3, label_smoothing=0.1)
+    for loss, options in (
+        ("alpha", {"alpha": 0.3, "label_smoothing": 0.1}),
+        ("exo_pair", {"label_smoothing": 0.1}),
+        ("hinge", {}),
+    ):
+        assert own_options(Point(loss, 0.1), own) == options
+        check_losses([Point(loss, 0.1)], own)
     assert not any(token.startswith(("--output_dir", "--model", "--lora_r")) for token in passed)
 
 
@@ -189,10 +205,29 @@ def test_killed_between_points_it_goes_on(
     trained.clear()
     assert main([*arguments(files, out)]) == 0 and trained == []
     assert capsys.readouterr().out == table
+    # another loss joins what is there
+    assert main([*arguments(files, out), "--losses", "ipo:0.2"]) == 0
+    capsys.readouterr()
+    assert trained == ["ipo-beta0.2"]
+    facts = json.loads((out / "frontier.json").read_text())
+    assert {p["loss"] for p in facts["points"]} == {"ipo", "hinge", "sigmoid"}
+    assert len(facts["points"]) == 4
+    code = main(["train", "dpo", "--output_dir", str(out), "--overwrite"])
+    assert code == 2 and "has a run of dpo-frontier in it" in capsys.readouterr().err
+    code = main(["train", "dpo", "--output_dir", str(out), "--resume_from_checkpoint"])
+    assert code == 2 and "is one of dpo-frontier, wanted one of dpo" in capsys.readouterr().err
     code = main([*arguments(files, out), "--temperature", "0.7"])
     assert code == 2 and "--temperature: got 0.7, but the run was begun with 1.0" in (
         capsys.readouterr().err
     )
+    words = files.parent / "words.txt"
+    marks = []
+    for word in ("the", "def"):
+        words.write_text(word)
+        reward = parse_reward(RewardFlags(reward=f"keyword:@{words}"))
+        flags = frontier._parse("onepass dpo frontier", "", arguments(files, out)[2:])
+        marks.append(frontier.fingerprints(flags, [], reward)["reward"])
+    assert marks[0] != marks[1]
     changed = files.parent / "changed.txt"
     changed.write_text((files / "prompts.txt").read_text())
     code = main([*arguments(files, out), "--prompts", str(changed)])
@@ -222,7 +257,7 @@ def test_other_prompts_under_the_same_name_are_refused(
     assert main(args) == 1
     prompts.write_text("a\nc\n")
     assert main(args) == 2
-    assert "the prompts data are not those" in capsys.readouterr().err
+    assert "the data (prompts) are not those the run began with" in capsys.readouterr().err
     prompts.write_text("a\nb\n")
     assert main(args) == 1  # and taken again
 

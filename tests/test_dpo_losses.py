@@ -300,6 +300,38 @@ def test_finite_at_the_extremes(alpha: float, dtype: torch.dtype) -> None:
             assert grad.isfinite().all(), (name, divergence, beta, grad)
 
 
+def test_where_the_bounds_lie() -> None:
+    """An exponent stops at 80, an ipo error at 1e17, alpha is 0 below 1e-6: flat from there on, and
+    nothing before."""
+    zero = torch.zeros(1)
+
+    def slope(name: str, r: float) -> float:
+        leaf = torch.tensor([r], requires_grad=True)
+        dpo_loss(leaf, zero, zero, zero, loss_type=name, beta=1.0).losses.backward()
+        assert leaf.grad is not None
+        return abs(float(leaf.grad))
+
+    assert slope("FKL", -79.5) > 0 and slope("FKL", -80.5) == 0
+    assert slope("discopop", -79.5) > 0
+    assert slope("ipo", 0.9e17) > 0 and slope("ipo", 1.1e17) == 0
+    given = logps()
+    ratio = [given[0] - given[2], given[1] - given[3]]
+    for a in (1.1e-6, 1e-5, 5e-3):
+        score = [(1 - torch.exp(-a * r)) / a for r in ratio]
+        expected = -(BETA * (score[0] - score[1])).sigmoid().log()
+        got = losses_of("alpha", given, alpha=a)
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=0)
+        assert not torch.equal(got, losses_of("RKL", given))
+
+
+def test_the_widest_dtype_counts() -> None:
+    given = logps()
+    expected = losses_of("sigmoid", given)
+    got = losses_of("sigmoid", [given[0].float(), *given[1:]])
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_a_wrong_pair_still_pulls() -> None:
     """At a log-ratio of 200 the wrong way round, no loss that is steep there has lost its slope."""
     for name in ("sigmoid", "hinge", "ipo", "JSD", "RKL", "robust", "discopop", "sppo_hard"):

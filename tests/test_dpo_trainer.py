@@ -129,11 +129,30 @@ def test_the_step_is_that_of_plain_torch(tmp_path: Path) -> None:
     for name, parameter in ours.model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-6)
-    assert metrics.keys() == METRICS
-    torch.testing.assert_close(
-        metrics["rewards/chosen"], 0.3 * (chosen - chosen_ref).mean().detach()
-    )
-    torch.testing.assert_close(metrics["logps/rejected"], rejected.mean().detach())
+    wanted = {
+        "rewards/chosen": 0.3 * (chosen - chosen_ref).mean(),
+        "rewards/rejected": 0.3 * (rejected - rejected_ref).mean(),
+        "rewards/margins": delta.mean(),
+        "rewards/accuracies": (delta > 0).float().mean(),
+        "logps/chosen": chosen.mean(),
+        "logps/rejected": rejected.mean(),
+    }
+    entropies = []
+    for side in ("chosen", "rejected"):
+        ids, labels, mask = (
+            found[f"{side}_{k}"] for k in ("input_ids", "labels", "attention_mask")
+        )
+        logits = ours.model(input_ids=ids, attention_mask=mask).logits.materialize()[:, :-1].float()
+        target, logp = labels[:, 1:], logits.log_softmax(-1)
+        counts = target != -100
+        entropies.append(-(logp.exp() * logp).sum(-1)[counts])
+        wanted[f"logits/{side}"] = logits[counts].mean()
+        if side == "chosen":
+            wanted["mean_token_accuracy"] = (logits.argmax(-1) == target)[counts].float().mean()
+    wanted["entropy"] = torch.cat(entropies).mean()
+    assert metrics.keys() == wanted.keys() == METRICS
+    for name, value in wanted.items():
+        torch.testing.assert_close(metrics[name], value.detach(), rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("average", [True, False])
@@ -223,6 +242,26 @@ def test_precomputed_is_on_the_fly(tmp_path: Path, rank: int, loss: str) -> None
     assert ahead.evaluate()["eval_rewards/margins"] > 0
     with pytest.raises(ValueError, match="the reference is not kept"):
         ahead.evaluate(pairs()[:2])
+    if rank:  # the model without its adapter is one all the same
+        assert "eval_loss" in given.evaluate(pairs()[:2])
+        return
+    with pytest.raises(ValueError, match="the model is trained, so that no reference is left"):
+        given.evaluate(pairs()[:2])
+
+
+def test_precomputing_leaves_the_data_as_they_are(tmp_path: Path) -> None:
+    data = PreferenceDataset(tokenizer(), pairs())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        other = type(model(2))(model(2).config)
+    for base in (model(2), other):
+        ours = trainer(
+            tmp_path, base, rank=0, max_steps=1, logging_steps=1, learning_rate=0.0,
+            of={"precompute_ref_log_probs": True, "train_dataset": data},
+        )  # fmt: skip
+        assert not data.has_reference and ours.train_dataset.has_reference
+        ours.train()
+        assert logged(ours)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "whole"])
@@ -373,15 +412,20 @@ def test_metrics_of_a_subclass_and_training_without_logs(tmp_path: Path) -> None
         def get_batch_loss_metrics(self, *args: Any) -> Any:
             loss, metrics = super().get_batch_loss_metrics(*args)
             before = "eval_" if args[-1] == "eval" else ""
-            return loss, {before + "three": torch.tensor(3.0)}
+            metrics[before + "three"] = torch.tensor(3.0)
+            metrics[before + "entropy"] = metrics[before + "entropy"] * 0 - 1
+            del metrics[before + "logps/chosen"]
+            return loss, metrics
 
     ours = trainer(
         tmp_path, kind=Own, logging_strategy="no", max_steps=3, of={"eval_dataset": pairs()[:5]}
     )
     ours.train()
     [totals] = ours._totals.values()  # and not one for each step
-    assert totals.shape == (2, 1) and torch.equal(totals[0], 3 * totals[1])
-    assert ours.evaluate()["eval_three"] == 3.0
+    assert totals.shape == (2, len(METRICS))
+    found = ours.evaluate()
+    assert found["eval_three"] == 3.0 and found["eval_entropy"] == -1
+    assert "eval_logps/chosen" not in found and found["eval_rewards/accuracies"] > 0
     assert ours._count_tokens() > 0 and ours._seen == 0
 
 
@@ -427,6 +471,15 @@ def test_a_resumed_training_is_bit_equal(tmp_path: Path, rank: int) -> None:
     other.train(resume_from_checkpoint=str(checkpoint))
     equal(whole, other)
     assert logged(whole) == logged(other)
+    if not rank:
+        from safetensors.torch import load_file, save_file
+
+        [file] = (checkpoint / "reference").glob("*.safetensors")
+        state = load_file(file)
+        state.pop("model.layers.0.mlp.up_proj.weight")
+        save_file(state, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="up_proj.weight: the reference is damaged"):
+            trainer(tmp_path / "c", **settings).train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_bf16_autocast_and_checkpointing_train_without_logits(tmp_path: Path) -> None:
@@ -557,6 +610,18 @@ def test_a_datasets_dataset_is_taken(tmp_path: Path) -> None:
     equal(plain, ours)
 
 
+def test_trls_config_is_read(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", exc_type=ImportError)
+    config = trl.DPOConfig(
+        str(tmp_path), beta=0.5, loss_type=["ipo"], max_length=20, f_alpha_divergence_coef=0.3,
+        precompute_ref_log_probs=True, report_to="none", use_cpu=True, bf16=False,
+    )  # fmt: skip
+    ours = trainer(tmp_path, of={"args": config})
+    assert ours.dpo_args.loss_type == ["ipo"] and ours.beta == 0.5 and ours.precomputes
+    assert max(len(item["chosen_input_ids"]) for item in ours.train_dataset.items) == 20
+    assert trainer(tmp_path, of={"args": config, "beta": 0.2, "alpha": 0.9}).beta == 0.2
+
+
 # -- refusals ---------------------------------------------------------------------------------
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
@@ -575,6 +640,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("truncation", {"truncation_mode": "keep_all"}, "wanted keep_end or keep_start"),
     ("length", {"max_length": 1}, "max_length: got 1"),
     ("prompt", {"max_length": 8, "max_prompt_length": 8}, "nothing would be left of the answers"),
+    ("half a step", {"dpo_args": DPOArguments(ref_model_sync_steps=2.5)},  # type: ignore[arg-type]
+     "ref_model_sync_steps: got 2.5, wanted a whole number"),
     ("ld_alpha", {"dpo_args": DPOArguments(ld_alpha=1.5)}, "from 0 to 1"),
     ("mixup", {"dpo_args": DPOArguments(ref_model_mixup_alpha=2)}, "from 0 to 1"),
     ("weighted sort", {"dpo_args": DPOArguments(loss_type=["aot"], use_weighting=True)},
@@ -590,6 +657,10 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
      "so that no reference runs that could follow"),
     ("metrics", {"compute_metrics": lambda found: {}}, "compute_metrics: pairs have no"),
     ("loss function", {"compute_loss_func": lambda *a, **k: 0}, "compute_loss_func: pairs have no"),
+    ("smoothing of the Trainer's", {
+        "args": arguments(Path("trainer_output"), label_smoothing_factor=0.1)
+    }, "wanted label_smoothing"),
+    ("an argument of old", {"is_encoder_decoder": True}, "is_encoder_decoder: got True, which is"),
     ("no length", {"dpo_args": DPOArguments(max_length=None, max_prompt_length=8)},
      "max_prompt_length: got 8 without max_length"),
     ("no alpha", {"f_divergence_type": "alpha_divergence"}, "alpha must be a number for f_diverg"),
@@ -614,6 +685,28 @@ def test_what_cannot_work_is_refused(tmp_path: Path, given: dict[str, Any], mess
     with pytest.raises(ValueError, match=message) as caught:
         trainer(tmp_path, of=given)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_of_tokens_want_the_trainers_own_logps(tmp_path: Path) -> None:
+    class Own(DPOTrainer):
+        def get_batch_logps(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+            return super().get_batch_logps(*args, **kwargs)
+
+    ours = trainer(tmp_path, kind=Own, dpo=DPOArguments(ld_alpha=0.5))
+    with pytest.raises(ValueError, match="ld_alpha: wanted the trainer's own get_batch_logps"):
+        ours.train()
+    assert DPOArguments(loss_type="hinge").loss_type == ["hinge"]  # type: ignore[arg-type]
+
+
+def test_methods_of_old_that_nothing_calls_are_refused(tmp_path: Path) -> None:
+    class Older(DPOTrainer):
+        def get_batch_metrics(self, *args: Any) -> Any:
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match="Older.get_batch_metrics would never be called: override"):
+        trainer(tmp_path, kind=Older)
+    harmless = {"is_encoder_decoder": False, "generate_during_eval": False, "dataset_num_proc": 1}
+    trainer(tmp_path, of=harmless)
 
 
 def test_a_model_is_not_its_own_reference(tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_stopped_and_resumed_it_is_the_unbroken_run(
     harmful = tmp_path / "harmful_prompts.json"
     harmful.write_text(json.dumps(captions("harmful")[:19]))
     code, _, err = onepass(*RESUME)
-    assert code == 2 and "the harmful data are not those the run began with" in err
+    assert code == 2 and "the data (harmful) are not those the run began with" in err
 
 
 def test_weights_of_the_model_itself(onepass: Run, tmp_path: Path) -> None:

@@ -316,6 +316,11 @@ LOSSES: dict[str, dict[str, Any]] = {
     "length-desensitized": {"loss_type": "sigmoid", "ld_alpha": 0.3},
     "length-desensitized-sft": {"loss_type": ["ipo", "sft"], "ld_alpha": 0.3},
     "precomputed": {"loss_type": "sigmoid", "precompute_ref_log_probs": True},
+    "without a prompt left": {
+        "loss_type": ["ipo", "sigmoid_norm"],
+        "max_length": 4,
+        "truncation_mode": "keep_end",
+    },
     "alpha-above-1": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.3},
     "alpha-limit": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
 }
@@ -387,12 +392,30 @@ def test_our_losses_learn_the_same(tmp_path: Path, tokenizer: Any) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def tiny_mixture() -> Any:
+    """A mixture of experts whose router has a loss of its own."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=D, num_hidden_layers=2, num_local_experts=4,
+        num_attention_heads=2, num_key_value_heads=2, output_router_logits=True,
+        router_aux_loss_coef=0.5, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config).to(DEVICE)
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_our_losses_with_an_adapter(tmp_path: Path, tokenizer: Any) -> None:
-    """The reference is the same model with its adapter off: two forwards of one module."""
+@pytest.mark.parametrize("kind", ["lora", "prompt tuning", "mixture"])
+def test_our_losses_with_an_adapter(kind: str, tmp_path: Path, tokenizer: Any) -> None:
+    """The reference is the same model with its adapter off: two forwards of one module. Virtual
+    tokens stand before the real ones; a router's loss is added."""
     from datasets import Dataset
 
     peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    if kind == "prompt tuning":
+        adapter = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     rows = {"prompt": sentences(2), "chosen": sentences(3, " "), "rejected": sentences(4, " ")}
 
     def run() -> tuple[Tensor, list[Tensor]]:
@@ -403,11 +426,11 @@ def test_our_losses_with_an_adapter(tmp_path: Path, tokenizer: Any) -> None:
         )  # fmt: skip
         torch.manual_seed(0)
         trainer = trl.DPOTrainer(
-            model=tiny_model(0),
+            model=tiny_mixture() if kind == "mixture" else tiny_model(0),
             args=config,
             train_dataset=Dataset.from_dict(rows),
             processing_class=tokenizer,
-            peft_config=peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+            peft_config=adapter,
         )
         pick = torch.Generator().manual_seed(0)
         for parameter_name, parameter in trainer.model.named_parameters():

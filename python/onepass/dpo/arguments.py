@@ -5,12 +5,16 @@ Names are TRL's where it has them; what is ours or the notebook's stands last.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..training.flags import flag
 
 TRUNCATION_MODES = ("keep_end", "keep_start")
+WHOLE = (
+    *("max_length", "max_prompt_length", "precompute_ref_batch_size"),
+    *("ref_model_sync_steps",),
+)
 
 
 @dataclass
@@ -47,6 +51,10 @@ class DPOArguments:
     ipo_average: bool = flag(True, "ipo on means over tokens, not sums", advanced=True)
     reference_free: bool = flag(False, "no reference: its log-probabilities are 0", advanced=True)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_type, str):  # as TRL's config takes it
+            self.loss_type = [self.loss_type]
+
     @property
     def longest_prompt(self) -> int | None:
         """What a prompt is cut to where a pair is longer than `max_length`."""
@@ -73,6 +81,10 @@ class DPOArguments:
         Args:
             own_loss: a subclass brings its own `dpo_loss`, whose names are its own.
         """
+        for name in WHOLE:
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise ValueError(f"{name}: got {value!r}, wanted a whole number")
         self._check_lengths()
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             raise ValueError(f"ld_alpha: got {self.ld_alpha}, wanted a number from 0 to 1")
@@ -99,6 +111,14 @@ class DPOArguments:
             except ValueError as error:  # it is named otherwise there
                 text = str(error).replace("f_divergence ", "f_divergence_type ", 1)
                 raise ValueError(text) from None
+
+    @classmethod
+    def of(cls, args: Any) -> DPOArguments:
+        """What a TrainingArguments says of these, as TRL's DPOConfig does; defaults otherwise."""
+        names = [f.name for f in fields(cls) if hasattr(args, f.name)]
+        if "loss_type" not in names:
+            return cls()
+        return cls(**{name: getattr(args, name) for name in names})
 
     def _check_lengths(self) -> None:
         if self.max_length is not None and self.max_length < 2:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ..training.flags import (
     check_from,
     check_lora_flags,
     check_share,
+    default_of,
     flag,
     training_arguments,
 )
@@ -34,7 +35,6 @@ from .arguments import DPOArguments
 SMALL = {  # what suits the small model, where nothing else is said
     "learning_rate": 5e-4,
     "max_steps": 100,
-    "lora_dropout": 0.0,
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 16,
     "gradient_checkpointing": False,
@@ -103,6 +103,7 @@ class DataFlags:
 class AdapterFlags(LoraFlags):
     """The adapter."""
 
+    lora_dropout: float = flag(0.0, "share of inputs dropped, with --no_disable_dropout")
     use_peft: bool = flag(True, "train LoRA; off: all weights")
 
 
@@ -145,13 +146,12 @@ def check(flags: Flags) -> None:
         if (number := getattr(data, name)) is not None:
             check_from(name, number, 1)
     check_lora_flags(adapter)
-    if dpo.disable_dropout:
-        if adapter.lora_dropout and "lora_dropout" in flags.given:
-            raise UsageError(
-                "--lora_dropout: --disable_dropout, which is the default, takes it out",
-                hint="add --no_disable_dropout, or leave out --lora_dropout",
-            )
-        adapter.lora_dropout = 0.0
+    if dpo.disable_dropout and adapter.lora_dropout:
+        raise UsageError(
+            "--lora_dropout: --disable_dropout, which is the default, takes it out",
+            hint="add --no_disable_dropout, or leave out --lora_dropout",
+        )
+    check_used(flags)
     if dpo.sync_ref_model and adapter.use_peft:
         raise UsageError("--sync_ref_model: wanted --no_use_peft: an adapter's reference is fixed")
     if data.data is not None:
@@ -165,6 +165,35 @@ def check(flags: Flags) -> None:
         raise UsageError(f"--{error}") from error
 
 
+def check_used(flags: Flags) -> None:
+    """UsageError for a flag that says what nothing would read."""
+    dpo, adapter = flags[DPOArguments], flags[AdapterFlags]
+    usual = {f.name: default_of(f) for kind in (dpo, adapter) for f in fields(kind)}
+    now = vars(dpo) | vars(adapter)
+    losses = [name.lower() for name in dpo.loss_type]
+    alpha = "alpha" in losses or dpo.f_divergence_type.lower() in ("alpha", "alpha_divergence")
+    of_lora = [f.name for f in fields(LoraFlags)]
+    for used, names, by in (
+        (alpha, ["alpha", "f_alpha_divergence_coef"], "the alpha divergence"),
+        ("discopop" in losses, ["discopop_tau"], "--loss_type discopop"),
+        ("ipo" in losses, ["ipo_average"], "--loss_type ipo"),
+        (
+            dpo.sync_ref_model,
+            ["ref_model_mixup_alpha", "ref_model_sync_steps"],
+            "--sync_ref_model",
+        ),
+        (
+            dpo.precompute_ref_log_probs,
+            ["precompute_ref_batch_size"],
+            "--precompute_ref_log_probs",
+        ),
+        (adapter.use_peft, of_lora, "an adapter, not --no_use_peft"),
+    ):
+        for name in names:
+            if not used and now[name] != usual[name]:
+                raise UsageError(f"--{name}: is of {by}; leave it out")
+
+
 def read_data(
     data: DataFlags, dataset: DatasetFlags, seed: int = 0
 ) -> dict[str, list[dict[str, Any]]]:
@@ -176,7 +205,9 @@ def read_data(
     from ..training.prompts import Prompt, split
     from .examples import check_pair, read_preferences
 
-    found = {}
+    found: dict[str, list[Prompt]] = {}
+    if None is not data.data == data.val:
+        raise UsageError("--val: is --data itself: leave it out, or --validation_ratio 0")
     if dataset.dataset_name is not None:
         for part, rows in dataset.load().items():
             try:
@@ -194,11 +225,30 @@ def read_data(
         except (ValueError, OSError) as error:
             raise UsageError(f"--{name}: {one_line(error, 1000)}") from error
     if "val" not in found and data.validation_ratio:
+        # By prompt: pairs of one prompt share their answers.
+        by_prompt: dict[str, list[Prompt]] = {}
+        for entry in found["data"]:
+            by_prompt.setdefault(_prompt_of(entry.record), []).append(entry)
+        firsts = [entries[0] for entries in by_prompt.values()]
         try:
-            found["data"], found["val"] = split(found["data"], data.validation_ratio, seed)
+            parts = split(firsts, data.validation_ratio, seed, what="prompts")
         except ValueError as error:
-            raise UsageError(f"--{error}") from error
+            raise UsageError(f"--{error}", hint="name others with --val, or 0") from error
+        held = {id(entry) for entry in parts[1]}
+        found["data"], found["val"] = (
+            [e for es in by_prompt.values() if (id(es[0]) in held) == held_out for e in es]
+            for held_out in (False, True)
+        )
     return {name: [entry.record for entry in entries] for name, entries in found.items()}
+
+
+def _prompt_of(record: dict[str, Any]) -> str:
+    """What pairs of one prompt have in common; texts without a prompt stand alone."""
+    from .examples import split_prompt
+
+    if record.get("prompt") or not isinstance(record["chosen"], str):
+        return json.dumps(record.get("prompt") or split_prompt(record)["prompt"])
+    return str(record["chosen"])
 
 
 def small_pairs(folder: Path) -> dict[str, Path]:
@@ -244,7 +294,7 @@ def train(flags: Flags, run: RunFolder) -> int:
     digests = fingerprints({"data": data.data, "val": data.val})
     pairs = None
     if dataset.dataset_name is not None:
-        pairs = read_data(data, dataset)
+        pairs = read_data(data, dataset, args.seed)
         digests["dataset"] = digest(serialized([row for rows in pairs.values() for row in rows]))
     begin = partial(run.begin, digests, writes=writes)
     makes_model = flags[ModelFlags].model_name_or_path is None
@@ -259,7 +309,7 @@ def train(flags: Flags, run: RunFolder) -> int:
     from ..cli.terminal import quiet_libraries
 
     with quiet_libraries():
-        pairs = read_data(data, dataset) if pairs is None else pairs
+        pairs = read_data(data, dataset, args.seed) if pairs is None else pairs
         return _train(flags, run, args, pairs, None if makes_model else begin)
 
 
@@ -322,12 +372,15 @@ def _train(
         for name, text in MEASURES.items()
     ]
     title = "Held-out pairs" if "val" in pairs else "The training pairs (no validation)"
+    as_it_was = "before the training"
+    if not (dpo.reference_free or measured.has_reference and not dpo.precompute_ref_log_probs):
+        as_it_was += ", where policy and reference are one,"
     cut = {"train": [dataset.n_cut, dataset.n_cut_tokens]}
     cut["measured"] = [measured.n_cut, measured.n_cut_tokens]
     equal = {"train": dataset.n_equal, "measured": measured.n_equal}
     write_summary(
         run,
-        f"{title}: before the training, where policy and reference are one, and after",
+        f"{title}: {as_it_was} and after",
         ["measure", "before", "after"],
         rows,
         before=before,

@@ -293,7 +293,7 @@ def make_pairs(
 
     try:
         texts = texts_of(prompts, tokenizer)
-        drawn = sample_answers(model, tokenizer, texts, sampling)
+        drawn = sample_answers(model, tokenizer, prompts, sampling)
     except ValueError as error:
         raise UsageError(f"--prompts: {one_line(error)}") from error
     values = reward.scores(
@@ -374,7 +374,6 @@ def run_evaluate(flags: Flags) -> int:
     from ..cli.table import render
     from ..cli.terminal import quiet_libraries
     from .evaluate import measure
-    from .generate import texts_of
 
     device = device_of(action.device)
     with quiet_libraries():
@@ -389,7 +388,7 @@ def run_evaluate(flags: Flags) -> int:
             facts = measure(
                 model,
                 tokenizer,
-                texts_of(prompts, tokenizer),
+                prompts,
                 asked.sampling(action.seed),
                 reward,
                 score,

@@ -46,11 +46,12 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
 
     An item has {chosen,rejected}_{input_ids,attention_mask,labels}, prompt_input_ids and
     prompt_attention_mask as lists, and the two log-probabilities where the rows have them. Prompt
-    and answers are tokenized apart, without special tokens; an answer ends with the EOS token, and
-    an empty prompt is the BOS token. Of a pair longer than `max_length` the prompt is cut to
+    and answers are tokenized apart. A prompt begins with what the tokenizer puts before a text (its
+    BOS token, mostly), a conversation with what its template writes; an empty prompt is the BOS
+    token. An answer ends with the EOS token, one of a conversation as the template ends it, if with
+    an EOS token at all. Of a pair longer than `max_length` the prompt is cut to
     `max_prompt_length`, then the answers to what is left, and a line tells how much was. Pairs
-    whose answers are then equal are left out, which a line tells too. Answers of conversations end
-    as the chat template ends them, with the EOS token where that has none.
+    whose answers are then equal are left out, which a line tells too.
 
     Attributes:
         n_cut, n_cut_tokens: pairs, and tokens of them, that were cut.
@@ -92,8 +93,9 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
         equal: list[str] = []
         self.n_cut = self.n_cut_tokens = 0
         for n, row in enumerate(rows):
-            prompt = list(ids["prompt"][n]) or _beginning(tokenizer, places[n])
             is_text = isinstance(pairs[n]["chosen"], str)
+            prompt = begun(list(ids["prompt"][n]), tokenizer) if is_text else list(ids["prompt"][n])
+            prompt = prompt or _beginning(tokenizer, places[n])
             answers = {side: _ended(list(ids[side][n]), tokenizer, is_text) for side in SIDES}
             prompt, answers = self._cut(prompt, answers, dpo)
             if answers["chosen"] == answers["rejected"]:
@@ -201,6 +203,14 @@ def _texts(pair: Row, tokenizer: Any, place: str) -> dict[str, str]:
     # some templates write an answer's opening otherwise than they ask for it
     prompt = os.path.commonprefix([prompt, *whole.values()])
     return {"prompt": prompt, **{side: text[len(prompt) :] for side, text in whole.items()}}
+
+
+def begun(ids: list[int], tokenizer: Any) -> list[int]:
+    """The tokens of a text after what the tokenizer puts before every text."""
+    before = list(tokenizer("")["input_ids"])
+    while before and before[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        before.pop()
+    return ids if ids[: len(before)] == before else [*before, *ids]
 
 
 def _beginning(tokenizer: Any, place: str) -> list[int]:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .generate import Answer, Sampling, padding_of, prompt_ids, sample_answers
+from .examples import TextOrTurns
+from .generate import Answer, Sampling, padding_of, prompt_ids, sample_answers, texts_of
 
 if TYPE_CHECKING:
     from .reward import Reward, Score
@@ -129,7 +130,7 @@ def lazy_where_possible(model: Any) -> Iterator[None]:
 def measure(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[TextOrTurns],
     sampling: Sampling,
     reward: Reward,
     score: Score,
@@ -145,7 +146,8 @@ def measure(
         Failed: a reward that is no number.
     """
     answers = sample_answers(model, tokenizer, prompts, sampling)
-    texts = [prompts[a.prompt] + a.text if score_prompt else a.text for a in answers]
+    asked = texts_of(prompts, tokenizer)
+    texts = [asked[a.prompt] + a.text if score_prompt else a.text for a in answers]
     rewards = reward.scores(score, texts)
     groups = [a.prompt for a in answers]
     special = frozenset(tokenizer.all_special_ids)
@@ -168,7 +170,7 @@ def measure(
         facts["kl_per_sequence"], facts["kl_per_sequence_error"] = mean_and_error(sums, groups)
     shown = range(0, len(answers), max(1, sampling.num_answers))
     facts["samples"] = [
-        {"prompt": prompts[answers[i].prompt], "answer": answers[i].text, "reward": rewards[i]}
+        {"prompt": asked[answers[i].prompt], "answer": answers[i].text, "reward": rewards[i]}
         for i in list(shown)[:5]
     ]
     return facts

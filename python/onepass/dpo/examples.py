@@ -37,13 +37,21 @@ def read_preferences(path: str | Path, names: Mapping[str, str] | None = None) -
     """`read_pairs` as entries that `training.prompts.split` takes; `names` are new ones of columns
     by their old ones."""
     names = names or {}
-    found = []
+    found: list[Prompt] = []
+    seen: set[str] = set()
     called_chosen = [old for old, new in names.items() if new == "chosen"] or ["chosen"]
-    for number, entry in enumerate(read_prompts(path, fields=called_chosen), 1):
+    for number, entry in enumerate(read_prompts(path, fields=called_chosen, what="pair"), 1):
         place = f"{entry.file}:{entry.line}" if entry.line else f"{entry.file}: entry {number}"
-        row = {**renamed(entry.record, names), "place": place}
+        seen |= set(entry.record)
+        try:
+            row = {**renamed(entry.record, names), "place": place}
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
         check_pair(row, place)
         found.append(entry._replace(record=row))
+    if missing := [name for name in names if name not in seen]:
+        columns = ", ".join(sorted(seen))
+        raise ValueError(f"{path}: no column {missing[0]!r} to rename, it has {columns}")
     return found
 
 

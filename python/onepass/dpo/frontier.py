@@ -11,8 +11,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,6 +100,7 @@ class FrontierFlags:
     losses: list[str] = flag(LOSSES, "--loss_type's; hinge:0.1:1 has betas of its own")
     betas: list[str] = flag(["0.05", "0.1", "0.5"], "how much the reference holds")
     alpha: float = flag(0.5, "of the loss alpha")
+    label_smoothing: float = flag(0.0, "of the losses that have it", advanced=True)
     num_eval_answers: int = flag(3, "to each prompt, of each trained model")
     fast: bool = flag(False, "a smaller model, where one is made here")
 
@@ -128,8 +130,8 @@ def run_frontier(prog: str, summary: str, tokens: Sequence[str]) -> int:
     """Refuse what cannot work, then do what is not done yet; returns the exit code."""
     flags = _parse(prog, summary, tokens)
     prompts, reward, points = check(flags)
-    folder = RunFolder(SYSTEM, flags)
-    points = check_losses(points, flags[FrontierFlags].alpha)
+    folder = RunFolder(SYSTEM, flags, free=("losses", "betas"))
+    points = check_losses(points, flags[FrontierFlags])
     check_installed((*NEEDED, "accelerate", "matplotlib"))
     from ..cli.terminal import quiet_libraries
 
@@ -138,6 +140,7 @@ def run_frontier(prog: str, summary: str, tokens: Sequence[str]) -> int:
             from ..demo.train import one_thread
 
             stack.enter_context(one_thread())  # what so small a model runs fastest on
+        stack.callback(folder.release)
         return _run(flags, folder, prompts, reward, points)
 
 
@@ -147,7 +150,10 @@ def _parse(prog: str, summary: str, tokens: Sequence[str]) -> Flags:
     def parsed(tokens: Sequence[str]) -> Flags:
         told = f"{prog}: {summary}. Run it again to go on after an interruption."
         return parse(
-            prog, FLAGS, tokens, defaults=DEFAULTS, description=told, recorded=recorded_flags
+            *(prog, FLAGS, tokens),
+            defaults=DEFAULTS,
+            description=told,
+            recorded=partial(recorded_flags, system=SYSTEM),
         )
 
     flags = parsed(tokens)
@@ -183,7 +189,7 @@ def check(flags: Flags) -> tuple[list[TextOrTurns], Reward, list[Point]]:
         raise UsageError("--data: wanted --model with it: whose answers are they?")
     if run.accelerate_config not in (None, "none"):
         raise UsageError("--accelerate_config: an experiment runs in one process; leave it out")
-    check_run_flags(run)
+    check_run_flags(flags)
     check_lora_flags(flags[AdapterFlags])
     asked.check()
     check_from("num_answers", asked.num_answers, 2)
@@ -206,7 +212,7 @@ def check(flags: Flags) -> tuple[list[TextOrTurns], Reward, list[Point]]:
     return prompts, reward, points_of(own.losses, own.betas)
 
 
-def check_losses(points: Sequence[Point], alpha: float) -> list[Point]:
+def check_losses(points: Sequence[Point], asked: FrontierFlags) -> list[Point]:
     """The points by their losses' own names, each once; loads torch.
 
     Raises:
@@ -218,11 +224,25 @@ def check_losses(points: Sequence[Point], alpha: float) -> list[Point]:
     found = []
     for point in points:
         try:
-            DPOArguments(beta=point.beta, loss_type=[point.loss], alpha=alpha).check()
+            DPOArguments(
+                beta=point.beta, loss_type=[point.loss], **own_options(point, asked)
+            ).check()
         except (ValueError, TypeError) as error:
             raise UsageError(f"--{str(error).replace('loss_type', 'losses', 1)}") from error
         found.append(Point(loss_name(point.loss), point.beta))
     return list(dict.fromkeys(found))
+
+
+def own_options(point: Point, asked: FrontierFlags) -> dict[str, Any]:
+    """alpha and label_smoothing, for a loss that has them."""
+    from .losses import NOTEBOOK, SMOOTHED, loss_name
+
+    loss, options = loss_name(point.loss), dict[str, Any]()
+    if loss == "alpha":
+        options["alpha"] = asked.alpha
+    if asked.label_smoothing and loss in (*SMOOTHED, *NOTEBOOK):
+        options["label_smoothing"] = asked.label_smoothing
+    return options
 
 
 def points_of(losses: Sequence[str], betas: Sequence[str]) -> list[Point]:
@@ -251,11 +271,12 @@ def points_of(losses: Sequence[str], betas: Sequence[str]) -> list[Point]:
 # -- the work -----------------------------------------------------------------------------------
 
 
-def fingerprints(flags: Flags, prompts: Sequence[TextOrTurns]) -> dict[str, str]:
+def fingerprints(flags: Flags, prompts: Sequence[TextOrTurns], reward: Reward) -> dict[str, str]:
     """Digests of what is read, so that an experiment goes on with the same."""
     found = {"prompts": json.dumps(prompts).encode()}
     if (data := flags[FrontierFlags].data) is not None:
-        found["pairs"] = Path(data).read_bytes()
+        found["data"] = Path(data).read_bytes()
+    found["reward"] = json.dumps(reward.contents()).encode()
     return {name: digest(raw) for name, raw in found.items()}
 
 
@@ -269,7 +290,7 @@ def _run(
     own, run = flags[FrontierFlags], flags[RunFlags]
     cpu = run.use_cpu or not torch.cuda.is_available()
     device = torch.device("cpu" if cpu else "cuda")
-    digests = fingerprints(flags, prompts)
+    digests = fingerprints(flags, prompts, reward)
     if folder.resumes:
         folder.go_on(digests)
     else:
@@ -284,6 +305,7 @@ def _run(
     pairs = work.pairs() if own.data is None else Path(own.data)
     results: dict[Point, dict[str, Any]] = {}
     failed: dict[Point, str] = {}
+    points += [point for point in work.finished() if point not in points]
     for number, point in enumerate(points, 1):
         where = f"{number} of {len(points)}: {point.loss}, beta {point.beta:g}"
         if (known := _read(work.place(point) / "evaluation.json")) is not None:
@@ -329,6 +351,12 @@ class _Work:
     def place(self, point: Point) -> Path:
         return self.folder.path / POINTS / point.name
 
+    def finished(self) -> Iterator[Point]:
+        """The points that are done, those of an earlier command too."""
+        for file in sorted((self.folder.path / POINTS).glob("*/evaluation.json")):
+            if (known := _read(file)) is not None:
+                yield Point(known["loss"], known["beta"])
+
     def start(self) -> dict[str, Any]:
         """What the model that training starts from is worth."""
         known = _read(self.folder.path / START)
@@ -371,6 +399,8 @@ class _Work:
         tokens = ["dpo", f"--model={self.flags[ModelFlags].model_name_or_path}"]
         tokens += [f"--data={pairs}", f"--output_dir={place}", f"--loss_type={point.loss}"]
         tokens += [f"--beta={point.beta!r}", *train_tokens(self.flags)]
+        options = own_options(point, self.flags[FrontierFlags])
+        tokens += [f"--{name}={value!r}" for name, value in options.items()]
         if read_run(place) is not None:
             tokens.append("--resume_from_checkpoint")
         elif place.exists():  # killed before it had begun
@@ -404,7 +434,6 @@ class _Work:
         self, named: ModelFlags, adapter: Path | None, reference: Any = None
     ) -> dict[str, Any]:
         from .evaluate import measure
-        from .generate import texts_of
 
         run, own = self.flags[RunFlags], self.flags[FrontierFlags]
         model, tokenizer = load_policy(named, adapter, self.device)
@@ -413,7 +442,7 @@ class _Work:
             return measure(
                 model,
                 tokenizer,
-                texts_of(self.prompts, tokenizer),
+                self.prompts,
                 sampling,
                 self.reward,
                 self.score,
@@ -432,7 +461,6 @@ def train_tokens(flags: Flags) -> list[str]:
     values = {f.name: getattr(h, f.name) for h in holders for f in fields(h)}
     usual = {f.name: default_of(f) for h in holders for f in fields(h)} | DEFAULTS
     values = {n: v for n, v in values.items() if v != usual[n] and n not in NOT_PASSED}
-    values["alpha"] = flags[FrontierFlags].alpha
     for name, value in (values | flags.overrides).items():
         if isinstance(value, list):
             tokens += [f"--{name}", *map(str, value)] if value else []

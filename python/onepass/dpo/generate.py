@@ -11,7 +11,8 @@ import torch
 
 from ..cli.errors import one_line
 from ..cli.terminal import progress_bar
-from ..training.hidden_states import without_adapter
+from ..training.hidden_states import training_mode, without_adapter
+from .data import begun
 from .examples import TextOrTurns
 
 
@@ -61,15 +62,23 @@ def _rendered(turns: list[dict[str, str]], tokenizer: Any) -> str:
         raise ValueError(f"{where}: the chat template refuses it: {one_line(error)}") from error
 
 
-def prompt_ids(model: Any, tokenizer: Any, prompts: Sequence[str], n_new: int) -> list[list[int]]:
-    """Each prompt's tokens as the trainer has them: none added at the beginning.
+def prompt_ids(
+    model: Any, tokenizer: Any, prompts: Sequence[TextOrTurns], n_new: int
+) -> list[list[int]]:
+    """Each prompt's tokens as the trainer has them.
 
     Raises:
         ValueError: one that leaves no room for `n_new` tokens.
     """
-    ids: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    texts = texts_of(prompts, tokenizer)
+    ids: list[list[int]] = [
+        begun(tokens, tokenizer) if isinstance(prompt, str) else tokens
+        for prompt, tokens in zip(
+            prompts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True
+        )
+    ]
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for prompt, tokens in zip(prompts, ids, strict=True):
+    for prompt, tokens in zip(texts, ids, strict=True):
         if not tokens:
             raise ValueError(f"the prompt {prompt[:40]!r} has no tokens")
         if isinstance(positions, int) and len(tokens) + n_new > positions:
@@ -104,13 +113,13 @@ def no_settings(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def sample_answers(
-    model: Any, tokenizer: Any, prompts: Sequence[str], sampling: Sampling
+    model: Any, tokenizer: Any, prompts: Sequence[TextOrTurns], sampling: Sampling
 ) -> list[Answer]:
     """`num_answers` to each prompt, in the order of the prompts; drawn as `sampling` says and as
     nothing else does, the model's own settings but its EOS tokens being left out.
 
     Raises:
-        ValueError: a prompt that is too long.
+        ValueError: a prompt that is too long, a conversation without a chat template.
     """
     from transformers import GenerationConfig
 
@@ -134,10 +143,9 @@ def sample_answers(
     order = sorted(range(len(rows)), key=lambda row: (len(ids[rows[row]]), row))
     answers: list[Answer | None] = [None] * len(rows)
     gpus = [model.device] if model.device.type == "cuda" else []
-    training = model.training
-    model.eval()
     with (
         torch.random.fork_rng(devices=gpus),
+        training_mode(model, False),
         no_settings(model),
         progress_bar(len(rows), 0) as bar,
     ):
@@ -161,7 +169,6 @@ def sample_answers(
                 text = answer_text(tokenizer, ids[rows[row]], new[:end])
                 answers[row] = Answer(rows[row], text, new[:end])
             bar.update(len(batch))
-    model.train(training)
     return [answer for answer in answers if answer is not None]
 
 

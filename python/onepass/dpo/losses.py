@@ -6,6 +6,7 @@ one divergence. All of it is torch on [B] numbers, in log space: no probability 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -274,6 +275,8 @@ def check_loss(
         )
     for factor in factors:
         check_number("loss_weights", factor, 0.0)
+    if not any(factors):
+        raise ValueError(f"loss_weights must not all be 0: got {list(factors)}")
     terms = []
     for name, factor in zip(names, factors, strict=True):
         own = NOTEBOOK.get(name, divergence)
@@ -360,7 +363,7 @@ def dpo_loss(
             the difference of scores (OF_SCORES).
         alpha: coefficient a of the alpha divergence as in the notebook, which wants this or the
             next (1, as there, with loss_type "alpha"). 1 is the forward KL, 0, as a limit, the
-            reverse KL.
+            reverse KL. Below 0 f' is finite at 0, where f-DPO's theory does not hold.
         f_alpha_divergence_coef: the same in TRL's convention, 1 - a (0.5 is its default).
         label_smoothing: share of pairs whose preference is the wrong way round, in [0, 0.5); for
             sigmoid (and the notebook's names), sigmoid_norm, robust, exo_pair, aot, aot_unpaired.
@@ -477,7 +480,8 @@ def _check_logps(**logps: object) -> torch.dtype:
     for name, tensor in others:
         check_floating(name, tensor)
         _row(name, tensor, first)
-    return accumulation_dtype(first.dtype)
+    dtypes = [tensor.dtype for tensor in logps.values() if isinstance(tensor, Tensor)]
+    return accumulation_dtype(functools.reduce(torch.promote_types, dtypes))
 
 
 def _row(name: str, tensor: object, like: Tensor) -> None:

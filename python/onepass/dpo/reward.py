@@ -57,6 +57,20 @@ class Reward(NamedTuple):
             return classifier(self.what, self.label, device)
         return function(*self.what)
 
+    def contents(self) -> list[str]:
+        """What tells it apart from another one of the same name: words, a module's source, the
+        sizes of a classifier's files."""
+        if self.kind == "keyword":
+            return list(self.what)
+        if self.kind == "function":
+            spec = importlib.util.find_spec(self.what[0])
+            source = Path(spec.origin) if spec is not None and spec.origin else None
+            return [source.read_text(errors="replace")] if source and source.is_file() else []
+        if self.kind == "classifier" and Path(self.what).is_dir():
+            files = sorted(f for f in Path(self.what).iterdir() if f.is_file())
+            return [f"{file.name}: {file.stat().st_size}" for file in files]
+        return []
+
     def scores(self, score: Score, texts: Sequence[str]) -> list[float]:
         """`sign` times the scores.
 
@@ -131,6 +145,8 @@ def _function(asked: str, module: str, name: str) -> tuple[str, str]:
         found = None
     if found is None:
         meant = nearest(f"{module}:", ("keyword:", "classifier:"))
+        if meant == f"{module}:":
+            raise UsageError(f"--reward: {meant} wants what to score by behind it", hint=hint)
         raise UsageError(f"--reward: no module {module!r}", meant=meant, hint=hint)
     return module, name
 

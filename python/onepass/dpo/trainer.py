@@ -35,6 +35,28 @@ from .logps import SequenceLogps, ld_weights, sequence_logps, wpo_weights
 from .losses import DPOLoss, dpo_loss
 
 WANTED = ("entropy", "accuracy", "logits")
+# Of TRL's class from 0.7 to 0.12: arguments, with the values that change nothing here, and methods
+# that nothing calls.
+OLD_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "is_encoder_decoder": (None, False),
+    "generate_during_eval": (False,),
+    "max_target_length": (None,),
+    "model_adapter_name": (None,),
+    "ref_adapter_name": (None,),
+    "force_use_ref_model": (False,),
+    "dataset_num_proc": (None, 1),
+    "model_init_kwargs": (None,),
+    "ref_model_init_kwargs": (None,),
+}
+OLD_METHODS = {
+    "get_batch_metrics": "get_batch_loss_metrics",
+    "_get_batch_logps": "get_batch_logps",
+    "tokenize_row": "nothing: pass a PreferenceDataset, or items of token ids, as train_dataset",
+    "build_tokenized_answer": "nothing: pass a PreferenceDataset as train_dataset",
+    "compute_reference_log_probs": "reference_logps",
+    "null_ref_context": "reference_logps",
+    "get_batch_samples_and_ref": "nothing: `onepass dpo evaluate` draws answers",
+}
 REFERENCE_FOLDER = "reference"  # of a checkpoint, where the reference moves
 logger = logging.getLogger("onepass")
 
@@ -54,19 +76,23 @@ class Forward(_Forward):
 
 
 class Metrics(dict[str, Tensor]):
-    """Scalars by name as of old; `rows` are their sums and counts of every pair [2, names, B], and
-    `losses` [B]."""
+    """Scalars by name as of old; `of_pairs` has each as it was made, and the sum and the count of
+    every pair that it is the mean of [2, B]; `losses` [B]."""
 
-    rows: Tensor | None = None
+    of_pairs: Mapping[str, tuple[Tensor, Tensor]] = {}
     losses: Tensor | None = None
 
-    def facts(self, n_pairs: int) -> Tensor:
-        """`rows`; of a subclass's own dict its scalars, alike for all pairs."""
-        if self.rows is not None:
-            return self.rows
-        values = torch.stack([torch.as_tensor(value).float() for value in self.values()])
-        values = values[:, None].expand(-1, n_pairs)
-        return torch.stack([values, torch.ones_like(values)])
+    def rows(self, n_pairs: int, device: Any) -> Tensor:
+        """Sums and counts of every pair [2, names, B]; where a subclass put a scalar of its own,
+        that for each."""
+        found = []
+        for name, value in self.items():
+            made, rows = self.of_pairs.get(name, (None, None))
+            if rows is None or made is not value:
+                own = torch.as_tensor(value, device=device).detach().float().expand(n_pairs)
+                rows = torch.stack([own, torch.ones_like(own)])
+            found.append(rows)
+        return torch.stack(found, 1)
 
 
 class DPOTrainer(Trainer):
@@ -80,7 +106,8 @@ class DPOTrainer(Trainer):
         beta, label_smoothing, loss_type, truncation_mode, max_length, max_prompt_length,
             precompute_ref_log_probs, disable_dropout, alpha, f_divergence_type: as `DPOArguments`
             has them; what is not None wins over `dpo_args`.
-        args: transformers.TrainingArguments. remove_unused_columns becomes False.
+        args: transformers.TrainingArguments, or trl.DPOConfig, whose fields count where `dpo_args`
+            is None. remove_unused_columns becomes False.
         data_collator: of the items of `PreferenceDataset`.
         label_pad_token_id, padding_value: what pads labels and ids (default: the pad token).
         train_dataset, eval_dataset: a datasets.Dataset or a list of dicts with [prompt,] chosen,
@@ -90,7 +117,8 @@ class DPOTrainer(Trainer):
         model_init: makes the model, in place of `model`; called once.
         peft_config: an adapter to put on the model.
         dpo_args: what else the loss and the data are told.
-        others: as transformers.Trainer.
+        others: as transformers.Trainer; and arguments of TRL's class of 2023 that change nothing
+            here, as is_encoder_decoder=False.
 
     With `precompute_ref_log_probs` the reference runs here, over all pairs, and is not kept.
 
@@ -144,9 +172,12 @@ class DPOTrainer(Trainer):
             "alpha": alpha,
             "f_divergence_type": f_divergence_type,
         }
-        dpo = DPOArguments() if dpo_args is None else dpo_args
+        dpo = DPOArguments.of(args) if dpo_args is None else dpo_args
+        if alpha is not None and dpo_args is None:
+            dpo.f_alpha_divergence_coef = None  # DPOConfig always has one
         dpo = replace(dpo, **{name: value for name, value in given.items() if value is not None})
         dpo.check(own_loss=type(self).dpo_loss is not DPOTrainer.dpo_loss)
+        self._check_names(others)
         for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
             if others.get(name) is not None:
                 raise ValueError(
@@ -164,6 +195,11 @@ class DPOTrainer(Trainer):
         tokenizer = processing_class if tokenizer is None else tokenizer
         self.tokenizer = tokenizer
         args = TrainingArguments("trainer_output") if args is None else args
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor: got {args.label_smoothing_factor}, which is of the"
+                " Trainer's own loss: wanted label_smoothing"
+            )
         set_seed(args.seed)  # the Trainer does so only later
         model = _model_of(model, model_init)
         if peft_config is not None:
@@ -175,6 +211,8 @@ class DPOTrainer(Trainer):
         self.precomputes = dpo.precompute_ref_log_probs
         knows_reference = self.reference_free or _all_have_reference(train_dataset, eval_dataset)
         self.ref_model = self._reference(model, ref_model, needed=not knows_reference)
+        # what keeps the model without its adapter from being the reference
+        self._trained = trained_beside_adapter(model) if has_adapter(model) else "the model"
         for each in (model, self.ref_model):
             if each is not None:
                 make_lazy(each)
@@ -217,10 +255,23 @@ class DPOTrainer(Trainer):
         if dpo.sync_ref_model:
             self.add_callback(SyncReference(self))
         if self.precomputes:
-            self.precompute(self.train_dataset)
-            for data in _each(self.eval_dataset):
-                self.precompute(data)
+            self.train_dataset = self.precompute(train_dataset)
+            self.eval_dataset = self.precompute(eval_dataset)
             self.ref_model = None
+        elif knows_reference and not self.reference_free:
+            logger.info("no reference runs: the pairs have %s", REFERENCE[0])
+
+    def _check_names(self, others: dict[str, Any]) -> None:
+        """ValueError for arguments and methods of old that would be left aside; takes those out
+        that change nothing."""
+        for name, harmless in OLD_ARGUMENTS.items():
+            if name in others and (value := others.pop(name)) not in harmless:
+                raise ValueError(f"{name}: got {value!r}, which is not supported: leave it out")
+        for name, now in OLD_METHODS.items():
+            if hasattr(type(self), name):
+                raise ValueError(
+                    f"{type(self).__name__}.{name} would never be called: override {now}"
+                )
 
     # -- the data -----------------------------------------------------------------------------
 
@@ -243,7 +294,11 @@ class DPOTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """transformers' dataloader; of rows of text too."""
-        return super().get_eval_dataloader(self._as_pairs(eval_dataset, "eval_dataset"))
+        kept, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:  # every pair is measured
+            return super().get_eval_dataloader(self._as_pairs(eval_dataset, "eval_dataset"))
+        finally:
+            self.args.dataloader_drop_last = kept
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """transformers' dataloader; of rows of text too."""
@@ -303,7 +358,10 @@ class DPOTrainer(Trainer):
         ).logits
         labels = _ignored(joined["concatenated_labels"], self.label_pad_token_id)
         stats = None
-        if type(self).get_batch_logps is DPOTrainer.get_batch_logps:
+        own = type(self).get_batch_logps is not DPOTrainer.get_batch_logps
+        if own and self.dpo_args.ld_alpha is not None:
+            raise ValueError("ld_alpha: wanted the trainer's own get_batch_logps, which weights")
+        if not own:
             stats = self._sequence_logps(logits, labels)
             logps = stats.logps
         else:
@@ -369,6 +427,11 @@ class DPOTrainer(Trainer):
                 f"the batch has no {REFERENCE[0]!r}, and the reference is not kept: pass this"
                 " dataset as eval_dataset when the trainer is made"
             )
+        if self.ref_model is None and self._trained is not None:
+            raise ValueError(
+                f"the batch has no {REFERENCE[0]!r}, which the other data have, and"
+                f" {self._trained} is trained, so that no reference is left: pass a ref_model"
+            )
         return self._run_reference(model, batch)
 
     def _run_reference(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -385,17 +448,22 @@ class DPOTrainer(Trainer):
             self._measures = measures
         return found[0], found[1]
 
-    def precompute(self, data: Any) -> None:
-        """Put the reference's log-probabilities into the items of a `PreferenceDataset`."""
+    def precompute(self, data: Any) -> Any:
+        """A `PreferenceDataset`, or a dict of them, with the reference's log-probabilities in its
+        items; where they are there, itself."""
         if data is None:
-            return
+            return None
+        if isinstance(data, Mapping):
+            return {name: self.precompute(part) for name, part in data.items()}
         if not isinstance(data, PreferenceDataset):
             raise ValueError(
                 "precompute_ref_log_probs: wanted rows of text or a PreferenceDataset, got"
                 f" {type(data).__name__}"
             )
         if data.has_reference:
-            return
+            return data
+        data = copy.copy(data)  # another trainer's reference may be another
+        data.items = [dict(item) for item in data.items]
         size = self.dpo_args.precompute_ref_batch_size or self.args.per_device_train_batch_size
         starts = range(0, len(data), size)[self.args.process_index :: self.args.world_size]
         found: list[tuple[int, list[list[float]]]] = []
@@ -411,6 +479,7 @@ class DPOTrainer(Trainer):
         for start, values in gather_object(found):  # of all processes
             for item, pair in zip(data.items[start : start + size], values, strict=True):
                 item.update(zip(REFERENCE, pair, strict=True))
+        return data
 
     # -- the loss -----------------------------------------------------------------------------
 
@@ -500,9 +569,9 @@ class DPOTrainer(Trainer):
                 "logits/chosen": logits[0],
                 "logits/rejected": logits[1],
                 "entropy": entropy.sum(0),
-                "mean_token_accuracy": correct.sum(0),
+                "mean_token_accuracy": correct[0],  # as TRL's, of the chosen answers
             }
-            counts += [*lengths, lengths.sum(0), lengths.sum(0)]
+            counts += [*lengths, lengths.sum(0), lengths[0]]
         with torch.no_grad():
             rows = torch.stack([
                 torch.stack([value.float() for value in values])
@@ -510,10 +579,13 @@ class DPOTrainer(Trainer):
             ])  # fmt: skip
             sums, totals = rows.sum(-1)
             before = "eval_" if train_eval == "eval" else ""
-            metrics = Metrics(
-                zip((before + name for name in facts), sums / totals.clamp(min=1), strict=True)
-            )
-        metrics.rows, metrics.losses = rows, losses.detach()
+            names = [before + name for name in facts]
+            metrics = Metrics(zip(names, (sums / totals.clamp(min=1)).unbind(), strict=True))
+        metrics.of_pairs = {
+            name: (value, of_pairs)
+            for (name, value), of_pairs in zip(metrics.items(), rows.unbind(1), strict=True)
+        }
+        metrics.losses = losses.detach()
         return losses.mean(), metrics
 
     def compute_loss(  # type: ignore[override]
@@ -555,7 +627,7 @@ class DPOTrainer(Trainer):
         metrics = metrics if isinstance(metrics, Metrics) else Metrics(metrics)
         if not metrics:
             return
-        facts, names = metrics.facts(n_pairs), tuple(metrics)
+        facts, names = metrics.rows(n_pairs, self.args.device), tuple(metrics)
         if train_eval == "train":
             self._totals[names] = facts.sum(-1) + self._totals.get(names, 0.0)
             return
@@ -638,10 +710,15 @@ class DPOTrainer(Trainer):
                 state |= load_file(file)
             if not state:
                 raise ValueError(f"{folder}: no weights of the reference, wanted safetensors")
-            # tied weights are saved once
-            found = unwrapped(self.ref_model).load_state_dict(state, strict=False)
+            reference = unwrapped(self.ref_model)
+            found = reference.load_state_dict(state, strict=False)
             if found.unexpected_keys:
                 raise ValueError(f"{folder}: of another model: {found.unexpected_keys[0]}")
+            there = reference.state_dict()  # tied weights are saved once, under one of their names
+            loaded = {there[name].data_ptr() for name in state}
+            for name in found.missing_keys:
+                if there[name].data_ptr() not in loaded:
+                    raise ValueError(f"{folder}: no {name}: the reference is damaged")
 
 
 class MyDPOTrainer(DPOTrainer):

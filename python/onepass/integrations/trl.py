@@ -162,12 +162,12 @@ def dpo_compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outpu
     else:
         reference = (tokens[1] * weights).sum(1).chunk(2)
     lengths = counts.sum(1)
-    chosen_lengths, rejected_lengths = lengths.chunk(2)
+    all_lengths = mask.sum(1).chunk(2)  # as TRL divides, a first token that nothing predicts too
     pair_weights = None
     if self.use_weighting:
         squares = told[0].log_sum_sq_probs[:, -counts.shape[1] :]
         pair_weights = wpo_weights(((tokens[0] - squares) * counts).sum(1), lengths)
-    nll = -(tokens[0] * counts).chunk(2)[0].sum() / chosen_lengths.sum().clamp(min=1)
+    nll = -(tokens[0] * counts).chunk(2)[0].sum() / lengths.chunk(2)[0].sum().clamp(min=1)
     loss: Any = 0.0
     for loss_type, factor in zip(self.loss_types, self.loss_weights, strict=True):
         losses, *_ = dpo_loss(
@@ -180,8 +180,8 @@ def dpo_compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outpu
             f_alpha_divergence_coef=self.f_alpha_divergence_coef,
             label_smoothing=self.label_smoothing if loss_type in SMOOTHED else 0.0,
             ipo_average=True,
-            chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths,
+            chosen_lengths=all_lengths[0],
+            rejected_lengths=all_lengths[1],
             chosen_nll=nll,
             weights=pair_weights,
             discopop_tau=self.args.discopop_tau,

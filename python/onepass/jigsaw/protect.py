@@ -291,7 +291,10 @@ def _what_is_transformed(folder: Path) -> dict[str, Any]:
     NoiseTokenizer takes it."""
     from ..training.run_folder import recorded_flags
 
-    flags: dict[str, Any] = next(filter(None, map(recorded_flags, _runs(folder))), {})
+    def recorded(run: Path) -> dict[str, Any]:
+        return recorded_flags(run, "jigsaw")
+
+    flags: dict[str, Any] = next(filter(None, map(recorded, _runs(folder))), {})
     names = ("transform_system", "transform_answers")
     return {name: flags[name] for name in names if isinstance(flags.get(name), bool)}
 

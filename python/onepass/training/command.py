@@ -15,6 +15,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from ..cli.errors import Failed, Parser, UsageError, nearest, unknown
@@ -105,12 +106,12 @@ def _train(name: str, tokens: Sequence[str]) -> int:
         tokens,
         defaults=getattr(module, "DEFAULTS", None),
         description=f"onepass train {name}: {system.summary}.",
-        recorded=recorded_flags,
+        recorded=partial(recorded_flags, system=name),
     )
     if "num_train_epochs" in flags.given and "max_steps" not in flags.given:
         flags[RunFlags].max_steps = -1  # a system's default would win over what was typed
     try:
-        check_run_flags(flags[RunFlags])
+        check_run_flags(flags)
         launch = _launch_flags(flags)
         module.check(flags)
         folder = RunFolder(name, flags)
@@ -146,6 +147,8 @@ def _train(name: str, tokens: Sequence[str]) -> int:
             tell(f"{prog}: interrupted before the first checkpoint")
         else:
             tell(f"{prog}: interrupted; {last} is the last checkpoint; {go_on}")
+    finally:
+        folder.release()
     return 130
 
 

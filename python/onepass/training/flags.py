@@ -252,10 +252,13 @@ def parse(
     if every or "--help" in tokens or "-h" in tokens:
         parser.parse_args(["--help"])
     known: Known = training_fields if training else frozenset
+    lists = {f.name for k in kinds for f in fields(k) if _base(typing.get_type_hints(k)[f.name])[1]}
     typed, rest = _split(tokens, ours, aliases)
+    typed = _spread(typed, lists)
     first = parser.parse_args(typed)
     mapping = _read_config(Path(first.config)) if first.config else {}
     file_tokens, file_rest = _config_tokens(first.config, mapping, ours, aliases, known)
+    file_tokens = _spread(file_tokens, lists)
     try:
         parser.parse_args(file_tokens)
     except UsageError as error:
@@ -277,9 +280,6 @@ def parse(
                 continue
             (values if name in ours else overrides)[name] = value
             given.add(name)
-    for name, value in values.items():
-        if isinstance(value, list) and value and isinstance(value[0], str):  # a b, or a,b
-            values[name] = [part for item in value for part in item.split(",") if part]
     made = tuple(kind(**{f.name: values[f.name] for f in fields(kind)}) for kind in kinds)
     return Flags(made, overrides, given, [*typed, *theirs], launch)
 
@@ -307,6 +307,23 @@ def _split(
             token = (f"--{key}" if key in ours else name) + equals + value
         into.append(token)
     return mine, rest
+
+
+def _spread(tokens: Sequence[str], lists: set[str]) -> list[str]:
+    """Values of flags that take several, each a token of its own: a,b as a b."""
+    spread: list[str] = []
+    several = False
+    for token in tokens:
+        if token.startswith("--"):
+            name, equals, value = token.partition("=")
+            several = name[2:] in lists
+            if not (several and "," in value):
+                spread.append(token)
+                continue
+            spread.append(name)
+            token = value
+        spread += [part for part in token.split(",") if part] if several else [token]
+    return spread
 
 
 # -- the config file --------------------------------------------------------------------------
@@ -443,8 +460,16 @@ SCHEDULERS = (
 )
 
 
-def check_run_flags(run: RunFlags) -> None:
+def check_run_flags(flags: Flags) -> None:
     """UsageError for what can be refused of a run's flags before anything is loaded."""
+    run = flags[RunFlags]
+    if (size := flags.overrides.get("per_device_eval_batch_size", 1)) < 1:
+        raise UsageError(f"--per_device_eval_batch_size: got {size}, wanted a number from 1 on")
+    if flags.overrides.get("label_smoothing_factor"):
+        raise UsageError(
+            "--label_smoothing_factor: is of transformers' own loss, which is not used here; leave"
+            " it out"
+        )
     positive = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
     for name in (*positive, "logging_steps", "save_steps"):
         if getattr(run, name) <= 0:

@@ -31,6 +31,10 @@ class DatasetFlags:
             old, _, new = pair.partition("=")
             if not old or not new:
                 raise UsageError(f"--rename_column: got {pair!r}, wanted old=new")
+        for side in (0, 1):
+            words = [pair.split("=", 1)[side] for pair in self.rename_column]
+            if twice := [word for word in words if words.count(word) > 1]:
+                raise UsageError(f"--rename_column: {twice[0]!r} is named twice")
 
     @property
     def names(self) -> dict[str, str]:
@@ -64,6 +68,11 @@ class DatasetFlags:
         splits = {"data": self.dataset_train_split}
         if self.dataset_test_split in found:
             splits["val"] = self.dataset_test_split
+        elif self.dataset_test_split != "test":
+            raise UsageError(
+                f"--dataset_test_split: {name!r} has no split {self.dataset_test_split!r}",
+                allowed=list(found),
+            )
         return {part: self._rows(found[split], split) for part, split in splits.items()}
 
     def _rows(self, split: Any, name: str) -> list[dict[str, Any]]:
@@ -72,13 +81,24 @@ class DatasetFlags:
                 columns = ", ".join(split.column_names)
                 raise UsageError(f"--rename_column: no column {old!r}, the dataset has {columns}")
         place = f"{self.dataset_name}[{name}]: row"
-        return [
-            renamed(row, self.names) | {"place": f"{place} {n}"} for n, row in enumerate(split, 1)
-        ]
+        try:
+            return [
+                renamed(row, self.names) | {"place": f"{place} {n}"}
+                for n, row in enumerate(split, 1)
+            ]
+        except ValueError as error:
+            raise UsageError(f"--rename_column: {error}") from error
 
 
 def renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """The row, its columns under new names."""
+    """The row, its columns under new names.
+
+    Raises:
+        ValueError: a new name that the row has already.
+    """
+    for old, new in names.items():
+        if old in row and new in row and new not in names:
+            raise ValueError(f"{old!r} is to be {new!r}, which is there already")
     return {names.get(name, name): value for name, value in row.items()}
 
 

@@ -21,6 +21,12 @@ def lora_in_blocks(
     peft's LoraConfig as they are."""
     from peft import LoraConfig
 
+    if unknown := [
+        name
+        for name in lora.lora_modules_to_save
+        if not any(path.split(".")[-1] == name for path, _ in model.named_modules())
+    ]:
+        raise ValueError(f"lora_modules_to_save: no module {', '.join(unknown)} in this model")
     blocks = blocks_of(model)
     numbers = range(len(blocks)) if numbers is None else numbers
     settings = {
@@ -48,7 +54,8 @@ def chosen_modules(lora: LoraFlags, blocks: Any, usual: Sequence[str] = ()) -> l
     """The linear layers in these blocks that get LoRA, by name: those of the flags, else those of
     the `usual` that there are, else all."""
     known = linear_names(blocks)
-    modules = lora.lora_target_modules or [name for name in usual if name in known] or known
+    asked = [name for name in lora.lora_target_modules if name != "all-linear"]  # PEFT's word
+    modules = asked or [name for name in usual if name in known] or known
     if unknown := [name for name in modules if name not in known]:
         raise ValueError(
             f"lora_target_modules: no {', '.join(unknown)} in the blocks of this model;"

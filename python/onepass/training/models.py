@@ -66,7 +66,7 @@ def load_language_model(flags: ModelFlags, args: Any) -> tuple[Any, Any]:
         model, found = AutoModelForCausalLM.from_pretrained(
             name, **where, **options, output_loading_info=True
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # transformers', torch's and safetensors' own
         raise Failed(
             f"--model: cannot load {name!r} as a causal language model: {_why(error)}"
         ) from error

@@ -32,6 +32,7 @@ def read_prompts(
     names: Sequence[str] = (),
     category: str | None = None,
     fields: Sequence[str] = FIELDS,
+    what: str = "prompt",
 ) -> list[Prompt]:
     """All prompts of a file, in its order.
 
@@ -43,6 +44,7 @@ def read_prompts(
         category: entries of another category are left out; those without one stay.
         fields: where an object has its prompt; the first that it has counts. A conversation (a
             list of {"role", "content"}) gives its contents, a line each.
+        what: an entry is called in errors.
 
     Raises:
         FileNotFoundError: no such file, or none of `names` in the folder.
@@ -61,7 +63,7 @@ def read_prompts(
         entries = _txt_entries(text)
     prompts = [_prompt(file, fields, *entry) for entry in entries]
     if not prompts:
-        raise ValueError(f"{file}: holds no prompt, wanted at least one")
+        raise ValueError(f"{file}: holds no {what}, wanted at least one")
     if category is None:
         return prompts
     kept = [prompt for prompt in prompts if prompt.category in (None, category)]
@@ -71,7 +73,9 @@ def read_prompts(
     return kept
 
 
-def split(prompts: list[Prompt], ratio: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+def split(
+    prompts: list[Prompt], ratio: float, seed: int, what: str = "examples"
+) -> tuple[list[Prompt], list[Prompt]]:
     """(training, held out): a share of `ratio`, drawn with `seed`, is held out; at least one where
     the share is not 0.
 
@@ -83,7 +87,7 @@ def split(prompts: list[Prompt], ratio: float, seed: int) -> tuple[list[Prompt],
     n_held_out = max(int(len(prompts) * ratio), 1) if ratio else 0
     if n_held_out >= len(prompts):
         raise ValueError(
-            f"validation_ratio={ratio} of {len(prompts)} examples of {prompts[0].file} leaves none"
+            f"validation_ratio={ratio} of {len(prompts)} {what} of {prompts[0].file} leaves none"
             " to train on"
         )
     held_out = set(random.Random(seed).sample(range(len(prompts)), n_held_out))

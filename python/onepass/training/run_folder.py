@@ -8,6 +8,7 @@ and until it does the one before is there. Others removed from here are renamed 
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -79,10 +80,42 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and found.get("program") == PROGRAM else None
 
 
-def recorded_flags(folder: Path) -> dict[str, Any]:
-    """The flags that the run in `folder` was begun with."""
-    found = (read_run(folder) or {}).get("flags")
+def recorded_flags(folder: Path, system: str) -> dict[str, Any]:
+    """The flags that the run in `folder` was begun with.
+
+    Raises:
+        UsageError: it is of another system.
+    """
+    run = read_run(folder) or {}
+    if run.get("system", system) != system:
+        made = f"the run in {str(folder)!r} is one of {run['system']}"
+        raise UsageError(f"--resume_from_checkpoint: {made}, wanted one of {system}")
+    found = run.get("flags")
     return found if isinstance(found, dict) else {}
+
+
+def hold(folder: Path) -> Callable[[], object]:
+    """Keep other processes from the folder until what is returned is called, or this one ends.
+
+    Raises:
+        UsageError: another one holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing holds a folder
+        return lambda: None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UsageError(
+            f"--output_dir: another run is writing to {str(folder)!r}",
+            hint="wait for it, or name another folder with --output_dir DIR",
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return functools.partial(os.close, handle)
 
 
 def checkpoints(folder: Path) -> Iterator[tuple[int, Path, bool]]:
@@ -108,7 +141,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 class RunFolder:
-    """A run's output_dir, judged when made and written to from `begin` on.
+    """A run's output_dir, judged when made and written to from `begin` on. `free` are flags of the
+    system that a resumed run may be told anew, beside FREE.
 
     Attributes:
         path: the folder.
@@ -116,15 +150,16 @@ class RunFolder:
         is_main: whether this process writes.
     """
 
-    def __init__(self, system: str, flags: Flags) -> None:
+    def __init__(self, system: str, flags: Flags, free: Sequence[str] = ()) -> None:
         run = flags[RunFlags]
         if not run.output_dir:
             raise UsageError("--output_dir: got an empty name, wanted a folder")
-        self.system, self.flags = system, flags.as_dict()
+        self.system, self.flags, self.free = system, flags.as_dict(), FREE.union(free)
         self.path, self.is_main = Path(run.output_dir), is_main_process()
         self.overwrite = run.overwrite
         self.resumes = run.resume_from_checkpoint not in (None, "false")
         self.earlier = read_run(self.path)
+        self._let_go: Callable[[], object] | None = None
         if self.is_main:
             self._check(flags)
         self.checkpoint = self._from(str(run.resume_from_checkpoint)) if self.resumes else None
@@ -136,6 +171,11 @@ class RunFolder:
         if self.resumes and self.overwrite:
             raise UsageError("--overwrite and --resume_from_checkpoint exclude each other")
         if self.earlier is None:
+            if (self.path / RUN).is_file():
+                raise UsageError(
+                    f"--output_dir: {where} has a damaged {RUN}, or another program's",
+                    hint="name another folder with --output_dir DIR",
+                )
             if self.resumes:
                 hint = "leave out --resume_from_checkpoint to begin a run"
                 raise UsageError(f"--resume_from_checkpoint: no run in {where}", hint=hint)
@@ -146,14 +186,16 @@ class RunFolder:
                 raise UsageError(f"--output_dir: {where} has files of others in it", hint=hint)
         elif self.resumes:
             self._check_same(self.earlier)
+        elif self.earlier.get("system") != self.system:
+            raise UsageError(
+                f"--output_dir: {where} has a run of {self.earlier.get('system')} in it",
+                hint="name another folder with --output_dir DIR",
+            )
         elif not self.overwrite:
             hint = "--resume_from_checkpoint goes on with it, --overwrite replaces it"
             raise UsageError(f"--output_dir: {where} has an earlier run in it", hint=hint)
 
     def _check_same(self, earlier: Mapping[str, Any]) -> None:
-        if earlier.get("system") != self.system:
-            made = f"the run in {str(self.path)!r} is one of {earlier.get('system')}"
-            raise UsageError(f"--resume_from_checkpoint: {made}")
         if earlier.get("schema") != SCHEMA:
             text = f"{str(self.path)!r} was written by another version of onepass"
             raise UsageError(f"--resume_from_checkpoint: {text}")
@@ -164,7 +206,7 @@ class RunFolder:
             )
         before = earlier.get("flags", {})
         now = json.loads(strict_json(self.flags))
-        for name in sorted({*before, *now} - FREE):
+        for name in sorted({*before, *now} - self.free):
             if before.get(name) != now.get(name):
                 raise UsageError(
                     f"--{name}: got {now.get(name)!r}, but the run was begun with"
@@ -190,12 +232,24 @@ class RunFolder:
             writes: names of files and folders that the system will make here, for --overwrite.
         """
         if self.is_main:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._hold()
             self._begin(dict(data or {}), writes)
         if n_processes() > 1:  # none takes what the main one is about to remove for its own
             from torch import distributed
 
             if distributed.is_initialized():
                 distributed.barrier()
+
+    def _hold(self) -> None:
+        if self._let_go is None:
+            self._let_go = hold(self.path)
+
+    def release(self) -> None:
+        """Let other processes write to the folder."""
+        if self._let_go is not None:
+            self._let_go()
+            self._let_go = None
 
     def _begin(self, data: dict[str, str], writes: Sequence[str]) -> None:
         if self.resumes and self.earlier is not None:
@@ -204,7 +258,6 @@ class RunFolder:
         if self.earlier is not None:
             tell(f"replacing the run of {self.earlier.get('started', '?')} in {self.path}")
             self._remove(self.earlier)
-        self.path.mkdir(parents=True, exist_ok=True)
         record = {
             "program": PROGRAM,
             "schema": SCHEMA,
@@ -225,8 +278,10 @@ class RunFolder:
         for name in sorted({*before, *data}):
             if before.get(name) != data.get(name):
                 raise UsageError(
-                    f"--resume_from_checkpoint: the {name} data are not those the run began with"
+                    f"--resume_from_checkpoint: the data ({name}) are not those the run began with:"
+                    " put them back, or begin another run in a folder of its own"
                 )
+        self._hold()
         self._clean()
         now, then = versions(), earlier.get("versions", {})
         other = [f"{n} {then[n]} (now {v})" for n, v in now.items() if then.get(n, v) != v]
