@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import registry
 from .args import StepFunctionDecoderOnlyArgs, StepFunctionEncoderDecoderArgs
-from .contrast import run_again
+from .contrast import embedded, run_again
 from .core import SCORES, Facts, Options, against, check_noisy
 from .dropout import check_dropout, noisy_runs
 from .last_row import last_facts
@@ -183,8 +183,6 @@ Side = tuple[Tensor | None, Tensor | None, Tensor | None]  # ids, embeddings, ma
 
 def _run(model: Any, output: Any, target_ids: Tensor, prefix: Side, source: Side) -> Any:
     """The model's output after a prefix, from a source where it has one."""
-    from .contrast import embedded
-
     args: Any
     if source[0] is None and source[1] is None:
         args = StepFunctionDecoderOnlyArgs(model, output, target_ids, *prefix)
