@@ -134,14 +134,8 @@ def test_every_score_and_its_gradient(
     z, q, noisy = (tensor.requires_grad_() for tensor in drawn(device))
     wide = [tensor.detach().double().cpu().requires_grad_() for tensor in (z, q, noisy)]
     others: dict[str, Any] = {} if same_row else {"contrast_logits": q}
-    got = scores(
-        *(z, TARGET.to(device), names),
-        contrast_ids=CONTRAST.to(device),
-        noisy_logps=noisy,
-        impl=impl,
-        **others,
-        **options,
-    )
+    others |= {"contrast_ids": CONTRAST.to(device), "noisy_logps": noisy, "impl": impl}
+    got = scores(z, TARGET.to(device), names, **others, **options)
     assert list(got) == names
     for name in names:
         row = wide[0] if same_row else wide[1]
@@ -153,7 +147,7 @@ def test_every_score_and_its_gradient(
             assert not got[name].requires_grad
             continue
         weights = torch.linspace(0.5, 2, N)
-        kwargs = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
+        kwargs: Any = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
         slopes = torch.autograd.grad(got[name] @ weights.to(device), [z, q, noisy], **kwargs)
         true = torch.autograd.grad(wanted @ weights.double(), wide, **kwargs)
         for slope, right in zip(slopes, true, strict=True):
@@ -339,7 +333,7 @@ def test_lazy_logits_are_not_made(filters: dict[str, Any], device: str) -> None:
                 **filters,
             )
         assert all(value.shape == ids.shape and value[0, 1] == 0 for value in got.values())
-        total = sum(value.sum() for value in got.values() if value.requires_grad)
+        total = torch.stack([v.sum() for v in got.values() if v.requires_grad]).sum()
         slopes = torch.autograd.grad(total, [hidden, other, weight])
         results.append(({k: v.detach() for k, v in got.items()}, slopes))
     torch.testing.assert_close(results[1], results[0], rtol=2e-4, atol=2e-5)
@@ -379,7 +373,7 @@ def test_rows_that_do_not_count_are_not_read() -> None:
         assert got[name][1] == 0, name
     assert got["probability"][1] > 0
     floats = [value for value in got.values() if value.requires_grad]
-    (slope,) = torch.autograd.grad(sum(value[1:].sum() for value in floats), z)
+    (slope,) = torch.autograd.grad(torch.stack([v[1:].sum() for v in floats]).sum(), z)
     assert slope.isfinite().all() and (slope[0] == 0).all()
 
 

@@ -47,7 +47,7 @@ def model_of(name: str, dropout: float = 0.0) -> Any:
     return model
 
 
-def inputs(name: str, text: Tensor = TEXT, source: Tensor = SOURCE) -> dict[str, Tensor]:
+def inputs(name: str, text: Tensor = TEXT, source: Tensor = SOURCE) -> dict[str, Any]:
     if name.startswith("t5"):
         return {"input_ids": source, "decoder_input_ids": text}
     return {"input_ids": text}
@@ -106,7 +106,8 @@ def test_another_source() -> None:
     name = "t5_encoder_decoder"
     model = model_of(name)
     scores = [score for score in NAMES if is_contrastive_step_function(score)]
-    for extra in ({}, {"contrast_targets": OTHER}):
+    extras: list[dict[str, Any]] = [{}, {"contrast_targets": OTHER}]
+    for extra in extras:
         wanted = one_at_a_time(name, model, scores, contrast_sources=OTHER_SOURCE, **extra)
         got = step_scores(
             *(model, SOURCE, scores),
@@ -124,7 +125,7 @@ def test_aligned_positions() -> None:
     longer = torch.cat([OTHER[:, :3], TEXT], 1)
     pairs = [(t, t + 3) for t in range(S)]
     scores = ["pcxmi", "in_context_pvi", "contrast_prob", "kl_divergence"]
-    extra = {"contrast_targets": longer, "contrast_targets_alignments": pairs}
+    extra: dict[str, Any] = {"contrast_targets": longer, "contrast_targets_alignments": pairs}
     wanted = one_at_a_time("llama", model, scores, **extra)
     got = step_scores(
         *(model, TEXT, scores),
@@ -166,7 +167,7 @@ def test_padding_does_not_count(name: str, side: str) -> None:
     mask_name = "decoder_attention_mask" if name.startswith("t5") else "attention_mask"
     scores = [*SINGLE, "top_p_size", "pcxmi", "kl_divergence"]
     others = torch.cat([padding, OTHER] if side == "left" else [OTHER, padding], 1)
-    masks = {mask_name: mask, "contrast_attention_mask": mask}
+    masks: dict[str, Any] = {mask_name: mask, "contrast_attention_mask": mask}
     got = step_scores(model, **inputs(name, padded), scores=scores, contrast_ids=others, **masks)
     alone = step_scores(model, **inputs(name), scores=scores, contrast_ids=OTHER)
     real = slice(3, None) if side == "left" else slice(None, S - 1)
@@ -183,7 +184,11 @@ def test_mc_dropout_over_a_text(name: str) -> None:
     modes = [module.training for module in model.modules()]
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    given = {**inputs(name), "scores": ["probability", "mc_dropout_prob_avg"], "n_mcd_steps": 6}
+    given: dict[str, Any] = {
+        **inputs(name),
+        "scores": ["probability", "mc_dropout_prob_avg"],
+        "n_mcd_steps": 6,
+    }
     with onepass.strict():
         got = step_scores(model, **given)
     assert torch.get_rng_state().equal(state)
@@ -320,7 +325,12 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_before_the_model_runs(case: str) -> None:
     changed, kind, message = REFUSED[case]
-    given = {"model": "gpt2_tied", "input_ids": TEXT, "scores": ["probability"], **changed}
+    given: dict[str, Any] = {
+        "model": "gpt2_tied",
+        "input_ids": TEXT,
+        "scores": ["probability"],
+        **changed,
+    }
     if given["model"] is not None:
         given["model"] = model_of(given["model"])
         given["model"].register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
