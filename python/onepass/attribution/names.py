@@ -1,0 +1,11 @@
+"""The names that can be asked for; imports nothing."""
+
+from __future__ import annotations
+
+METHODS = ("saliency", "input_x_gradient", "integrated_gradients")
+REDUCTIONS = ("l2", "sum")
+BASELINES = ("zeros", "pad")
+CONTRASTIVE = (
+    *("contrast_logits", "contrast_prob", "contrast_logits_diff", "contrast_prob_diff"),
+    *("pcxmi", "in_context_pvi", "kl_divergence"),
+)
