@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-NAMES = ("logit", "probability", "entropy", "contrast_prob_diff", "kl_divergence")
+NAMES = ("logit", "probability", "entropy", "crossentropy", "contrast_prob_diff", "kl_divergence")
 
 
 def list_step_functions() -> list[str]:
@@ -23,10 +23,11 @@ def scores(
     out = {
         "logit": lambda: at(z, target_ids),
         "probability": lambda: at(logp, target_ids).exp(),
+        "crossentropy": lambda: -at(logp, target_ids),
         "entropy": lambda: -(logp.exp() * logp).sum(-1),
         "contrast_prob_diff": lambda: at(logp, target_ids).exp() - at(logp, contrast_ids).exp(),
         "kl_divergence": lambda: (
-            logp.exp() * (logp - contrast_logits.materialize().log_softmax(-1))
+            logp.exp() * (logp - (contrast_logits.materialize() if hasattr(contrast_logits, "materialize") else contrast_logits).log_softmax(-1))
         ).sum(-1),
     }
     return {n: out[n]() for n in names}

@@ -411,7 +411,7 @@ def _attributed(
             targets, step = job // per_target, job % per_target
             alpha = None if nodes is None else nodes[step].to(embeds)
             try:
-                grads = _gradients(inputs, score, targets, embeds, moved, alpha)
+                grads = gradients(inputs, score, targets, embeds, moved, alpha)
             except RuntimeError as error:
                 if not _is_out_of_memory(error) or len(job) == 1:
                     raise
@@ -444,7 +444,7 @@ def _attributed(
     return matrix, deltas, size
 
 
-def _gradients(
+def gradients(
     inputs: Inputs,
     score: Score,
     targets: Tensor,

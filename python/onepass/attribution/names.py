@@ -9,3 +9,8 @@ CONTRASTIVE = (
     *("contrast_logits", "contrast_prob", "contrast_logits_diff", "contrast_prob_diff"),
     *("pcxmi", "in_context_pvi", "kl_divergence"),
 )
+STEP_FUNCTIONS = (  # of onepass.step_functions, which loads torch
+    *("logit", "probability", "entropy", "crossentropy", "perplexity"),
+    *CONTRASTIVE,
+    "top_p_size",
+)

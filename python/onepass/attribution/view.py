@@ -250,8 +250,7 @@ def write_png(path: Path, attribution: Attribution) -> None:
     axes = figure.subplots()
     signed = bool((attribution.matrix < 0).any())
     ends = [BELOW, "white", ABOVE] if signed else ["white", ABOVE]
-    colours = LinearSegmentedColormap.from_list("shares", ends)
-    colours.set_bad("0.9")
+    colours = LinearSegmentedColormap.from_list("shares", ends).with_extremes(bad="0.9")
     shown = axes.imshow(
         shares(attribution).numpy(), cmap=colours, vmin=-1 if signed else 0, vmax=1,
         aspect="auto", interpolation="nearest",
