@@ -18,7 +18,10 @@ import transformers as hf
 from torch import Tensor
 
 import onepass
+from onepass import step_functions
 from onepass.attribution import Attribution, attribute, load_all, methods, names, texts, view
+from onepass.step_functions import registry
+from onepass.step_functions.core import PAIRED, SCORES
 from support.tiny_language_model import model as llama
 from support.tiny_language_model import tokenizer
 from support.tiny_models import D, tiny
@@ -137,7 +140,7 @@ def test_gradients_are_those_of_finite_differences(target: str) -> None:
     places = torch.arange(len(IDS), len(ids))
     embeds = made.get_input_embeddings()(ids[:-1]).detach()
     contrast = methods.Contrast(others, q if target == "kl_divergence" else None)
-    score = methods.Scores(ids[places], contrast).of(target, {})
+    score = methods.Scores(made, ids[places], contrast, {}).of(target)
     with methods.frozen(made), methods.lazy_where_possible(made):
         inputs = methods.Inputs(made, embeds, 0, places)
         everything = torch.arange(len(places))
@@ -197,6 +200,7 @@ def test_families_agree_with_autograd(family: str, monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(found.matrix[: 6 + t, t], wanted, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers deprecated
 def test_an_adapter_of_peft_is_in_it() -> None:
     import peft
 
@@ -312,7 +316,7 @@ def test_a_head_that_cannot_be_lazy_is_told(caplog: pytest.LogCaptureFixture) ->
     made.lm_head.forward = lambda hidden: own(hidden)
     with caplog.at_level(logging.WARNING, "onepass"):
         found = attribute(made, TOKENIZER, TEXT)
-    assert "attributing with the logits of all positions: lm_head has a forward" in caplog.text
+    assert "attributing with whole logits of the targets: lm_head has a forward" in caplog.text
     torch.testing.assert_close(found.matrix, wanted.matrix, rtol=1e-4, atol=1e-8, equal_nan=True)
 
 
@@ -349,17 +353,61 @@ def test_too_large_a_batch_is_halved_once(caplog: pytest.LogCaptureFixture) -> N
 def test_a_function_of_ones_own_is_a_target() -> None:
     made = gpt2()
 
-    def margin(rows: Tensor, ids: Tensor, scale: float) -> Tensor:
-        return scale * onepass.vocab_stats(rows, ids, want=("label_logit",)).label_logit
+    def twice(rows: Tensor, ids: Tensor) -> Tensor:
+        return 2 * onepass.vocab_stats(rows, ids, want=("label_logit",)).label_logit
 
-    found = attribute(made, TOKENIZER, TEXT, target=margin, target_options={"scale": 2.0})
+    found = attribute(made, TOKENIZER, TEXT, target=twice)
     wanted = attribute(made, TOKENIZER, TEXT, target="logit")
     torch.testing.assert_close(found.matrix, 2 * wanted.matrix, equal_nan=True)
-    assert found.target == "margin"
-    with pytest.raises(ValueError, match=r"a score a row, \(11,\): got \(\)"):
+    assert found.target == "twice"
+    with pytest.raises(ValueError, match=r"must give a score a row, \[11\]: got \(\)"):
         attribute(made, TOKENIZER, TEXT, target=lambda rows, ids: torch.zeros(()))
-    with pytest.raises(ValueError, match="has no gradient"):
-        attribute(made, TOKENIZER, TEXT, target=lambda rows, ids: torch.zeros(len(ids)))
+    for flat in ("top_p_size", lambda rows, ids: torch.zeros(len(ids))):
+        with pytest.raises(ValueError, match="has no gradient"):
+            attribute(made, TOKENIZER, TEXT, target=flat)
+
+
+def test_a_registered_step_function_is_a_target_and_a_score(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry, "STEP_SCORES_MAP", dict(registry.STEP_SCORES_MAP))
+
+    def halved(args: Any) -> Tensor:
+        return 0.5 * step_functions.logit_fn(args)
+
+    step_functions.register_step_function(halved, "halved")
+    step_functions.register_step_function(halved, "logit", overwrite=True)  # as users may
+    made = gpt2()
+    found = attribute(made, TOKENIZER, TEXT, target="halved", step_scores=["logit", "entropy"])
+    assert torch.equal(found.scores["halved"], found.scores["logit"])
+    monkeypatch.undo()
+    wanted = attribute(made, TOKENIZER, TEXT, target="logit")
+    torch.testing.assert_close(found.matrix, 0.5 * wanted.matrix, equal_nan=True)
+
+
+def test_every_step_function_is_taken() -> None:
+    """All of one row in one pass; those that the command knows without loading torch."""
+    assert set(names.STEP_FUNCTIONS) == set(SCORES)
+    assert set(names.CONTRASTIVE) == {n for n, s in SCORES.items() if PAIRED & set(s.needs)}
+    made = gpt2()
+    options = {"top_p": 0.5, "n_mcd_steps": 3, "seed": 1}
+    found = attribute(
+        made, TOKENIZER, TEXT, generated=FOLLOWING, contrast_text=OTHER, options=options,
+        target="mc_dropout_prob_avg", step_scores=list(SCORES),
+    )  # fmt: skip
+    assert set(found.scores) == set(SCORES)
+    s = found.scores
+    torch.testing.assert_close(s["perplexity"] * s["probability"], torch.ones(5).double())
+    torch.testing.assert_close(s["pcxmi"] * torch.tensor(2.0).log(), s["in_context_pvi"])
+    assert ((s["top_p_size"] >= 1) & (s["top_p_size"] < 260)).all()
+    again = attribute(
+        made, TOKENIZER, TEXT, generated=FOLLOWING, target="mc_dropout_prob_avg",
+        options={"n_mcd_steps": 3, "seed": 1},
+    )  # fmt: skip
+    assert torch.equal(again.matrix.nan_to_num(), found.matrix.nan_to_num())
+    bits = attribute(made, TOKENIZER, TEXT, target="crossentropy", options={"base": "2"})
+    nats = attribute(made, TOKENIZER, TEXT, target="crossentropy")
+    torch.testing.assert_close(bits.matrix * torch.tensor(2.0).log(), nats.matrix, equal_nan=True)
 
 
 def test_reductions() -> None:
@@ -417,6 +465,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"text": "a" * 60, "max_new_tokens": 5}, "65 tokens, more than the 64"),
     ({"generated": ""}, "generated is empty"),
     ({"generated": "a", "max_new_tokens": 2}, "exclude each other"),
+    ({"options": {"topp": 0.5}}, "options must be one of base, .*got 'topp'"),
+    ({"options": {"base": "10"}}, "base must be one of e, 2"),
+    ({"target": "mc_dropout_prob_avg", "options": {"n_mcd_steps": 1}}, "n_mcd_steps must be 2"),
     ({"max_new_tokens": 0}, "max_new_tokens must be at least 1: got 0"),
     ({"start": 12}, "1 <= start < end <= 12: got 12 and 12"),
     ({"target": "kl_divergence"}, "kl_divergence compares: give contrast_text"),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..cli.errors import Failed, UsageError, one_line, unknown
 from ..dpo.command_line import check_installed, device_of, find_adapter, load_policy
 from ..training.flags import Flags, Help, ModelFlags, RunFlags, check_from
-from .names import BASELINES, CONTRASTIVE, METHODS, REDUCTIONS, STEP_FUNCTIONS
+from .names import BASELINES, CONTRASTIVE, METHODS, OPTIONS, REDUCTIONS, STEP_FUNCTIONS
 
 if TYPE_CHECKING:
     from ..training.run_folder import RunFolder
@@ -81,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="step function, the target [probability]",
     )  # fmt: skip
     add("--step_scores", nargs="+", metavar="NAME", default=[], help="step functions told beside")
+    add("--attribution_kwargs", metavar="JSON", help='their options: {"top_p": 0.9}')
     add("--contrast_text", metavar="TEXT", help="read by contrastive functions")
     add("--contrast_generated", metavar="TEXT", help="tokens that they compare with")
     add("--n_steps", type=int, metavar="N", default=50, help="of integrated gradients [50]")
@@ -160,6 +161,7 @@ def check(args: argparse.Namespace) -> list[Asked]:
             if name in CONTRASTIVE and other == (None, None):
                 hint = "--contrast_text, another text, or --contrast_generated, other tokens"
                 raise UsageError(f"--{flag}: {name} compares, wanted what with", hint=hint)
+    args.attribution_kwargs = _options(args.attribution_kwargs)
     for name in ("n_steps", "batch_size", "max_new_tokens", "start_pos", "end_pos"):
         if getattr(args, name) is not None:
             check_from(name, getattr(args, name), 1)
@@ -168,6 +170,23 @@ def check(args: argparse.Namespace) -> list[Asked]:
     asked = list(dict.fromkeys(read_texts(args)))
     check_files(args, len(asked))
     return asked
+
+
+def _options(text: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"--attribution_kwargs: {text!r} is not JSON: {one_line(error)}"
+        ) from error
+    if not isinstance(found, dict):
+        raise UsageError(f'--attribution_kwargs: got {text!r}, wanted an object: {{"top_p": 0.9}}')
+    for name in found:
+        if name not in OPTIONS:
+            error = unknown("option", name, OPTIONS)
+            error.message = f"--attribution_kwargs: {error.message}"
+            raise error
+    return found
 
 
 def read_texts(args: argparse.Namespace) -> list[Asked]:
@@ -260,7 +279,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     names = (
         *("model", "model_revision", "adapter", "dtype", "fast", "max_new_tokens", "start_pos"),
         *("end_pos", "attribution_method", "attributed_fn", "step_scores", "contrast_text"),
-        *("contrast_generated", "n_steps", "baseline", "reduction"),
+        *("contrast_generated", "n_steps", "baseline", "reduction", "attribution_kwargs"),
     )
     return {name: getattr(args, name) for name in names}
 
@@ -372,6 +391,7 @@ def attribute_all(
                 method=args.attribution_method,
                 target=args.attributed_fn,
                 step_scores=args.step_scores,
+                options=args.attribution_kwargs,
                 contrast_text=args.contrast_text,
                 contrast_generated=args.contrast_generated,
                 reduction=args.reduction,

@@ -18,13 +18,21 @@ from torch import Tensor, nn
 
 from ..cli.terminal import progress_bar
 from ..dpo.generate import padding_of
-from ..heads import is_lazy, lazy_head_within
+from ..heads import find_head, is_lazy, lazy_head_within
 from ..jigsaw.protect import token_texts
 from ..ops._check import check_choice
-from ..training.hidden_states import training_mode
+from ..step_functions import (
+    StepFunctionDecoderOnlyArgs,
+    functions,
+    get_step_function,
+    list_step_functions,
+    scores,
+)
+from ..step_functions.core import SCORES
+from ..step_functions.dropout import check_dropout, noisy_runs
+from ..training.hidden_states import training_mode, without_adapter
 from . import texts
-from ._stand_in import list_step_functions, scores
-from .names import BASELINES, CONTRASTIVE, METHODS, REDUCTIONS
+from .names import BASELINES, CONTRASTIVE, METHODS, OPTIONS, REDUCTIONS
 from .result import Attribution
 
 logger = logging.getLogger("onepass")
@@ -48,8 +56,8 @@ def attribute(
     end: int | None = None,
     method: str = "saliency",
     target: Target = "probability",
-    target_options: Mapping[str, Any] | None = None,
     step_scores: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
     contrast_text: str | None = None,
     contrast_generated: str | None = None,
     reduction: str | None = None,
@@ -76,8 +84,10 @@ def attribute(
         start, end: the targets' places in the sequence, the first token's being 0; `start` is the
             length of the prompt.
         target: a step function's name, or a function of logits [B, V] and target_ids [B] to [B].
-        target_options: what else the step function takes (base, logprob, top_k, ...).
         step_scores: step functions that are told of each target beside it.
+        options: of the step functions (base, logprob, top_k, top_p, n_mcd_steps, ...), as
+            `onepass.step_functions.scores` has them: perplexity is 1 / p. Functions that were
+            registered are called with a forward_output and target_ids alone.
         contrast_text, contrast_generated: what contrastive functions compare with: another text
             before the same tokens, or other tokens, as many as there are targets, or both.
         reduction: over D, "l2" or "sum". A saliency's sum is of magnitudes, the others' signed.
@@ -94,7 +104,9 @@ def attribute(
     Sources: Simonyan et al. 1312.6034, Shrikumar et al. 1605.01713, Sundararajan et al. 1703.01365.
     """
     reduction = _check(method, target, step_scores, reduction, n_steps, baseline, batch_size)
-    options = dict(target_options or {})
+    how = dict(options or {})
+    for name in how:
+        check_choice("options", name, OPTIONS)
     with training_mode(model, False), frozen(model), lazy_where_possible(model):
         read = texts.encode(model, tokenizer, text, generated, max_new_tokens)
         low = read.first if start is None else start
@@ -107,27 +119,24 @@ def attribute(
             follows = generated is not None or max_new_tokens is not None
             other = _contrast(
                 model, tokenizer, text, read, follows, contrast_text, contrast_generated, low
-            )
-        _check_contrast([target, *step_scores], other, contrast_text)
+            ).cut(high - low)
+        _check_contrast([target, *step_scores], other)
         embeds = embeddings_of(model, read)[: len(read.encoder) + high - 1]
         inputs = Inputs(model, embeds, len(read.encoder), torch.arange(low, high))
         ids = torch.tensor(read.decoder[low:high], device=embeds.device)
-        if other is not None:
-            other = other.cut(high - low)
-        scored = Scores(ids, other)
+        scored = Scores(model, ids, other, how)
+        if "mc_dropout_prob_avg" in (target, *step_scores):
+            scored.draw(inputs)
+        everything = torch.arange(len(ids), device=embeds.device)
         with torch.no_grad():
-            rows = inputs.rows(embeds)
-            everything = torch.arange(len(ids), device=embeds.device)
-            first = [target] if isinstance(target, str) and not options else []
-            names = dict.fromkeys([*first, *step_scores])
-            named = scored.named(list(names), rows, everything)
-            if not first:
-                named = {_name(target): scored.of(target, options)(rows, everything)} | named
+            names = dict.fromkeys([target, *step_scores])
+            found = scored.named(list(names), inputs.rows(embeds), everything)
+        x0 = None
+        if method == "integrated_gradients":
+            x0 = _baseline(model, tokenizer, baseline, embeds)
         matrix, deltas, size = _attributed(
-            inputs, scored.of(target, options), method, reduction,
-            _baseline(model, tokenizer, baseline, embeds) if method == METHODS[2] else None,
-            n_steps, batch_size, named[_name(target)],
-        )  # fmt: skip
+            inputs, scored.of(target), method, reduction, x0, n_steps, batch_size, found[target]
+        )
     return Attribution(
         text=text,
         tokens=token_texts(tokenizer, [*read.encoder, *read.decoder[: high - 1]]),
@@ -136,7 +145,7 @@ def attribute(
         target_ids=read.decoder[low:high],
         n_encoder=len(read.encoder),
         matrix=matrix.cpu(),
-        scores={name: value.detach().to(matrix.dtype).cpu() for name, value in named.items()},
+        scores={_name(name): value.to(matrix.dtype).cpu() for name, value in found.items()},
         deltas=None if deltas is None else deltas.cpu(),
         method=method,
         target=_name(target),
@@ -177,15 +186,13 @@ def _check(
     return reduction or ("l2" if method == "saliency" else "sum")
 
 
-def _check_contrast(
-    names: Sequence[Target], other: Contrast | None, contrast_text: str | None
-) -> None:
+def _check_contrast(names: Sequence[Target], other: Contrast | None) -> None:
     for name in names:
         if name not in CONTRASTIVE:
             continue
         if other is None:
             raise ValueError(f"{name} compares: give contrast_text or contrast_generated")
-        if name == "kl_divergence" and contrast_text is None:
+        if name == "kl_divergence" and other.rows is None:
             raise ValueError("kl_divergence compares what follows two texts: give contrast_text")
 
 
@@ -209,12 +216,31 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def lazy_where_possible(model: nn.Module) -> Iterator[None]:
     """The head lazy inside; where it cannot be, a line that says why logits are whole."""
     with contextlib.ExitStack() as stack:
-        if not any(is_lazy(module) for module in model.modules()):
+        # what BART adds to its logits would make lazy ones whole, with a warning
+        adds = hasattr(without_adapter(model), "final_logits_bias")
+        if not adds and not any(is_lazy(module) for module in model.modules()):
             try:
                 stack.enter_context(lazy_head_within(model))
             except (ValueError, RuntimeError, TypeError) as error:
-                logger.warning("attributing with the logits of all positions: %s", error)
+                logger.warning("attributing with whole logits of the targets: %s", error)
         yield
+
+
+@contextlib.contextmanager
+def only_rows(model: nn.Module, row: Tensor, last: Tensor) -> Iterator[list[bool]]:
+    """The head is given the hidden states [B, 1, D] at these places only; what it gives is that of
+    all where nothing was seen."""
+    seen: list[bool] = []
+
+    def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen.append(True)
+        return args[0][row, last][:, None], *args[1:]
+
+    hook = find_head(model, None)[1].register_forward_pre_hook(pick)
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def embeddings_of(model: Any, read: texts.Sequence) -> Tensor:
@@ -265,12 +291,13 @@ class Inputs:
             given["decoder_inputs_embeds"] = x[:, n:]
         else:
             given = {"inputs_embeds": x, "attention_mask": mask}
-        try:
-            logits: Tensor = self.model(**given, use_cache=False).logits
-        except TypeError as error:
-            kind = type(self.model).__name__
-            raise ValueError(f"{kind} does not run on embeddings: {error}") from error
-        return logits[row, last]
+        with only_rows(self.model, row, last) as seen:
+            try:
+                logits: Tensor = self.model(**given, use_cache=False).logits
+            except TypeError as error:
+                kind = type(self.model).__name__
+                raise ValueError(f"{kind} does not run on embeddings: {error}") from error
+        return logits[:, 0] if seen else logits[row, last]
 
     def batch_size(self) -> int:
         """How many rows fit into half of the memory that is free."""
@@ -338,34 +365,60 @@ def _contrast(
 class Scores:
     """Step functions of the targets' rows."""
 
+    model: Any
     ids: Tensor  # [T]
     contrast: Contrast | None
+    options: dict[str, Any]
+    noisy: Tensor | None = None  # [n, T] log p under dropout
 
-    def named(
-        self, names: Sequence[str], rows: Tensor, at: Tensor, **options: Any
-    ) -> dict[str, Tensor]:
-        """Each [B], of logits [B, V] of the targets `at` [B]."""
-        if not names:
-            return {}
-        if self.contrast is not None:
-            options["contrast_ids"] = self.contrast.ids[at]
-            if self.contrast.rows is not None:
-                options["contrast_logits"] = self.contrast.rows[at]
-        found: dict[str, Tensor] = scores(rows, self.ids[at], list(names), **options)
-        return found
+    def draw(self, inputs: Inputs) -> None:
+        """Run the model under dropout, for mc_dropout_prob_avg; what comes of it is held fixed."""
+        n, seed = self.options.pop("n_mcd_steps", 5), self.options.pop("seed", None)
+        check_dropout(self.model, n)
 
-    def of(self, target: Target, options: Mapping[str, Any]) -> Score:
-        if not callable(target):
-            return lambda rows, at: self.named([target], rows, at, **options)[target]
+        def run() -> Tensor:
+            return -scores(inputs.rows(inputs.embeds), self.ids, ["crossentropy"])["crossentropy"]
 
-        def score(rows: Tensor, at: Tensor) -> Tensor:
-            found = target(rows, self.ids[at], **options)
-            if not isinstance(found, Tensor) or found.shape != at.shape:
-                got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-                raise ValueError(f"target must give a score a row, {tuple(at.shape)}: got {got}")
-            return found
+        self.noisy = noisy_runs(self.model, run, n, seed, False)
 
-        return score
+    def named(self, names: Sequence[Target], rows: Tensor, at: Tensor) -> dict[Target, Tensor]:
+        """Each [B], of logits [B, V] of the targets `at` [B]; all that are ours in one call."""
+        ids, own = self.ids[at], [name for name in names if _is_own(name)]
+        found: dict[Target, Tensor] = {}
+        if own:
+            how = dict(self.options)
+            if self.contrast is not None:
+                how["contrast_ids"] = self.contrast.ids[at]
+                if self.contrast.rows is not None:
+                    how["contrast_logits"] = self.contrast.rows[at]
+            if self.noisy is not None:
+                how["noisy_logps"] = self.noisy[:, at]
+            found |= scores(rows, ids, own, **how)
+        for name in names:
+            if isinstance(name, str) and name not in found:
+                found[name] = get_step_function(name)(self._arguments(rows, ids))
+            elif name not in found:
+                found[name] = name(rows, ids)
+            value = found[name]
+            if not isinstance(value, Tensor) or value.shape != at.shape:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{_name(name)} must give a score a row, [{len(at)}]: got {got}")
+        return {name: found[name] for name in names}
+
+    def of(self, target: Target) -> Score:
+        return lambda rows, at: self.named([target], rows, at)[target]
+
+    def _arguments(self, rows: Tensor, ids: Tensor) -> StepFunctionDecoderOnlyArgs:
+        from transformers.modeling_outputs import CausalLMOutput
+
+        output = CausalLMOutput(logits=rows[:, None])
+        differentiated = torch.is_grad_enabled()
+        return StepFunctionDecoderOnlyArgs(self.model, output, ids, is_attributed_fn=differentiated)
+
+
+def _is_own(name: Target) -> bool:
+    """Whether it is a step function of ours that nobody has replaced."""
+    return name in SCORES and get_step_function(str(name)) is getattr(functions, f"{name}_fn")
 
 
 def _name(target: Target) -> str:
@@ -420,7 +473,9 @@ def _attributed(
                         f"out of memory with {len(job)} rows at once too: pass a smaller batch_size"
                     ) from error
                 halved, size = True, len(job) // 2
-                logger.warning("out of memory with %d rows at once: going on with %d", len(job), size)
+                logger.warning(
+                    "out of memory with %d rows at once: going on with %d", len(job), size
+                )
                 continue
             for row, (t, k) in enumerate(zip(targets.tolist(), step.tolist(), strict=True)):
                 n = int(inputs.lengths()[t])

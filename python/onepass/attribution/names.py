@@ -12,5 +12,8 @@ CONTRASTIVE = (
 STEP_FUNCTIONS = (  # of onepass.step_functions, which loads torch
     *("logit", "probability", "entropy", "crossentropy", "perplexity"),
     *CONTRASTIVE,
-    "top_p_size",
+    *("mc_dropout_prob_avg", "top_p_size"),
+)
+OPTIONS = (  # of step functions
+    *("base", "logprob", "top_k", "top_p", "min_tokens_to_keep", "eps", "n_mcd_steps", "seed"),
 )

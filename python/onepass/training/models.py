@@ -76,9 +76,7 @@ def load_language_model(
     try:
         if with_encoder and AutoConfig.from_pretrained(name, **where).is_encoder_decoder:
             kind = AutoModelForSeq2SeqLM
-        model, found = kind.from_pretrained(
-            name, **where, **options, output_loading_info=True
-        )
+        model, found = kind.from_pretrained(name, **where, **options, output_loading_info=True)
     except (OSError, ValueError, ImportError) as error:
         raise Failed(
             f"--model: cannot load {name!r} as a causal language model: {_why(error)}"
