@@ -88,8 +88,8 @@ def attribute(
         options: of the step functions (base, logprob, top_k, top_p, n_mcd_steps, ...), as
             `onepass.step_functions.scores` has them: perplexity is 1 / p. Functions that were
             registered are called with a forward_output and target_ids alone.
-        contrast_text, contrast_generated: what contrastive functions compare with: another text
-            before the same tokens, or other tokens, as many as there are targets, or both.
+        contrast_text, contrast_generated: what contrastive functions compare with, token by token:
+            another text before the same targets, or other targets, or both.
         reduction: over D, "l2" or "sum". A saliency's sum is of magnitudes, the others' signed.
             None: "l2" of a saliency, else "sum".
         n_steps: nodes of the integral (Gauss-Legendre).
@@ -118,8 +118,8 @@ def attribute(
         if contrast_text is not None or contrast_generated is not None:
             follows = generated is not None or max_new_tokens is not None
             other = _contrast(
-                model, tokenizer, text, read, follows, contrast_text, contrast_generated, low
-            ).cut(high - low)
+                model, tokenizer, text, read, follows, contrast_text, contrast_generated, low, high
+            )
         _check_contrast([target, *step_scores], other)
         embeds = embeddings_of(model, read)[: len(read.encoder) + high - 1]
         inputs = Inputs(model, embeds, len(read.encoder), torch.arange(low, high))
@@ -320,9 +320,6 @@ class Contrast:
     ids: Tensor
     rows: Tensor | None
 
-    def cut(self, n: int) -> Contrast:
-        return Contrast(self.ids[:n], None if self.rows is None else self.rows[:n])
-
 
 def _contrast(
     model: Any,
@@ -333,8 +330,9 @@ def _contrast(
     other_text: str | None,
     other_generated: str | None,
     low: int,
+    high: int,
 ) -> Contrast:
-    """That of each target from `low` on, where the targets are the text's own or follow it."""
+    """That of the targets from `low` to `high`, which are the text's own or follow it."""
     before = text if other_text is None else other_text
     if other_generated is not None:
         other = texts.encode(model, tokenizer, before, other_generated, None, "contrast_text")
@@ -343,18 +341,19 @@ def _contrast(
         other = texts.Sequence(encoder, start + read.targets, len(start))
     else:
         other = texts.encode(model, tokenizer, before, None, None, "contrast_text")
-    if len(other.targets) != len(read.targets):
-        raise ValueError(
-            f"the contrast has {len(other.targets)} tokens, the text {len(read.targets)} targets:"
-            " they are compared one by one"
-        )
-    skipped = low - read.first
+    skipped, n = low - read.first, high - low
     if skipped < 0:
         raise ValueError(f"with a contrast start must be at least {read.first}: got {low}")
-    ids = torch.tensor(other.targets[skipped:], device=model.device)
+    if len(other.targets) < skipped + n:
+        raise ValueError(
+            f"the contrast has {len(other.targets)} tokens to compare with {skipped + n}, one by"
+            f" one: end={read.first + len(other.targets)} leaves the others out"
+        )
+    targets = slice(skipped, skipped + n)
+    ids = torch.tensor(other.targets[targets], device=model.device)
     if other_text is None:
         return Contrast(ids, None)
-    places = torch.arange(other.first + skipped, len(other.decoder))
+    places = torch.arange(len(other.decoder))[other.first :][targets]
     embeds = embeddings_of(model, other)[:-1]
     with torch.no_grad():
         rows = Inputs(model, embeds, len(other.encoder), places).rows(embeds)
