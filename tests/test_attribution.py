@@ -80,7 +80,7 @@ FORMULAS: dict[str, Formula] = {
         z.softmax(-1) * (z.log_softmax(-1) - q.log_softmax(-1))
     ).sum(),
 }
-CONTRAST = {
+CONTRAST: dict[str, Any] = {
     "contrast_prob_diff": {"contrast_generated": " yes "},
     "kl_divergence": {"contrast_text": OTHER},
 }
@@ -379,7 +379,7 @@ def test_a_registered_step_function_is_a_target_and_a_score(
 ) -> None:
     monkeypatch.setattr(registry, "STEP_SCORES_MAP", dict(registry.STEP_SCORES_MAP))
 
-    def halved(args: Any) -> Tensor:
+    def halved(args: Any, **kwargs: Any) -> Tensor:
         return 0.5 * step_functions.logit_fn(args)
 
     step_functions.register_step_function(halved, "halved")

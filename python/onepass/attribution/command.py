@@ -154,9 +154,7 @@ def check(args: argparse.Namespace) -> list[Asked]:
     for flag, names in (("attributed_fn", [args.attributed_fn]), ("step_scores", args.step_scores)):
         for name in names:
             if name not in STEP_FUNCTIONS:
-                error = unknown("step function", name, STEP_FUNCTIONS)
-                error.message = f"--{flag}: {error.message}"
-                raise error
+                raise _unknown(flag, "step function", name, STEP_FUNCTIONS)
             other = (args.contrast_text, args.contrast_generated)
             if name in CONTRASTIVE and other == (None, None):
                 hint = "--contrast_text, another text, or --contrast_generated, other tokens"
@@ -183,10 +181,14 @@ def _options(text: str | None) -> dict[str, Any]:
         raise UsageError(f'--attribution_kwargs: got {text!r}, wanted an object: {{"top_p": 0.9}}')
     for name in found:
         if name not in OPTIONS:
-            error = unknown("option", name, OPTIONS)
-            error.message = f"--attribution_kwargs: {error.message}"
-            raise error
+            raise _unknown("attribution_kwargs", "option", name, OPTIONS)
     return found
+
+
+def _unknown(flag: str, kind: str, name: str, allowed: Sequence[str]) -> UsageError:
+    error = unknown(kind, name, allowed)
+    error.message = f"--{flag}: {error.message}"
+    return error
 
 
 def read_texts(args: argparse.Namespace) -> list[Asked]:

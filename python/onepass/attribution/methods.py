@@ -382,7 +382,7 @@ class Scores:
 
     def named(self, names: Sequence[Target], rows: Tensor, at: Tensor) -> dict[Target, Tensor]:
         """Each [B], of logits [B, V] of the targets `at` [B]; all that are ours in one call."""
-        ids, own = self.ids[at], [name for name in names if _is_own(name)]
+        ids, own = self.ids[at], [n for n in names if isinstance(n, str) and _is_own(n)]
         found: dict[Target, Tensor] = {}
         if own:
             how = dict(self.options)
@@ -392,12 +392,12 @@ class Scores:
                     how["contrast_logits"] = self.contrast.rows[at]
             if self.noisy is not None:
                 how["noisy_logps"] = self.noisy[:, at]
-            found |= scores(rows, ids, own, **how)
+            found.update(scores(rows, ids, own, **how))
         for name in names:
-            if isinstance(name, str) and name not in found:
-                found[name] = get_step_function(name)(self._arguments(rows, ids))
-            elif name not in found:
+            if not isinstance(name, str):
                 found[name] = name(rows, ids)
+            elif name not in found:
+                found[name] = get_step_function(name)(self._arguments(rows, ids))
             value = found[name]
             if not isinstance(value, Tensor) or value.shape != at.shape:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -415,9 +415,9 @@ class Scores:
         return StepFunctionDecoderOnlyArgs(self.model, output, ids, is_attributed_fn=differentiated)
 
 
-def _is_own(name: Target) -> bool:
+def _is_own(name: str) -> bool:
     """Whether it is a step function of ours that nobody has replaced."""
-    return name in SCORES and get_step_function(str(name)) is getattr(functions, f"{name}_fn")
+    return name in SCORES and get_step_function(name) is getattr(functions, f"{name}_fn")
 
 
 def _name(target: Target) -> str:
