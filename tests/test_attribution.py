@@ -218,6 +218,15 @@ def test_an_adapter_of_peft_is_in_it() -> None:
     assert not torch.allclose(plainly.matrix, adapted.matrix, equal_nan=True)
 
 
+def test_a_model_that_sees_what_comes_after_is_refused() -> None:
+    config = hf.BertConfig(
+        vocab_size=260, hidden_size=D, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=48, max_position_embeddings=64, is_decoder=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="BertLMHeadModel sees what comes after a token"):
+        attribute(hf.BertLMHeadModel(config), TOKENIZER, TEXT)
+
+
 def test_bf16_is_near_float32() -> None:
     made = gpt2(torch.float32)
     exact = attribute(made, TOKENIZER, TEXT, method="integrated_gradients", n_steps=8)

@@ -124,9 +124,10 @@ def attribute(
         embeds = embeddings_of(model, read)[: len(read.encoder) + high - 1]
         inputs = Inputs(model, embeds, len(read.encoder), torch.arange(low, high))
         ids = torch.tensor(read.decoder[low:high], device=embeds.device)
+        n_runs, seed = how.pop("n_mcd_steps", 5), how.pop("seed", None)
         scored = Scores(model, ids, other, how)
         if "mc_dropout_prob_avg" in (target, *step_scores):
-            scored.draw(inputs)
+            scored.draw(inputs, n_runs, seed)
         everything = torch.arange(len(ids), device=embeds.device)
         with torch.no_grad():
             names = dict.fromkeys([target, *step_scores])
@@ -370,9 +371,8 @@ class Scores:
     options: dict[str, Any]
     noisy: Tensor | None = None  # [n, T] log p under dropout
 
-    def draw(self, inputs: Inputs) -> None:
+    def draw(self, inputs: Inputs, n: int, seed: int | None) -> None:
         """Run the model under dropout, for mc_dropout_prob_avg; what comes of it is held fixed."""
-        n, seed = self.options.pop("n_mcd_steps", 5), self.options.pop("seed", None)
         check_dropout(self.model, n)
 
         def run() -> Tensor:
@@ -480,6 +480,9 @@ def _attributed(
                 n = int(inputs.lengths()[t])
                 weight = 1.0 if weights is None else float(weights[k])
                 total[:n] += weight * grads[row, :n].to(exact)
+                if (grads[row, n:].abs() > 0).any():
+                    kind = type(inputs.model).__name__
+                    raise ValueError(f"{kind} sees what comes after a token: wanted a causal model")
                 if k == per_target - 1:
                     found = total[:n] if method == "saliency" else total[:n] * moved[:n]
                     sums.append(found.sum())
