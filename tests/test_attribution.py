@@ -239,6 +239,26 @@ def test_bf16_is_near_float32() -> None:
     assert (rough.matrix - exact.matrix)[seen].abs().max() < 0.1 * size
 
 
+@pytest.mark.filterwarnings("ignore")  # what inseq's own libraries say
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_equals_inseq(method: str) -> None:
+    inseq = pytest.importorskip("inseq", reason="compares with inseq where it is installed")
+    made, words = gpt2(torch.float32), tokenizer()
+    words.unk_token = "<unk>"
+    made.config._name_or_path = made.name_or_path = "tiny"
+    theirs = inseq.load_model(made, method, tokenizer=words).attribute(
+        TEXT, TEXT + FOLLOWING, step_scores=["entropy"], show_progress=False
+    )[0]
+    ours = attribute(
+        made, TOKENIZER, TEXT, generated=TEXT + FOLLOWING, method=method, reduction="l2",
+        step_scores=["entropy"],
+    )  # fmt: skip
+    wanted = theirs.target_attributions.norm(dim=-1)[:-1]  # the last token is not read
+    seen = ~ours.matrix.isnan()
+    torch.testing.assert_close(ours.matrix[seen], wanted[seen], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(ours.scores["entropy"], theirs.step_scores["entropy"])
+
+
 # -- integrated gradients -----------------------------------------------------------------------
 
 
