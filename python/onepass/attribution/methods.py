@@ -373,7 +373,7 @@ class Scores:
 
     def draw(self, inputs: Inputs, n: int, seed: int | None) -> None:
         """Run the model under dropout, for mc_dropout_prob_avg; what comes of it is held fixed."""
-        check_dropout(self.model, n)
+        check_dropout(self.model, n, self.options.get("eps", 0.0))
 
         def run() -> Tensor:
             return -scores(inputs.rows(inputs.embeds), self.ids, ["crossentropy"])["crossentropy"]
