@@ -338,10 +338,12 @@ def fail() -> Tensor:
 
 def test_only_last_positions_go_through_the_head() -> None:
     """No logits are made whole, and a head that is lazy already stays so."""
-    made = onepass.lazy_head(llama(2))
+    made, shapes = onepass.lazy_head(llama(2)), []
+    made.lm_head.register_forward_hook(lambda head, args, out: shapes.append(tuple(out.shape)))
     with onepass.strict():
         attribute(made, TOKENIZER, TEXT, step_scores=["entropy", "logit", "crossentropy"])
         attribute(made, TOKENIZER, TEXT, target="kl_divergence", contrast_text="the old mill")
+    assert set(shapes) == {(11, 1, 260)}  # a row for each target
     assert onepass.report(made).fused
 
 
