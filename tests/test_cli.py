@@ -92,6 +92,7 @@ def test_starts_within_its_budget(args: list[str], budget: float) -> None:
         ("bench --help", ["onepass.bench", "onepass.bench.command"]),
         ("demo --help", ["onepass.demo"]),
         ("dpo --help", []),
+        ("attribute --help", []),
         ("protect --help", []),
     ],
 )
@@ -249,6 +250,10 @@ WRONG = [
     ("dpo pairs --model {file}", ["--model: '{file}' is a file"]),
     ("dpo pairs --modle x", ["'--modle'", "did you mean --model?"]),
     ("dpo frontier --betas 0", ["--betas: got '0'", "above 0"]),
+    ("attribute --model {file}", ["--model: '{file}' is a file, wanted the folder"]),
+    ("attribute --modle x", ["'--modle'", "did you mean --model?"]),
+    ("attribute --model {file} -a saliancy", ["'saliancy'", "did you mean saliency?"]),
+    ("attribute --n_steps few", ["--n_steps", "'few'", "a whole number"]),
     ("protect", ["required", "--sgt"]),
     ("protect --sgt {file} text", ["--sgt: '{file}' is a file, wanted a folder"]),
     ("protect --stg a text", ["'--stg'", "did you mean --sgt?"]),

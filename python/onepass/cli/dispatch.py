@@ -60,6 +60,12 @@ COMMANDS = {
         "make preference pairs, judge a model's answers, compare losses",
         "Preferences from a reward, and what training on them brings.",
     ),
+    "attribute": Command(
+        ".attribution.command",
+        "show which tokens a model's next-token scores come from",
+        "Attribute a language model's next-token scores to the tokens that it read, by gradients."
+        " Without --model it trains a small one first, in a minute.",
+    ),
     "protect": Command(
         ".jigsaw.protect",
         "transform a text's embeddings, show what an attack recovers",
@@ -117,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _top_level_options(tokens: Sequence[str]) -> None:
     """Serve --help and --version; refuse an option that belongs after the command."""
-    commands = "\n".join(f"  {name:<8} {command.summary}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<9} {command.summary}" for name, command in COMMANDS.items())
     parser = Parser(
         prog="onepass",
         usage="onepass COMMAND [options]      (or: python -m onepass COMMAND [options])",

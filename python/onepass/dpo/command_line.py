@@ -251,11 +251,14 @@ def find_adapter(name: str) -> Path:
     raise UsageError(f"--adapter: no adapter_config.json in {name!r}, wanted an adapter of PEFT")
 
 
-def load_policy(model: ModelFlags, adapter: Path | None, device: Any) -> tuple[Any, Any]:
+def load_policy(
+    model: ModelFlags, adapter: Path | None, device: Any, *, with_encoder: bool = False
+) -> tuple[Any, Any]:
     """(model, tokenizer) to draw from."""
     from ..training.models import load_language_model
 
-    made, tokenizer = load_language_model(model, SimpleNamespace(device=device, bf16=False))
+    args = SimpleNamespace(device=device, bf16=False)
+    made, tokenizer = load_language_model(model, args, with_encoder=with_encoder)
     if not (model.load_in_4bit or model.load_in_8bit):
         made = made.to(device)
     if adapter is not None:

@@ -425,14 +425,14 @@ def show(done: Protection, tokenizer: Any) -> None:
     facts = as_dict(done, tokenizer)
     rows = []
     for fact in facts["tokens"]:
-        row = [_printable(fact["token"]), "yes" if fact["transformed"] else "no"]
+        row = [printable(fact["token"]), "yes" if fact["transformed"] else "no"]
         numbers = ("norm", "distance", "relative_distance", "cosine", "std")
         row += [
             f"{fact[name]:#.3g}" if name != "cosine" else f"{fact[name]:.2f}" for name in numbers
         ]
         for metric in done.found:
             mark = MARK if fact[f"nearest_{metric}_id"] == fact["id"] else " "
-            row.append(f"{mark} {_printable(fact[f'nearest_{metric}'])}")
+            row.append(f"{mark} {printable(fact[f'nearest_{metric}'])}")
         if several:
             row += [f"{fact[f'recovered_{metric}']:.0%}" for metric in done.found]
         rows.append(row)
@@ -471,7 +471,7 @@ def totals_line(totals: dict[str, Any]) -> str:
     )
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """In quotes, with what stdout cannot carry escaped."""
     told = quoted(text)
     try:

@@ -29,8 +29,13 @@ def _why(error: Exception) -> str:
     return one_line(error) or type(error).__name__
 
 
-def load_language_model(flags: ModelFlags, args: Any) -> tuple[Any, Any]:
+def load_language_model(
+    flags: ModelFlags, args: Any, *, with_encoder: bool = False
+) -> tuple[Any, Any]:
     """(model, tokenizer) for training with `args`, a transformers.TrainingArguments.
+
+    Args:
+        with_encoder: an encoder-decoder too, where its config says that it is one.
 
     Weights have the dtype they were saved in, or on a CPU float32, unless the flags say another.
 
@@ -38,7 +43,12 @@ def load_language_model(flags: ModelFlags, args: Any) -> tuple[Any, Any]:
         Failed: no such model, or one that is not a causal language model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+    )
 
     name, where = flags.model_name_or_path, {"revision": flags.model_revision}
     dtype: Any = flags.dtype
@@ -62,10 +72,11 @@ def load_language_model(flags: ModelFlags, args: Any) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except Exception as error:  # each kind of tokenizer file has errors of its own
         raise Failed(f"--model: no tokenizer can be made from {name!r}: {_why(error)}") from error
+    kind = AutoModelForCausalLM
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            name, **where, **options, output_loading_info=True
-        )
+        if with_encoder and AutoConfig.from_pretrained(name, **where).is_encoder_decoder:
+            kind = AutoModelForSeq2SeqLM
+        model, found = kind.from_pretrained(name, **where, **options, output_loading_info=True)
     except Exception as error:  # transformers', torch's and safetensors' own
         raise Failed(
             f"--model: cannot load {name!r} as a causal language model: {_why(error)}"

@@ -1,0 +1,437 @@
+"""`onepass attribute`: which tokens a model's next-token scores come from, as table, page, picture.
+
+Imports nothing heavy before all that can be refused has been.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..cli.errors import Failed, UsageError, one_line, unknown
+from ..dpo.command_line import check_installed, device_of, find_adapter, load_policy
+from ..training.flags import Flags, Help, ModelFlags, RunFlags, check_from
+from .names import BASELINES, CONTRASTIVE, METHODS, OPTIONS, REDUCTIONS, STEP_FUNCTIONS
+
+if TYPE_CHECKING:
+    from ..training.run_folder import RunFolder
+    from .result import Attribution
+
+FOLDER = "onepass-attribute"  # of the small model
+TEXT, NEW_TOKENS = "Return a list of the words in the", 8  # where none is given
+NEEDED = ("transformers", "tokenizers", "safetensors", "tqdm")
+SUFFIXES = {"save_path": (".json", ".jsonl"), "viz_path": (".html", ".png")}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class Asked(NamedTuple):
+    """One text."""
+
+    text: str
+    generated: str | None
+
+
+@dataclass
+class SmallFlags:
+    """The small model, as its folder's run.json has it."""
+
+    fast: bool
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `onepass attribute`."""
+    parser.formatter_class = Help
+    parser.usage = "onepass attribute [--model M --text TEXT] [options]"
+    add = parser.add_argument
+    add(
+        "--model", "--model_name_or_path", "-m", metavar="NAME_OR_DIR",
+        help="folder or Hub id (default: a small one)",
+    )  # fmt: skip
+    add("--model_revision", metavar="NAME", default="main", help="branch, tag or commit")
+    add("--adapter", metavar="DIR", help="of PEFT, or the folder of a run")
+    add("--dtype", choices=DTYPES, metavar="NAME", default="auto", help="of the weights")
+    add(
+        "--text", "--input_texts", "-i", nargs="+", metavar="TEXT", help="one text or several",
+        dest="texts",
+    )  # fmt: skip
+    add("--file", metavar="FILE", help="texts: json, jsonl, txt")
+    add("--dataset_name", metavar="NAME", help="texts: of the Hub, or a folder")
+    add("--dataset_split", metavar="NAME", default="train", help="its split [train]")
+    add("--input_text_field", metavar="NAME", default="text", help="its column [text]")
+    add(
+        "--generated", "--generated_texts", "-g", nargs="+", metavar="TEXT",
+        help="what follows each text: the targets",
+    )  # fmt: skip
+    add("--max_new_tokens", type=int, metavar="N", help="or let the model write N tokens")
+    add("--start_pos", "-s", type=int, metavar="N", help="first target, counted from 0")
+    add("--end_pos", "-e", type=int, metavar="N", help="end of the targets")
+    add(
+        "--attribution_method", "-a", choices=METHODS, metavar="NAME", default=METHODS[0],
+        help=f"{', '.join(METHODS)} [{METHODS[0]}]",
+    )  # fmt: skip
+    add(
+        "--attributed_fn", "-fn", metavar="NAME", default="probability",
+        help="step function, the target [probability]",
+    )  # fmt: skip
+    add("--step_scores", nargs="+", metavar="NAME", default=[], help="step functions told beside")
+    add("--attribution_kwargs", metavar="JSON", help='their options: {"top_p": 0.9}')
+    add("--contrast_text", metavar="TEXT", help="read by contrastive functions")
+    add("--contrast_generated", metavar="TEXT", help="tokens that they compare with")
+    add("--n_steps", type=int, metavar="N", default=50, help="of integrated gradients [50]")
+    add("--baseline", choices=BASELINES, metavar="NAME", default="zeros", help="zeros, pad [zeros]")
+    add(
+        "--reduction", "--attribution_aggregators", choices=REDUCTIONS, metavar="NAME",
+        help="over the embedding: l2, sum",
+    )  # fmt: skip
+    add(
+        "--save_path", "--output", "-o", metavar="FILE",
+        help="write .json, or .jsonl (run again: goes on)",
+    )  # fmt: skip
+    add("--viz_path", metavar="FILE", help="write .html or .png")
+    add("--overwrite", action="store_true", help="replace these where they exist")
+    add("--hide", "--hide_attributions", action="store_true", help="print no table")
+    add("--json", action="store_true", help="print JSON, not a table")
+    add("--batch_size", "-bs", type=int, metavar="N", help="rows at once (default: by memory)")
+    add(
+        "--device", "--dev", choices=("auto", "cpu", "cuda"), metavar="NAME", default="auto",
+        help="auto, cpu, cuda [auto]",
+    )  # fmt: skip
+    add("--output_dir", metavar="DIR", default=FOLDER, help=f"of the small model [./{FOLDER}]")
+    add("--fast", action="store_true", help="a smaller one, in seconds")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Refuse what cannot work, then attribute, write and print; returns the exit code."""
+    asked = check(args)
+    done = finished(args, asked)
+    folder = None if args.model is not None else small_folder(args)
+    check_installed(NEEDED)
+    from ..cli.terminal import quiet_libraries
+
+    rest = [one for one in asked if one not in done]
+    with quiet_libraries(), contextlib.ExitStack() as stack:
+        if folder is not None and rest:
+            from ..demo.train import one_thread
+
+            stack.enter_context(one_thread())  # what so small a model runs fastest on
+            done |= attribute_all(args, str(small_model(folder, args.fast)), rest)
+        elif rest:
+            done |= attribute_all(args, args.model, rest)
+    for file in write(args, [done[a] for a in asked]):
+        print(f"wrote {file}", file=sys.stderr)
+    return 0
+
+
+# -- what is refused ----------------------------------------------------------------------------
+
+
+def check(args: argparse.Namespace) -> list[Asked]:
+    """The texts, each once.
+
+    Raises:
+        UsageError: what can be refused before libraries are loaded and files written.
+    """
+    from ..training.models import check_folder
+
+    if args.model is not None:
+        if not args.model:
+            raise UsageError("--model: got an empty name")
+        check_folder(args.model)
+        if args.fast:
+            raise UsageError("--fast: is of the model made here; leave it out with --model")
+    elif args.adapter is not None:
+        raise UsageError("--adapter: wanted --model with it")
+    if args.adapter is not None:
+        find_adapter(args.adapter)
+    args.step_scores = [n for word in args.step_scores for n in word.split(",") if n]
+    for flag, names in (("attributed_fn", [args.attributed_fn]), ("step_scores", args.step_scores)):
+        for name in names:
+            if name not in STEP_FUNCTIONS:
+                raise _unknown(flag, "step function", name, STEP_FUNCTIONS)
+            other = (args.contrast_text, args.contrast_generated)
+            if name in CONTRASTIVE and other == (None, None):
+                hint = "--contrast_text, another text, or --contrast_generated, other tokens"
+                raise UsageError(f"--{flag}: {name} compares, wanted what with", hint=hint)
+    args.attribution_kwargs = _options(args.attribution_kwargs)
+    for name in ("n_steps", "batch_size", "max_new_tokens", "start_pos", "end_pos"):
+        if getattr(args, name) is not None:
+            check_from(name, getattr(args, name), 1)
+    if args.generated is not None and args.max_new_tokens is not None:
+        raise UsageError("--generated and --max_new_tokens exclude each other")
+    asked = list(dict.fromkeys(read_texts(args)))
+    check_files(args, len(asked))
+    return asked
+
+
+def _options(text: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"--attribution_kwargs: {text!r} is not JSON: {one_line(error)}"
+        ) from error
+    if not isinstance(found, dict):
+        raise UsageError(f'--attribution_kwargs: got {text!r}, wanted an object: {{"top_p": 0.9}}')
+    for name in found:
+        if name not in OPTIONS:
+            raise _unknown("attribution_kwargs", "option", name, OPTIONS)
+    return found
+
+
+def _unknown(flag: str, kind: str, name: str, allowed: Sequence[str]) -> UsageError:
+    error = unknown(kind, name, allowed)
+    error.message = f"--{flag}: {error.message}"
+    return error
+
+
+def read_texts(args: argparse.Namespace) -> list[Asked]:
+    """Those of --text, --file or --dataset_name; without any that of the small model."""
+    sources = [n for n in ("texts", "file", "dataset_name") if getattr(args, n) is not None]
+    if len(sources) > 1:
+        raise UsageError("--text, --file and --dataset_name exclude each other")
+    if not sources:
+        if args.model is not None:
+            raise UsageError("--text: got nothing, wanted a text, --file or --dataset_name")
+        if args.generated is None and args.max_new_tokens is None:
+            args.max_new_tokens = NEW_TOKENS
+        args.texts = [TEXT]
+    if args.texts is None and args.generated is not None:
+        raise UsageError('--generated: goes with --text; in a file it is "generated" of an entry')
+    if args.file is not None:
+        found = _of_file(args.file)
+    elif args.dataset_name is not None:
+        found = _of_dataset(args)
+    else:
+        following = args.generated or [None] * len(args.texts)
+        if len(following) != len(args.texts):
+            n = len(args.texts)
+            raise UsageError(f"--generated: got {len(following)}, wanted one for each of {n} texts")
+        found = [Asked(*pair) for pair in zip(args.texts, following, strict=True)]
+    for text, generated in found:
+        if not text.strip():
+            raise UsageError("--text: the text is empty")
+        if generated == "":
+            raise UsageError("--generated: the text is empty")
+    return found
+
+
+def _of_file(name: str) -> list[Asked]:
+    from ..training.prompts import read_prompts
+
+    try:
+        entries = read_prompts(name)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"--file: {one_line(error, 1000)}") from error
+    found = []
+    for number, entry in enumerate(entries, 1):
+        generated = entry.record.get("generated")
+        if generated is not None and not isinstance(generated, str):
+            where = f"{name}:{entry.line}" if entry.line else f"{name}: entry {number}"
+            raise UsageError(f"--file: {where}: 'generated' is no string")
+        found.append(Asked(entry.text, generated))
+    return found
+
+
+def _of_dataset(args: argparse.Namespace) -> list[Asked]:
+    from ..training.hub_data import DatasetFlags
+
+    name, field = args.dataset_name, args.input_text_field
+    rows = DatasetFlags(name, dataset_train_split=args.dataset_split).load()["data"]
+    if not rows or not all(isinstance(row.get(field), str) for row in rows):
+        columns = ", ".join(n for n in (rows[0] if rows else {}) if n != "place") or "nothing"
+        raise UsageError(f"--input_text_field: no texts in {field!r}, the dataset has {columns}")
+    return [Asked(row[field], None) for row in rows]
+
+
+def check_files(args: argparse.Namespace, n_texts: int) -> None:
+    """UsageError where a file could not be written, Failed where its library is missing."""
+    from ..cli.folder import check_writable
+
+    for flag, suffixes in SUFFIXES.items():
+        if (name := getattr(args, flag)) is None:
+            continue
+        path = Path(name)
+        if path.suffix not in suffixes:
+            wanted = " or ".join(suffixes)
+            raise UsageError(f"--{flag}: got {name!r}, wanted a name that ends in {wanted}")
+        if path.is_dir():
+            raise UsageError(f"--{flag}: {name!r} is a folder, wanted a file")
+        if path.exists() and not args.overwrite and path.suffix != ".jsonl":
+            raise UsageError(f"--{flag}: {name!r} exists", hint="--overwrite replaces it")
+        if n_texts > 1 and path.suffix in (".json", ".png"):
+            many = ".jsonl" if path.suffix == ".json" else ".html"
+            raise UsageError(f"--{flag}: {name!r} holds one text, of {n_texts} wanted {many}")
+        check_writable(path.parent, f"--{flag}")
+        if path.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:
+            raise Failed('--viz_path needs matplotlib, not installed: pip install "onepass[viz]"')
+
+
+# -- what is done already -----------------------------------------------------------------------
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the rows of one file must have in common."""
+    names = (
+        *("model", "model_revision", "adapter", "dtype", "fast", "max_new_tokens", "start_pos"),
+        *("end_pos", "attribution_method", "attributed_fn", "step_scores", "contrast_text"),
+        *("contrast_generated", "n_steps", "baseline", "reduction", "attribution_kwargs"),
+    )
+    return {name: getattr(args, name) for name in names}
+
+
+def finished(args: argparse.Namespace, asked: Sequence[Asked]) -> dict[Asked, Attribution]:
+    """Those of the texts that --save_path holds already; a line that a kill cut short is removed.
+
+    Raises:
+        UsageError: it holds something else.
+    """
+    path = Path(args.save_path or "")
+    if path.suffix != ".jsonl" or not path.exists() or args.overwrite:
+        return {}
+    from ..cli.files import replace_text
+
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines[:-1]]
+    except (OSError, ValueError) as error:
+        raise _foreign(path) from error
+    now = settings(args)
+    for row in rows:
+        before = row.get("asked") if isinstance(row, dict) else None
+        if not isinstance(before, dict):
+            raise _foreign(path)
+        for name, value in now.items():
+            if before.get(name) != value:
+                raise UsageError(
+                    f"--{name}: got {value!r}, but {str(path)!r} was begun with"
+                    f" {before.get(name)!r}",
+                    hint="--overwrite begins anew",
+                )
+    if lines[-1]:
+        replace_text(path, "".join(line + "\n" for line in lines[:-1]))
+    from .result import Attribution
+
+    wanted, done = set(asked), {}
+    for row in rows:
+        found = Asked(str(row.get("text")), row["asked"].get("generated"))
+        if found in wanted:
+            try:
+                done[found] = Attribution.from_dict(row)
+            except ValueError as error:
+                raise _foreign(path) from error
+    if done:
+        print(f"{len(done)} of {len(asked)} texts are in {path} already", file=sys.stderr)
+    return done
+
+
+def _foreign(path: Path) -> UsageError:
+    text = f"--save_path: {str(path)!r} was made by another program"
+    return UsageError(text, hint="--overwrite replaces it")
+
+
+# -- the model made here ------------------------------------------------------------------------
+
+
+def small_folder(args: argparse.Namespace) -> RunFolder:
+    """The folder of the small model, which an earlier run may have made."""
+    from ..training.run_folder import RunFolder, read_run
+
+    where = args.output_dir
+    again = "true" if where and read_run(Path(where)) is not None else None
+    own = RunFlags(output_dir=where, resume_from_checkpoint=again)
+    return RunFolder("attribute", Flags((own, SmallFlags(args.fast)), {}, set(), [], []))
+
+
+def small_model(folder: RunFolder, fast: bool) -> Path:
+    from ..training import small_model
+
+    if folder.earlier is None:
+        folder.begin(writes=(small_model.MODEL, small_model.DATA))
+    else:
+        folder.go_on({})
+    return small_model.small_language_model(folder, RunFlags().seed, fast)
+
+
+# -- the work -----------------------------------------------------------------------------------
+
+
+def attribute_all(
+    args: argparse.Namespace, where: str, asked: Sequence[Asked]
+) -> dict[Asked, Attribution]:
+    """Attribute each text; print it and add it to a .jsonl file as soon as it is there."""
+    from ..cli.files import strict_json
+    from .methods import attribute
+    from .view import show
+
+    device = device_of(args.device)
+    flags = ModelFlags(where, model_revision=args.model_revision, dtype=args.dtype)
+    adapter = None if args.adapter is None else find_adapter(args.adapter)
+    model, tokenizer = load_policy(flags, adapter, device, with_encoder=True)
+    lines = Path(args.save_path) if str(args.save_path).endswith(".jsonl") else None
+    if lines is not None:
+        lines.parent.mkdir(parents=True, exist_ok=True)
+        if args.overwrite:
+            lines.unlink(missing_ok=True)
+    done = {}
+    for number, one in enumerate(asked, 1):
+        try:
+            found = attribute(
+                model,
+                tokenizer,
+                one.text,
+                generated=one.generated,
+                max_new_tokens=None if one.generated is not None else args.max_new_tokens,
+                start=args.start_pos,
+                end=args.end_pos,
+                method=args.attribution_method,
+                target=args.attributed_fn,
+                step_scores=args.step_scores,
+                options=args.attribution_kwargs,
+                contrast_text=args.contrast_text,
+                contrast_generated=args.contrast_generated,
+                reduction=args.reduction,
+                n_steps=args.n_steps,
+                baseline=args.baseline,
+                batch_size=args.batch_size,
+            )
+        except ValueError as error:
+            which = f"text {number} of {len(asked)}: " if len(asked) > 1 else ""
+            raise UsageError(f"{which}{one_line(error)}") from error
+        done[one] = found
+        row = found.as_dict() | {"asked": settings(args) | {"generated": one.generated}}
+        if lines is not None:
+            with lines.open("a", encoding="utf-8") as file:
+                file.write(strict_json(row) + "\n")
+        if args.json:
+            print(strict_json(row))
+        elif not args.hide:
+            show(found)
+            if number < len(asked):
+                print()
+    print(f"{found.batch_size} rows at once on {device}", file=sys.stderr)
+    return done
+
+
+def write(args: argparse.Namespace, found: Sequence[Attribution]) -> list[str]:
+    """Write the files asked for; returns the names of all."""
+    from ..cli.files import replace_text
+    from .view import html, write_png
+
+    for name in (args.save_path, args.viz_path):
+        if name is not None:
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+    if args.save_path is not None and args.save_path.endswith(".json"):
+        found[0].save(args.save_path)
+    if args.viz_path is not None:
+        if args.viz_path.endswith(".png"):
+            write_png(Path(args.viz_path), found[0])
+        else:
+            replace_text(Path(args.viz_path), html(found))
+    return [name for name in (args.save_path, args.viz_path) if name is not None]

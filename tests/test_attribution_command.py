@@ -1,0 +1,320 @@
+"""`onepass attribute`: what it refuses, writes and prints, going on after an interruption, and the
+model that it makes where none is named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from onepass.attribution import Attribution, command, load_all, methods, names
+from onepass.cli import main
+from onepass.cli.errors import Parser
+from onepass.demo.train import one_thread
+from onepass.training import small_model
+from support.tiny_language_model import save, tokenizer
+from support.tiny_models import D
+
+TEXTS = ["the old barn", "a red, wide mill", "near the river"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model/."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save(folder, n_layers=2)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_core() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def given(files: Path, *texts: str) -> list[str]:
+    return ["attribute", "--model", str(files / "model"), "--text", *(texts or TEXTS[:1])]
+
+
+def write(folder: Path, name: str, *rows: Any) -> str:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(folder / name)
+
+
+# -- what is refused ----------------------------------------------------------------------------
+
+WRONG: list[tuple[str, Callable[[Path, Path], list[str]], str]] = [
+    ("no text", lambda f, t: ["--model", str(f / "model")], "--text: got nothing"),
+    ("empty text", lambda f, t: given(f, " ")[1:], "--text: the text is empty"),
+    ("no such folder", lambda f, t: ["--model", "./none", "--text", "a b"], "no such folder"),
+    ("an empty name", lambda f, t: ["--model", "", "--text", "a b"], "--model: got an empty name"),
+    ("method", lambda f, t: [*given(f)[1:], "-a", "salience"], "did you mean saliency?"),
+    ("target", lambda f, t: [*given(f)[1:], "-fn", "probabilty"], "did you mean probability?"),
+    ("scores", lambda f, t: [*given(f)[1:], "--step_scores", "logit,entropi"], "allowed: logit"),
+    ("contrast", lambda f, t: [*given(f)[1:], "-fn", "kl_divergence"], "--contrast_text, another"),
+    ("baseline", lambda f, t: [*given(f)[1:], "--baseline", "unk"], "allowed: zeros, pad"),
+    ("steps", lambda f, t: [*given(f)[1:], "--n_steps", "0"], "--n_steps: got 0"),
+    ("batch", lambda f, t: [*given(f)[1:], "-bs", "0"], "--batch_size: got 0"),
+    ("options", lambda f, t: [*given(f)[1:], "--attribution_kwargs", "{"], "is not JSON"),
+    ("an option", lambda f, t: [*given(f)[1:], "--attribution_kwargs", '{"topp": 1}'], "top_p?"),
+    ("no object", lambda f, t: [*given(f)[1:], "--attribution_kwargs", "[]"], "wanted an object"),
+    ("too many follow", lambda f, t: [*given(f)[1:], "-g", "a", "b"], "got 2, wanted one for each"),
+    ("nothing follows", lambda f, t: [*given(f)[1:], "-g", ""], "--generated: the text is empty"),
+    ("written and given", lambda f, t: [*given(f)[1:], "-g", "a", "--max_new_tokens", "3"],
+     "exclude each other"),
+    ("two sources", lambda f, t: [*given(f)[1:], "--file", "x.txt"], "exclude each other"),
+    ("no file", lambda f, t: ["--model", str(f / "model"), "--file", str(t / "x.txt")],
+     "no such file"),
+    ("bad entry", lambda f, t: [
+        "--model", str(f / "model"), "--file",
+        write(t, "x.jsonl", {"text": "a b"}, {"text": "a", "generated": 3}),
+    ], "x.jsonl:2: 'generated' is no string"),
+    ("ending", lambda f, t: [*given(f)[1:], "-o", str(t / "x.txt")], ".json or .jsonl"),
+    ("ending of the picture", lambda f, t: [*given(f)[1:], "--viz_path", "x.svg"], ".html or .png"),
+    ("a folder", lambda f, t: [*given(f)[1:], "-o", str(folder(t / "d.json"))], "is a folder"),
+    ("there already", lambda f, t: [*given(f)[1:], "-o", write(t, "x.json", "{}")],
+     "--overwrite replaces it"),
+    ("under a file", lambda f, t: [*given(f)[1:], "-o", write(t, "x", "") + "/y.json"],
+     "is a file, not a folder"),
+    ("another's lines", lambda f, t: [*given(f)[1:], "-o", write(t, "x.jsonl", {"a": 1})],
+     "was made by another program"),
+    ("no lines", lambda f, t: [*given(f)[1:], "-o", write(t, "x.jsonl", "a")],
+     "was made by another program"),
+    ("several in one", lambda f, t: [*given(f, *TEXTS)[1:], "-o", str(t / "x.json")],
+     "of 3 wanted .jsonl"),
+    ("several in a picture", lambda f, t: [*given(f, *TEXTS)[1:], "--viz_path", "x.png"],
+     "of 3 wanted .html"),
+    ("fast with a model", lambda f, t: [*given(f)[1:], "--fast"], "leave it out with --model"),
+    ("adapter alone", lambda f, t: ["--adapter", "x"], "--adapter: wanted --model with it"),
+    ("no adapter", lambda f, t: [*given(f)[1:], "--adapter", str(t)], "no adapter_config.json"),
+]  # fmt: skip
+
+
+def folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG]
+)
+def test_what_cannot_work_is_refused_before_anything_is_loaded(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: Any, message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    line = arguments(files, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("onepass.attribution.command.load_policy", None)
+    code = main(["attribute", *line])
+    said = capsys.readouterr()
+    assert code == 2 and not said.out
+    assert message in said.err and len(said.err.splitlines()) <= 3, said.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_only_the_model_tells_is_one_line_too(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for line, told in (
+        (given(files, "a" * 65), "text makes 65 tokens, more than the 64"),
+        (given(files, "a b", "a"), "text 2 of 2: text has one token"),
+        ([*given(files), "-s", "12"], "1 <= start < end <= 12"),
+        ([*given(files), "-fn", "top_p_size"], "has no gradient"),
+    ):
+        assert main([*line, "--hide"]) == 2
+        assert told in capsys.readouterr().err
+    bad = tmp_path / "model"
+    bad.mkdir()
+    (bad / "config.json").write_text("{}")
+    assert main(["attribute", "--model", str(bad), "--text", "a b"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# -- what is written and printed ----------------------------------------------------------------
+
+
+def test_one_text(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, page = tmp_path / "new" / "x.json", tmp_path / "new" / "x.html"
+    line = [*given(files), "-a", "integrated_gradients", "--n_steps", "4", "-fn", "logit"]
+    line += ["--step_scores", "entropy,probability", "-g", " near", "-bs", "3"]
+    assert main([*line, "-o", str(out), "--viz_path", str(page)]) == 0
+    said = capsys.readouterr()
+    found = Attribution.load(out)
+    assert found.matrix.shape == (16, 5) and found.batch_size == 3 and found.n_steps == 4
+    assert list(found.scores) == ["logit", "entropy", "probability"]
+    assert "integrated gradients (4 steps from zeros) of logit, sum" in said.out
+    assert "\ndelta " in said.out and "\x1b" not in said.out
+    assert f"wrote {out}" in said.err and "3 rows at once on cpu" in said.err
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    assert sorted(p.name for p in out.parent.iterdir()) == ["x.html", "x.json"]
+    picture = tmp_path / "x.png"
+    assert main([*line, "-o", str(out), "--overwrite", "--viz_path", str(picture), "--hide"]) == 0
+    assert capsys.readouterr().out == "" and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_on_stdout_is_what_is_saved(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*given(files), "--json", "-o", str(tmp_path / "x.json")]) == 0
+    printed = Attribution.from_dict(json.loads(capsys.readouterr().out))
+    saved = Attribution.load(tmp_path / "x.json")
+    assert torch.equal(printed.matrix.nan_to_num(7), saved.matrix.nan_to_num(7))
+
+
+def test_inseqs_names_are_the_same_flags(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = ["--text", TEXTS[0], "--generated", " near", "--reduction", "sum", "--batch_size", "2"]
+    theirs = ["--input_texts", TEXTS[0], "--generated_texts", TEXTS[0] + " near"]
+    theirs += ["--attribution_aggregators", "sum", "-bs", "2", "--attribution_method", "saliency"]
+    theirs += ["--attributed_fn", "probability", "--dev", "cpu"]
+    printed = []
+    for flag, line in (("--model", ours), ("--model_name_or_path", theirs)):
+        assert main(["attribute", flag, str(files / "model"), *line]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
+def test_texts_of_a_file_and_a_data_set(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": TEXTS[0], "generated": " near"}, {"text": TEXTS[1]}]
+    model = ["attribute", "--model", str(files / "model"), "--hide"]
+    out = tmp_path / "x.jsonl"
+    assert main([*model, "--file", write(tmp_path, "in.jsonl", *rows), "-o", str(out)]) == 0
+    assert [len(a.targets) for a in load_all(out)] == [5, len(TEXTS[1]) - 1]
+    folder(tmp_path / "set")
+    write(tmp_path / "set", "train.jsonl", *[{"body": text} for text in TEXTS])
+    line = [*model, "--dataset_name", str(tmp_path / "set")]
+    assert main([*line, "--input_text_field", "text"]) == 2
+    assert "--input_text_field: no texts in 'text', the dataset has body" in capsys.readouterr().err
+    line += ["--input_text_field", "body", "-o", str(tmp_path / "y.jsonl")]
+    assert main(line) == 0
+    assert [a.text for a in load_all(tmp_path / "y.jsonl")] == TEXTS
+
+
+# -- going on -----------------------------------------------------------------------------------
+
+
+class Counted:
+    """Attributes, counts, and stops at text `stop`."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.real, self.stop, self.texts = methods.attribute, stop, []  # type: Any, int | None, list[str]
+
+    def __call__(self, model: Any, tokenizer: Any, text: str, **how: Any) -> Attribution:
+        if len(self.texts) == self.stop:
+            raise KeyboardInterrupt
+        self.texts.append(text)
+        return self.real(model, tokenizer, text, **how)
+
+
+def test_finished_texts_are_not_done_again(
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "x.jsonl"
+    line = [*given(files, *TEXTS, TEXTS[0]), "--hide"]  # one of them twice
+    assert main([*line, "-o", str(whole)]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(methods, "attribute", Counted(stop=2))
+        assert main([*line, "-o", str(out)]) == 130
+    assert len(load_all(out)) == 2
+    with out.open("a") as file:
+        file.write('{"program": "onepass attr')  # as a kill leaves it
+    again = Counted()
+    monkeypatch.setattr(methods, "attribute", again)
+    capsys.readouterr()
+    assert main([*line, "-o", str(out), "--viz_path", str(tmp_path / "x.html")]) == 0
+    assert again.texts == TEXTS[2:] and "2 of 3 texts are in" in capsys.readouterr().err
+    assert out.read_bytes() == whole.read_bytes()
+    assert (tmp_path / "x.html").read_text().count("<table>") == 3
+    monkeypatch.setattr("onepass.attribution.command.load_policy", None)  # nothing is left to do
+    assert main([*line, "-o", str(out)]) == 0
+    capsys.readouterr()
+    assert main([*line, "-o", str(out), "-fn", "logit"]) == 2
+    told = capsys.readouterr().err
+    assert "--attributed_fn: got 'logit', but" in told and "begun with 'probability'" in told
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_overwrite_begins_anew(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.jsonl"
+    assert main([*given(files, *TEXTS), "-o", str(out), "--hide"]) == 0
+    assert main([*given(files), "-o", str(out), "--overwrite", "--hide", "-fn", "logit"]) == 0
+    assert [a.target for a in load_all(out)] == ["logit"]
+
+
+# -- models -------------------------------------------------------------------------------------
+
+
+def test_an_encoder_decoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"d_model": D, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    config = hf.T5Config(vocab_size=260, decoder_start_token_id=0, eos_token_id=2, **sizes)
+    hf.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    line = ["attribute", "--model", str(tmp_path), "--text", TEXTS[0]]
+    assert main(line) == 2
+    assert "needs generated, or max_new_tokens" in capsys.readouterr().err
+    assert main([*line, "--max_new_tokens", "3"]) == 0
+    assert f"the encoder read the first {len(TEXTS[0])}" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers deprecated
+def test_an_adapter(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import peft
+
+    made = hf.AutoModelForCausalLM.from_pretrained(files / "model")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(made, config).save_pretrained(tmp_path)
+    for more in ([], ["--adapter", str(tmp_path)]):
+        assert main([*given(files), *more]) == 0
+    tables = capsys.readouterr().out.split("saliency")
+    assert len(tables) == 3 and tables[1] != tables[2]
+
+
+def test_without_a_model_a_small_one_is_made_once(
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """That `small_language_model` makes it is another test's; here one that is there is taken."""
+    asked = []
+
+    def made(run: Any, seed: int, fast: bool) -> Path:
+        asked.append((run.path, seed, fast))
+        return files / "model"
+
+    monkeypatch.setattr(small_model, "small_language_model", made)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert main(["attribute", "--fast"]) == 0
+        said = capsys.readouterr()
+        assert said.out.startswith("saliency of probability") and "'Return" not in said.out[:80]
+    assert asked == [(Path("onepass-attribute"), 42, True)] * 2
+    assert [p.name for p in tmp_path.iterdir()] == ["onepass-attribute"]
+    assert main(["attribute"]) == 2  # the one there was made with --fast
+    assert "--fast: got False, but the run was begun with True" in capsys.readouterr().err
+    assert main(["attribute", "--text", TEXTS[0], "--output_dir", str(tmp_path / "b")]) == 0
+
+
+def test_the_help_and_the_page_name_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attribute", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(name in told for name in (*names.METHODS, *names.BASELINES, *names.REDUCTIONS))
+    page = (Path(__file__).resolve().parents[1] / "docs" / "cli.md").read_text()
+    parser = Parser(prog="onepass attribute")
+    command.add_arguments(parser)
+    for flag in set(parser._flags()) - {"-h", "--help", "-m", "--hide_attributions"}:
+        assert f"`{flag}" in page, flag
+    for name in (*names.METHODS, *names.STEP_FUNCTIONS, *names.OPTIONS):
+        assert f"`{name}`" in page or f'"{name}"' in page, name
