@@ -14,6 +14,7 @@ from .dpo import DPO_CASES
 from .heads import HEAD_CASES
 from .jigsaw import JIGSAW_CASE
 from .schema import CAP, CAP_SLOPE, Case, Provider, Size, ours, peer, plain, wide
+from .step_scores import STEP_SCORES_CASE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -737,6 +738,7 @@ CASES: tuple[Case, ...] = (
     ),
     JIGSAW_CASE,
     *DPO_CASES,
+    STEP_SCORES_CASE,
 )
 
 

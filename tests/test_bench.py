@@ -446,6 +446,7 @@ TINY = {
     **{case.name: Size(7, 33, 16) for case in HEAD_CASES},
     "jigsaw_cross_entropies": Size(8, 33, 16, masked=0.25),
     "shared_teacher": Size(5, 37, students=3),
+    "step_scores": Size(6, 37, 8),
     "dpo": Size(64, 37, 8),
     "dpo_precomputed": Size(64, 37, 8, masked=0.5),
     "masked_cross_entropy": Size(10, 37, masked=0.5),
