@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from ..heads import lazy_head_within
 from ..losses import cross_entropy
-from ..training.hidden_states import training_mode, without_adapter
+from ..training.hidden_states import lazy_within, training_mode
 from .hidden_states import as_reference
 from .loss import Rerouting, part_facts
 from .options import ADAPTER_OFF
 
 IGNORED = -100
-logger = logging.getLogger("onepass")
 Tokens = tuple[Tensor, Tensor]  # input_ids, attention_mask [n, S]
 
 
@@ -41,7 +38,7 @@ def nats_per_token(
     total = torch.zeros((), dtype=torch.float64)
     n_tokens = 0
     off = contextlib.nullcontext(model) if adapter else as_reference(model, ADAPTER_OFF)
-    with off, training_mode(model, False), _lazy_if_possible(model):
+    with off, training_mode(model, False), lazy_within(model, "measuring"):
         for ids, mask in _batches(tokens, batch_size, next(model.parameters()).device):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             known = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
@@ -50,17 +47,6 @@ def nats_per_token(
             total += loss.double().cpu()
             n_tokens += int(known.sum())
     return float(total) / max(n_tokens, 1)
-
-
-@contextlib.contextmanager
-def _lazy_if_possible(model: nn.Module) -> Iterator[None]:
-    """No logits where the head can be fused, else a line that says why they are made."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(lazy_head_within(without_adapter(model)))
-        except (ValueError, RuntimeError, TypeError) as error:
-            logger.warning("measuring with whole logits: %s", error)
-        yield
 
 
 @torch.no_grad()

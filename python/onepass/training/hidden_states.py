@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..heads import is_lazy, lazy_head, unwrapped
+from ..heads import is_lazy, lazy_head, lazy_head_within, unwrapped
 
 logger = logging.getLogger("onepass")
 
@@ -68,6 +68,19 @@ def make_lazy(model: nn.Module) -> None:
         lazy_head(base)
     except (ValueError, RuntimeError, TypeError) as error:
         logger.warning("training with whole logits: %s", error)
+
+
+@contextlib.contextmanager
+def lazy_within(model: nn.Module, doing: str) -> Iterator[None]:
+    """No logits inside where the head can be fused, else a line that says why they are made."""
+    base = without_adapter(model)
+    with contextlib.ExitStack() as stack:
+        if not any(is_lazy(module) for module in base.modules()):
+            try:
+                stack.enter_context(lazy_head_within(base))
+            except (ValueError, RuntimeError, TypeError) as error:
+                logger.warning("%s with whole logits: %s", doing, error)
+        yield
 
 
 @contextlib.contextmanager

@@ -1,0 +1,214 @@
+"""Scores of every token of a given text, from one forward: the text is fed to the model as if it
+had said it, and no logits [B, S, V] are made."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops._check import IGNORED, check_weights
+from ..training.hidden_states import lazy_within, training_mode, without_adapter
+from .contrast import aligned_position
+from .core import PAIRED, SCORES, check_names
+from .core import scores as scores_of_rows
+from .dropout import check_dropout, noisy_runs
+
+
+def step_scores(
+    model: nn.Module,
+    input_ids: Tensor,
+    scores: Sequence[str],
+    *,
+    attention_mask: Tensor | None = None,
+    decoder_input_ids: Tensor | None = None,
+    decoder_attention_mask: Tensor | None = None,
+    contrast_ids: Tensor | None = None,
+    contrast_attention_mask: Tensor | None = None,
+    contrast_source_ids: Tensor | None = None,
+    contrast_source_mask: Tensor | None = None,
+    contrast_targets_alignments: Sequence[tuple[int, int]] | None = None,
+    same_context: bool = False,
+    base: str = "e",
+    logprob: bool = False,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_tokens_to_keep: int = 1,
+    n_mcd_steps: int = 5,
+    eps: float = 0.0,
+    seed: int | None = None,
+    impl: str = "auto",
+) -> dict[str, Tensor]:
+    """What step functions would say at every step of this text, by name, [B, S - 1] each.
+
+    Args:
+        model: a causal or encoder-decoder language model of transformers.
+        input_ids: [B, S] the text; the source [B, T] of an encoder-decoder model.
+        scores: names of `onepass.step_functions.scores`.
+        attention_mask: of `input_ids`; 0 for padding, on either side.
+        decoder_input_ids, decoder_attention_mask: [B, S] the text of an encoder-decoder model, with
+            the token that it starts from.
+        contrast_ids, contrast_attention_mask: [B, S'] a contrastive text: the scores of a token
+            compare it with that text's token of the same position, after that text's beginning.
+        contrast_source_ids, contrast_source_mask: [B, T'] another source for the contrast.
+        contrast_targets_alignments: pairs of a position of the text and one of the contrast, for
+            texts whose positions are not the same.
+        same_context: compare the contrast's tokens after the text's own beginning: its model runs
+            once.
+        base, logprob, top_k, top_p, min_tokens_to_keep, eps, impl: as of `scores`.
+        n_mcd_steps, seed: of mc_dropout_prob_avg, which runs the whole text so often.
+
+    Returns:
+        Column t is the score of token t + 1, 0 where it or the token before it is padding. No
+        gradients; the model runs in evaluation mode (but for dropout's sake), and its modes are as
+        before after.
+
+    Raises:
+        AttributeError: a name that is no score. ValueError: shapes or numbers that do not fit,
+        a contrast that is missing, a model without dropout. IndexError: a contrastive text that is
+        too short. TypeError: not a model.
+    """
+    names = check_names(scores)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
+    text = _text(model, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
+    needs = {fact for name in names for fact in SCORES[name].needs}
+    paired = [name for name in names if PAIRED & set(SCORES[name].needs)]
+    contrast = None
+    if paired:
+        if contrast_ids is None and contrast_source_ids is None:
+            raise ValueError(f"{paired[0]} needs contrast_ids: got None")
+        contrast = text.contrast(
+            *(contrast_ids, contrast_attention_mask, contrast_source_ids, contrast_source_mask),
+            contrast_targets_alignments,
+        )
+        if same_context and (contrast_source_ids is not None or "kl" in needs):
+            what = "kl_divergence" if "kl" in needs else "contrast_source_ids"
+            raise ValueError(f"{what} compares two contexts: leave same_context out")
+    if "noisy" in needs:
+        check_dropout(model, n_mcd_steps)
+
+    labels = text.labels()
+    options: dict[str, Any] = {
+        "base": base, "logprob": logprob, "top_k": top_k, "top_p": top_p,
+        "min_tokens_to_keep": min_tokens_to_keep, "eps": eps, "impl": impl,
+    }  # fmt: skip
+
+    def noisy() -> Tensor:
+        logps = scores_of_rows(text.rows(model), labels, ["probability"], logprob=True, impl=impl)
+        return logps["probability"]
+
+    with torch.no_grad(), training_mode(model, False), lazy_within(model, "scoring"):
+        rows = text.rows(model)
+        if contrast is not None:
+            options["contrast_ids"] = contrast.labels()
+            if not same_context:
+                options["contrast_logits"] = contrast.rows(model)
+        if "noisy" in needs:
+            options["noisy_logps"] = noisy_runs(model, noisy, n_mcd_steps, seed, False)
+        return scores_of_rows(rows, labels, names, **options)
+
+
+@dataclass
+class Text:
+    """A text, what it follows from in an encoder-decoder model, and the positions that are scored:
+    each token but the first, unless others are named."""
+
+    ids: Tensor  # [B, S]
+    mask: Tensor | None
+    source: tuple[Tensor, Tensor | None] | None = None
+    positions: Tensor | None = None  # [S - 1]
+
+    def contrast(
+        self,
+        ids: Tensor | None,
+        mask: Tensor | None,
+        source_ids: Tensor | None,
+        source_mask: Tensor | None,
+        alignments: Any,
+    ) -> Text:
+        """The text that this one is compared with."""
+        if source_ids is not None and self.source is None:
+            raise ValueError("contrast_source_ids are for encoder-decoder models")
+        n_texts, length = self.ids.shape
+        positions = [aligned_position(at, alignments) for at in range(1, length)]
+        if ids is None:
+            ids, mask = self.ids, self.mask
+        _check_ids("contrast_ids", ids, mask, n_texts)
+        if min(positions) < 1 or max(positions) >= ids.shape[1]:
+            raise IndexError(
+                f"contrast_ids have {ids.shape[1]} tokens: wanted one before and at each of the "
+                f"positions {min(positions)} to {max(positions)}"
+            )
+        source = self.source
+        if source_ids is not None:
+            _check_ids("contrast_source_ids", source_ids, source_mask, n_texts, least=1)
+            source = source_ids, source_mask
+        return Text(ids, mask, source, torch.tensor(positions, device=ids.device))
+
+    def labels(self) -> Tensor:
+        """The tokens that are scored [B, S - 1]; -100 where they or those before are padding."""
+        if self.mask is None:
+            return self._at(self.ids, 0)
+        counts = (self._at(self.mask, 0) != 0) & (self._at(self.mask, -1) != 0)
+        return torch.where(counts, self._at(self.ids, 0), IGNORED)
+
+    def rows(self, model: nn.Module) -> Tensor:
+        """The logits [B, S - 1, V] that predict them."""
+        given: dict[str, Any] = {"input_ids": self.ids, "attention_mask": self.mask}
+        if self.source is not None:
+            given = {f"decoder_{name}": value for name, value in given.items()}
+            given |= {"input_ids": self.source[0], "attention_mask": self.source[1]}
+        elif self.mask is not None and bool((self.mask[:, 0] == 0).any()):
+            if "position_ids" in inspect.signature(without_adapter(model).forward).parameters:
+                # padding on the left moves no token
+                given["position_ids"] = (self.mask.cumsum(-1) - 1).clamp_min(0)
+        return self._at(model(**given, use_cache=False).logits, -1)
+
+    def _at(self, tensor: Tensor, shift: int) -> Tensor:
+        """What stands at the scored positions, or before them."""
+        if self.positions is not None:
+            return tensor.index_select(1, self.positions + shift)
+        return tensor[:, 1:] if shift == 0 else tensor[:, :-1]
+
+
+def _text(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    decoder_input_ids: Tensor | None,
+    decoder_attention_mask: Tensor | None,
+) -> Text:
+    config = getattr(without_adapter(model), "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        if decoder_input_ids is not None:
+            raise ValueError("decoder_input_ids are for encoder-decoder models: pass input_ids")
+        _check_ids("input_ids", input_ids, attention_mask)
+        return Text(input_ids, attention_mask)
+    if decoder_input_ids is None:
+        raise ValueError("an encoder-decoder model needs decoder_input_ids, the text: got None")
+    _check_ids("decoder_input_ids", decoder_input_ids, decoder_attention_mask)
+    _check_ids("input_ids", input_ids, attention_mask, len(decoder_input_ids), least=1)
+    return Text(decoder_input_ids, decoder_attention_mask, (input_ids, attention_mask))
+
+
+def _check_ids(
+    name: str, ids: object, mask: object, n_texts: int | None = None, least: int = 2
+) -> None:
+    """Raises unless these are ids [B, S] and a mask of their shape, or none."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor: got {type(ids).__name__}")
+    if ids.dim() != 2 or ids.shape[1] < least or ids.is_floating_point():
+        raise ValueError(
+            f"{name} must be token ids [B, S], S >= {least}: got {ids.dtype} {tuple(ids.shape)}"
+        )
+    if n_texts is not None and len(ids) != n_texts:
+        raise ValueError(
+            f"{name} must be of {n_texts} texts, as many as are scored: got {len(ids)}"
+        )
+    if mask is not None:
+        check_weights(f"the mask of {name}", mask, ids.shape)
