@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from ..heads import is_lazy, lazy_head, unlazy_head
+from ..heads import is_lazy, lazy_head_within, switch_off, switch_on
 from ..lazy_logits import LazyLogits, with_head
 
 LEAST = (0, 7, 1)
@@ -30,7 +30,7 @@ FORWARD_ARGUMENTS = ("self", "batch", "use_embeddings", "kwargs")
 
 _their_functions: dict[str, tuple[Any, Any]] = {}  # by id: what stood there, and ours in its place
 _their_forwards: dict[str, tuple[Any, Any]] = {}  # by name of the class
-_whole: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose head cannot be lazy
+_heads: weakref.WeakKeyDictionary[nn.Module, list[nn.Module]] = weakref.WeakKeyDictionary()
 
 
 def lazily(theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,21 +56,34 @@ def lazily(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def lazy_where_possible(model: nn.Module) -> Iterator[None]:
-    """`lazy_head` within, or a warning, once for each model, that says why not."""
-    if model in _whole or any(is_lazy(module) for module in model.modules()):
-        yield
-        return
-    try:
-        lazy_head(model)
-    except (TypeError, ValueError) as error:
-        _whole.add(model)
-        warnings.warn(f"inseq runs the head on every position: {error}", stacklevel=4)
-        yield
-        return
+    """`lazy_head_within`, which searches the model once and not at every forward. A head that
+    cannot be lazy stays whole, and a warning says why, once for each model."""
+    if model not in _heads:
+        _heads[model] = heads_of(model)
+    changed = [module for module in _heads[model] if not is_lazy(module)]
+    for module in changed:
+        switch_on(module, {})
     try:
         yield
     finally:
-        unlazy_head(model)
+        for module in changed:
+            switch_off(module)
+
+
+def heads_of(model: nn.Module) -> list[nn.Module]:
+    """What `lazy_head` makes lazy, or has made."""
+    if found := lazy_modules(model):
+        return found
+    try:
+        with lazy_head_within(model):
+            return lazy_modules(model)
+    except (TypeError, ValueError) as error:
+        warnings.warn(f"inseq runs the head on every position: {error}", stacklevel=5)
+        return []
+
+
+def lazy_modules(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if is_lazy(module)]
 
 
 def install(overwrite: bool = True) -> None:
@@ -79,10 +92,10 @@ def install(overwrite: bool = True) -> None:
 
     Served: all step functions of inseq 0.7.1, as `step_scores` and as `attributed_fn`, under every
     attribution method that asks inseq's models for their output, for models loaded already too.
-    Values are inseq's, but for what it computes to NaN or refuses by mistake (docs/migrate.md). A
-    function that is registered by the user stays under its own id, and gets LazyLogits as
-    `forward_output.logits`. The model itself is as before outside of inseq's forwards. Gradients
-    with respect to the head's own weight and bias are not made.
+    Values and attributions are inseq's, but where it gives NaN or fails (docs/migrate.md). A
+    function that the user registered stays under its own id, and gets LazyLogits as
+    `forward_output.logits`. Outside of inseq's forwards the model is as before. The head's own
+    weight and bias get no gradient.
 
     Args:
         overwrite: False leaves a function that the user registered under one of inseq's ids.
@@ -138,7 +151,7 @@ def uninstall() -> None:
             setattr(kind, FORWARD, theirs)
     _their_functions.clear()
     _their_forwards.clear()
-    _whole.clear()
+    _heads.clear()
 
 
 def arguments(function: Any) -> tuple[str, ...]:
