@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -49,7 +50,4 @@ class StepFunctionEncoderDecoderArgs(StepFunctionBaseArgs):
 StepFunctionArgs = StepFunctionDecoderOnlyArgs | StepFunctionEncoderDecoderArgs
 
 
-class StepFunction(Protocol):
-    """What `register_step_function` takes: a score [B] of one step."""
-
-    def __call__(self, args: Any, **kwargs: Any) -> Tensor: ...
+StepFunction = Callable[..., Tensor]  # fn(args, **its own): a score [B] of one step

@@ -180,8 +180,7 @@ def scores(
     names = check_names(names)
     check_logits(logits)
     target = token_rows("target_ids", target_ids, logits)
-    check_choice("base", base, BASES)
-    check_choice("impl", impl, IMPLS)
+    check_options(base, impl, eps)
     check_filter(top_k, top_p, min_tokens_to_keep, logits.shape[-1])
     needs = {fact for name in names for fact in SCORES[name].needs}
     if contrast_logits is not None:
@@ -200,7 +199,7 @@ def scores(
         if name == "kl_divergence" and contrast_logits is None:
             raise ValueError("kl_divergence needs contrast_logits, the row of another context")
     if "noisy" in needs:
-        check_noisy(noisy_logps, target, eps)
+        check_noisy(noisy_logps, target)
     counts = paired = target != IGNORED
     if contrast_ids is not None:
         paired = counts & (contrast_ids != IGNORED)
@@ -232,9 +231,15 @@ def check_names(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def check_noisy(noisy_logps: object, target: Tensor, eps: float) -> None:
-    """Raises unless these are two or more noisy runs of the target's rows."""
+def check_options(base: object, impl: object, eps: object) -> None:
+    """Raises for what scores cannot be expressed in."""
+    check_choice("base", base, BASES)
+    check_choice("impl", impl, IMPLS)
     check_number("eps", eps, 0.0)
+
+
+def check_noisy(noisy_logps: object, target: Tensor) -> None:
+    """Raises unless these are two or more noisy runs of the target's rows."""
     if noisy_logps is None:
         raise ValueError("mc_dropout_prob_avg needs noisy_logps, log p in two or more noisy runs")
     check_floating("noisy_logps", noisy_logps)

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._check import check_number
 from ..training.hidden_states import same_draws, training_mode
 
 
-def check_dropout(model: nn.Module, n_mcd_steps: object) -> None:
+def check_dropout(model: nn.Module, n_mcd_steps: object, eps: float) -> None:
     """Raises unless there are two runs or more, and something in the model drops."""
+    check_number("eps", eps, 0.0)
     if type(n_mcd_steps) is not int:
         raise TypeError(f"n_mcd_steps must be an int: got {type(n_mcd_steps).__name__}")
     if n_mcd_steps < 2:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .args import StepFunctionArgs
 from .contrast import Alignments, Contrast, contrast_of, run_again
-from .core import SCORES, Facts, Options, against, check_noisy, kl_rows, scores
+from .core import SCORES, Facts, Options, against, kl_rows, scores
 from .dropout import check_dropout, noisy_runs
 from .filters import check_filter
 from .last_row import last_facts, last_logits, last_targets
@@ -281,7 +281,7 @@ def mc_dropout_prob_avg_fn(
         raise ValueError(
             f"mc_dropout_prob_avg runs the model again: attribution_model is {type(model).__name__}"
         )
-    check_dropout(model, n_mcd_steps)
+    check_dropout(model, n_mcd_steps, eps)
     own = last_facts(args.forward_output, args.target_ids)
 
     def run() -> Tensor:
@@ -290,7 +290,6 @@ def mc_dropout_prob_avg_fn(
 
     grad = args.is_attributed_fn and torch.is_grad_enabled()
     noisy = noisy_runs(model, run, n_mcd_steps, seed, grad)
-    check_noisy(noisy, own.logp, eps)
     facts = own._replace(noisy=noisy)
     return SCORES["mc_dropout_prob_avg"].of(facts, Options(logprob, eps=eps))
 

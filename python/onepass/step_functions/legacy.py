@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from . import registry
 from .args import StepFunctionDecoderOnlyArgs, StepFunctionEncoderDecoderArgs
-from .contrast import run_again
-from .core import SCORES, Facts, Options, against, check_noisy
+from .contrast import embedded, run_again
+from .core import SCORES, Facts, Options, against
 from .dropout import check_dropout, noisy_runs
 from .last_row import last_facts
 
@@ -149,7 +149,7 @@ def mc_dropout_prob_avg_fn(
         )
     if target_ids is None:
         raise ValueError("mc_dropout_prob_avg needs target_ids: got None")
-    check_dropout(aux_model, n_mcd_steps)
+    check_dropout(aux_model, n_mcd_steps, eps)
     _check_alike(attribution_model, aux_model, forward_output)
     own = last_facts(forward_output, target_ids)
     prefix = decoder_input_ids, decoder_input_embeds, decoder_attention_mask
@@ -162,7 +162,6 @@ def mc_dropout_prob_avg_fn(
 
     grad = bool(kwargs.get("is_attributed_fn")) and torch.is_grad_enabled()
     noisy = noisy_runs(aux_model, run, n_mcd_steps, seed, grad)
-    check_noisy(noisy, own.logp, eps)
     facts = own._replace(noisy=noisy)
     return SCORES["mc_dropout_prob_avg"].of(facts, LEGACY._replace(eps=eps))
 
@@ -183,8 +182,6 @@ Side = tuple[Tensor | None, Tensor | None, Tensor | None]  # ids, embeddings, ma
 
 def _run(model: Any, output: Any, target_ids: Tensor, prefix: Side, source: Side) -> Any:
     """The model's output after a prefix, from a source where it has one."""
-    from .contrast import embedded
-
     args: Any
     if source[0] is None and source[1] is None:
         args = StepFunctionDecoderOnlyArgs(model, output, target_ids, *prefix)

@@ -4,6 +4,7 @@ had said it, and no logits [B, S, V] are made."""
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from ..ops._check import IGNORED, check_weights
 from ..training.hidden_states import lazy_within, training_mode, without_adapter
 from .contrast import aligned_position
-from .core import PAIRED, SCORES, check_names
+from .core import PAIRED, SCORES, check_names, check_options
 from .core import scores as scores_of_rows
 from .dropout import check_dropout, noisy_runs
+from .filters import check_filter
 
 
 def step_scores(
@@ -90,7 +92,9 @@ def step_scores(
             what = "kl_divergence" if "kl" in needs else "contrast_source_ids"
             raise ValueError(f"{what} compares two contexts: leave same_context out")
     if "noisy" in needs:
-        check_dropout(model, n_mcd_steps)
+        check_dropout(model, n_mcd_steps, eps)
+    check_options(base, impl, eps)
+    check_filter(top_k, top_p, min_tokens_to_keep, _vocab_size(model))
 
     labels = text.labels()
     options: dict[str, Any] = {
@@ -194,6 +198,12 @@ def _text(
     _check_ids("decoder_input_ids", decoder_input_ids, decoder_attention_mask)
     _check_ids("input_ids", input_ids, attention_mask, len(decoder_input_ids), least=1)
     return Text(decoder_input_ids, decoder_attention_mask, (input_ids, attention_mask))
+
+
+def _vocab_size(model: nn.Module) -> int:
+    """The rows of the output head; where they cannot be asked for, `scores` finds out."""
+    find = getattr(without_adapter(model), "get_output_embeddings", lambda: None)
+    return len(getattr(find(), "weight", range(sys.maxsize)))
 
 
 def _check_ids(
