@@ -220,7 +220,10 @@ def test_a_pass_is_shared_within_a_forward_only(passes: list[Any]) -> None:
     with torch.no_grad():
         assert not get_step_scores("probability", graph).requires_grad
     assert get_step_scores("probability", graph).requires_grad
-    assert len(passes) == n + 2
+    assert passes[n:] == [["entropy", "label_logit", "logp"], ["logp"]]
+    for score in ("crossentropy", "entropy", "perplexity", "entropy"):
+        assert get_step_scores(score, graph).requires_grad
+    assert passes[n + 2 :] == [["entropy"]]  # differentiated, a fact has a pass of its own
 
     gone = weakref.ref(graph.forward_output)
     facts = weakref.ref(graph.forward_output.logits)

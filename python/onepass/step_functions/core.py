@@ -6,7 +6,7 @@ All that is asked for of a row comes from one pass over its vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from ..ops._check import (
 )
 from ..ops._launch import IMPLS, accumulation_dtype
 from ..ops.vocab_pair_stats import vocab_pair_stats
-from ..ops.vocab_stats import VocabStats, vocab_stats
+from ..ops.vocab_stats import vocab_stats
 from .filters import check_filter, kept_of_both, top_p_count
 
 BASES = ("e", "2")
@@ -110,7 +110,10 @@ SCORES = {
     "mc_dropout_prob_avg": Score(("logp", "noisy"), lambda f, o: o.z_score(f)),
     "top_p_size": Score(("kept",), lambda f, o: f.kept),
 }  # fmt: skip
-CONTRASTS = {"contrast_logit", "contrast_logp", "gain"}
+# of a row: what vocab_stats calls it
+OWN = {"logit": "label_logit", "logp": "logp", "entropy": "entropy"}
+# of the contrast: what it is in its own row
+CONTRASTS = {"contrast_logit": "logit", "contrast_logp": "logp", "gain": "logp"}
 PAIRED = {*CONTRASTS, "kl"}
 
 
@@ -194,7 +197,7 @@ def scores(
     if contrast_ids is not None:
         contrast_ids = token_rows("contrast_ids", contrast_ids, logits)
     for name in names:
-        if CONTRASTS & set(SCORES[name].needs) and contrast_logits is None and contrast_ids is None:
+        if contrast_needs(SCORES[name].needs) and contrast_logits is None and contrast_ids is None:
             raise ValueError(f"{name} needs contrast_ids or contrast_logits: got neither")
         if name == "kl_divergence" and contrast_logits is None:
             raise ValueError("kl_divergence needs contrast_logits, the row of another context")
@@ -203,7 +206,14 @@ def scores(
     counts = paired = target != IGNORED
     if contrast_ids is not None:
         paired = counts & (contrast_ids != IGNORED)
-    facts = row_facts(logits, target, needs, contrast_logits, contrast_ids, impl)
+    if contrast_logits is None and contrast_ids is not None and needs & set(CONTRASTS):
+        facts = two_token_facts(logits, target, contrast_ids, needs, impl)
+    else:
+        facts = row_facts(logits, target, own_needs(needs), impl)
+        if contrast_logits is not None:
+            ids = target if contrast_ids is None else torch.where(paired, contrast_ids, IGNORED)
+            other = row_facts(contrast_logits, ids, contrast_needs(needs), impl)
+            facts = against(facts, other)
     if "kl" in needs:
         filters = (top_k, top_p, min_tokens_to_keep)
         facts = facts._replace(kl=kl_rows(logits, contrast_logits, *filters, paired, impl))
@@ -258,55 +268,38 @@ def token_rows(name: str, ids: Tensor, logits: Tensor) -> Tensor:
     return ids
 
 
-OWN = {"logit": "label_logit", "logp": "logp", "entropy": "entropy"}
+def own_needs(needs: Iterable[str]) -> set[str]:
+    """Which facts of its own row a score needs."""
+    return {"logp" if fact == "gain" else fact for fact in needs} & set(OWN)
 
 
-def row_facts(
-    logits: Tensor,
-    target: Tensor,
-    needs: set[str],
-    contrast_logits: Tensor | None,
-    contrast_ids: Tensor | None,
-    impl: str,
+def contrast_needs(needs: Iterable[str]) -> set[str]:
+    """Which facts a score needs of the contrast's row, as that row's own."""
+    return {CONTRASTS[fact] for fact in needs if fact in CONTRASTS}
+
+
+def row_facts(logits: Tensor, target: Tensor, needs: Iterable[str], impl: str) -> Facts:
+    """Facts of rows' own tokens, in one pass; none where none is needed."""
+    want = sorted(OWN[fact] for fact in needs)
+    if not want:
+        return Facts()
+    s = vocab_stats(logits, target, want=want, impl=impl)
+    return Facts(s.label_logit, s.logp, s.entropy)
+
+
+def two_token_facts(
+    logits: Tensor, target: Tensor, other: Tensor, needs: set[str], impl: str
 ) -> Facts:
-    """The facts that one pass over each row gives."""
-    want = {OWN[fact] for fact in needs & set(OWN)}
-    contrast = needs & CONTRASTS
-    other_token = contrast_ids if contrast_logits is None and contrast else None
-    if other_token is not None:
-        want |= {"label_logit", "contrast_logit"}
-        if "contrast_logp" in contrast:
-            want |= {"logp", "lse"}
-    elif "gain" in contrast:
-        want.add("logp")
-    if want:
-        s = vocab_stats(logits, target, contrast_labels=other_token, want=sorted(want), impl=impl)
-        facts = Facts(s.label_logit, s.logp, s.entropy)
-    else:
-        facts = Facts()
-    if other_token is not None:
-        return _of_one_row(facts, s)
-    if contrast:
-        assert contrast_logits is not None
-        ids = (
-            target
-            if contrast_ids is None
-            else torch.where(target == IGNORED, IGNORED, contrast_ids)
-        )
-        fact_names = {"gain": "logp", "contrast_logp": "logp", "contrast_logit": "label_logit"}
-        wanted = sorted({fact_names[fact] for fact in contrast})
-        o = vocab_stats(contrast_logits, ids, want=wanted, impl=impl)
-        facts = against(facts, Facts(o.label_logit, o.logp))
-    return facts
-
-
-def _of_one_row(facts: Facts, s: VocabStats) -> Facts:
-    """Two tokens of one row: log p of the other is that of the target and the step between their
-    logits, in which an offset of the row has no say."""
+    """Facts of rows' own tokens and of others in the same rows, in one pass. log p of the other is
+    that of the target and the step between their logits, in which an offset has no say."""
+    want = {OWN[fact] for fact in needs & set(OWN)} | {"label_logit", "contrast_logit"}
+    if "contrast_logp" in needs:
+        want |= {"logp", "lse"}
+    s = vocab_stats(logits, target, contrast_labels=other, want=sorted(want), impl=impl)
     gain, logp = s.label_logit - s.contrast_logit, None
     if s.lse is not None:
         logp = torch.where(s.label_logit.isinf(), s.contrast_logit - s.lse, s.logp - gain)
-    return facts._replace(contrast_logit=s.contrast_logit, contrast_logp=logp, gain=gain)
+    return Facts(s.label_logit, s.logp, s.entropy, s.contrast_logit, logp, gain)
 
 
 def against(facts: Facts, other: Facts) -> Facts:

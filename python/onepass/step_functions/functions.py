@@ -13,16 +13,19 @@ from torch import Tensor, nn
 
 from .args import StepFunctionArgs
 from .contrast import Alignments, Contrast, contrast_of, run_again
-from .core import SCORES, Facts, Options, against, kl_rows, scores
+from .core import SCORES, Options, kl_rows, scores
 from .dropout import check_dropout, noisy_runs
 from .filters import check_filter
-from .last_row import last_facts, last_logits, last_targets
+from .last_row import last_facts, last_logits, last_pair, last_targets
 
 CURRENT = {"base": "e", "power": "2"}
 
 
 def _of_row(name: str, args: StepFunctionArgs, **options: Any) -> Tensor:
-    return SCORES[name].of(last_facts(args.forward_output, args.target_ids), Options(**options))
+    score = SCORES[name]
+    return score.of(
+        last_facts(args.forward_output, args.target_ids, score.needs), Options(**options)
+    )
 
 
 def logit_fn(args: StepFunctionArgs) -> Tensor:
@@ -58,10 +61,10 @@ def _of_contrast(
         target = last_targets(args.target_ids, rows)
         ids = last_targets(contrast.target_ids, rows)
         return scores(rows, target, [name], contrast_ids=ids, logprob=logprob)[name]
-    own = last_facts(args.forward_output, args.target_ids)
-    theirs = last_facts(contrast.output, contrast.target_ids)
-    theirs = Facts(*(None if fact is None else fact.to(rows.device) for fact in theirs))
-    return SCORES[name].of(against(own, theirs), Options(logprob))
+    facts = last_pair(
+        name, args.forward_output, args.target_ids, contrast.output, contrast.target_ids
+    )
+    return SCORES[name].of(facts, Options(logprob))
 
 
 def contrast_logits_fn(
@@ -282,10 +285,10 @@ def mc_dropout_prob_avg_fn(
             f"mc_dropout_prob_avg runs the model again: attribution_model is {type(model).__name__}"
         )
     check_dropout(model, n_mcd_steps, eps)
-    own = last_facts(args.forward_output, args.target_ids)
+    own = last_facts(args.forward_output, args.target_ids, ["logp"])
 
     def run() -> Tensor:
-        logp: Tensor = last_facts(run_again(args), args.target_ids).logp
+        logp: Tensor = last_facts(run_again(args), args.target_ids, ["logp"]).logp
         return logp.to(own.logp.device)
 
     grad = args.is_attributed_fn and torch.is_grad_enabled()

@@ -6,12 +6,22 @@ They are kept as an attribute of the forward's output and go with it.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .core import Facts, row_facts, token_rows
+from .core import (
+    OWN,
+    SCORES,
+    Facts,
+    against,
+    contrast_needs,
+    own_needs,
+    row_facts,
+    token_rows,
+)
 
 KEPT_UNDER = "_onepass_last_row"
 
@@ -41,20 +51,38 @@ def last_targets(target_ids: Tensor, logits: Tensor) -> Tensor:
     return target_ids.reshape(-1).to(logits.device)
 
 
-def last_facts(forward_output: Any, target_ids: Tensor) -> Facts:
-    """logit, logp and entropy [B] of the last position, from one pass however often asked for."""
+def last_facts(forward_output: Any, target_ids: Tensor, needs: Iterable[str]) -> Facts:
+    """Facts of the last position, [B] each, those in `needs` among them: one pass for all that are
+    ever asked for. Where they will be differentiated, only what is asked for now: the gradient of
+    one fact alone costs a lazy head no second product."""
     logits = forward_output.logits
     state = _state(logits, target_ids)
-    kept = getattr(forward_output, KEPT_UNDER, None)
+    kept, facts = getattr(forward_output, KEPT_UNDER, None), Facts()
     if isinstance(kept, Kept) and kept.logits is logits and kept.target_ids is target_ids:
-        if kept.state == state:
-            return kept.facts
+        facts = kept.facts if kept.state == state else facts
+    missing = {fact for fact in needs if getattr(facts, fact) is None}
+    if not missing:
+        return facts
     rows = last_logits(forward_output)
     target = token_rows("target_ids", last_targets(target_ids, rows), rows)
-    facts = row_facts(rows, target, {"logit", "logp", "entropy"}, None, None, "auto")
+    graph = torch.is_grad_enabled() and logits.requires_grad
+    made = missing if graph else set(OWN)
+    found = row_facts(rows, target, made, "auto")
+    facts = facts._replace(**{fact: getattr(found, fact) for fact in made})
     with contextlib.suppress(AttributeError, TypeError):  # an output that takes no attribute
         setattr(forward_output, KEPT_UNDER, Kept(logits, target_ids, state, facts))
     return facts
+
+
+def last_pair(
+    name: str, output: Any, target_ids: Tensor, other_output: Any, other_ids: Tensor
+) -> Facts:
+    """The facts that a score of that name is made of, of a step and of its contrast."""
+    needs = SCORES[name].needs
+    own = last_facts(output, target_ids, own_needs(needs))
+    theirs = last_facts(other_output, other_ids, contrast_needs(needs))
+    device = output.logits.device
+    return against(own, Facts(*(None if f is None else f.to(device) for f in theirs)))
 
 
 def _state(*tensors: Tensor) -> tuple[Any, ...]:

@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from . import registry
 from .args import StepFunctionDecoderOnlyArgs, StepFunctionEncoderDecoderArgs
 from .contrast import embedded, run_again
-from .core import SCORES, Facts, Options, against
+from .core import SCORES, Options
 from .dropout import check_dropout, noisy_runs
-from .last_row import last_facts
+from .last_row import last_facts, last_pair
 
 LEGACY = Options(base="2", power="2")
 
 
 def _of_row(name: str, forward_output: Any, target_ids: Tensor) -> Tensor:
-    return SCORES[name].of(last_facts(forward_output, target_ids), LEGACY)
+    score = SCORES[name]
+    return score.of(last_facts(forward_output, target_ids, score.needs), LEGACY)
 
 
 def logit_fn(
@@ -105,15 +106,14 @@ def contrast_prob_diff_fn(
         raise IndexError(
             f"contrast_ids end after {contrast_ids.shape[1]} tokens: wanted one at position {at}"
         )
-    own = last_facts(forward_output, target_ids)
     ids = contrast_ids[:, :at].to(decoder_input_ids.device)
     mask = contrast_attention_mask
     mask = None if mask is None else mask[:, :at].to(decoder_input_ids.device)
     source = kwargs.get("encoder_input_ids"), encoder_input_embeds, encoder_attention_mask
     output = _run(attribution_model, forward_output, target_ids, (ids, None, mask), source)
-    theirs = last_facts(output, contrast_ids[:, at])
-    theirs = Facts(*(None if fact is None else fact.to(own.logp.device) for fact in theirs))
-    return SCORES["contrast_prob_diff"].of(against(own, theirs), LEGACY)
+    name = "contrast_prob_diff"
+    facts = last_pair(name, forward_output, target_ids, output, contrast_ids[:, at])
+    return SCORES[name].of(facts, LEGACY)
 
 
 def mc_dropout_prob_avg_fn(
@@ -151,13 +151,13 @@ def mc_dropout_prob_avg_fn(
         raise ValueError("mc_dropout_prob_avg needs target_ids: got None")
     check_dropout(aux_model, n_mcd_steps, eps)
     _check_alike(attribution_model, aux_model, forward_output)
-    own = last_facts(forward_output, target_ids)
+    own = last_facts(forward_output, target_ids, ["logp"])
     prefix = decoder_input_ids, decoder_input_embeds, decoder_attention_mask
     source = kwargs.get("encoder_input_ids"), encoder_input_embeds, encoder_attention_mask
 
     def run() -> Tensor:
         output = _run(aux_model, forward_output, target_ids, prefix, source)
-        logp: Tensor = last_facts(output, target_ids).logp
+        logp: Tensor = last_facts(output, target_ids, ["logp"]).logp
         return logp.to(own.logp.device)
 
     grad = bool(kwargs.get("is_attributed_fn")) and torch.is_grad_enabled()
