@@ -30,7 +30,7 @@ from ..ops.vocab_stats import vocab_stats
 from .filters import check_filter, kept_of_both, top_p_count
 
 BASES = ("e", "2")
-SLAB_NUMEL = 1 << 21  # logits that are sorted at one time
+SLAB_NUMEL = 1 << 19  # logits that are sorted at one time
 
 
 class Facts(NamedTuple):
