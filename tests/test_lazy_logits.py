@@ -83,6 +83,7 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
     "sections_by_name": lambda z: torch.tensor_split(z, sections=2)[1],
     "chunks_by_axis": lambda z: z.split(split_size=2, dim=-2)[0],
     "plus_bias": lambda z: z + torch.linspace(-1, 1, V, device=z.device),
+    "plus_row": lambda z: torch.linspace(-1, 1, V, device=z.device)[None] + z,
     "sum": lambda z: z[0] * 0.5 + z[1] - 2 * z[2],
 }
 

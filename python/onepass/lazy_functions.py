@@ -370,14 +370,16 @@ def _in_dtype(head: Head, dtype: torch.dtype) -> Head:
 
 
 def _plus_bias(lazy: LazyLogits, other: Any) -> Any:
-    """Plus one number a column."""
+    """Plus one number a column: [V], or a row of them as BART's final_logits_bias, [1, V]."""
     head = lazy.onepass_head
-    if not isinstance(other, Tensor) or other.shape != lazy.shape[-1:]:
+    if not isinstance(other, Tensor) or other.shape[-1:] != lazy.shape[-1:]:
+        return NotImplemented
+    if other.numel() != lazy.shape[-1] or other.dim() > lazy.dim():
         return NotImplemented
     fits = other.dtype == head.hidden[0].dtype and other.device == lazy.device
     if head.softcap or lazy._normalized or not fits or not head.scale:
         return NotImplemented
-    other = other / head.scale
+    other = other.reshape(-1) / head.scale
     return with_head(lazy, bias=other if head.bias is None else head.bias + other)
 
 

@@ -26,6 +26,7 @@ PACKAGES = (
     "peft",
     "accelerate",
     "trl",
+    "inseq",
     "datasets",
     "tokenizers",
     "safetensors",

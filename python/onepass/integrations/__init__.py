@@ -1,7 +1,7 @@
-"""Other packages' trainers on this package's head, each imported only when it is asked for."""
+"""Other packages on this package's head and statistics, each imported only when it is asked for."""
 
 from __future__ import annotations
 
-from . import trl
+from . import inseq, trl
 
-__all__ = ["trl"]
+__all__ = ["inseq", "trl"]

@@ -46,9 +46,10 @@ def contrast_of(
         IndexError: a contrastive text that ends before the step.
     """
     own_context = args.is_attributed_fn and not contrast_force_inputs
+    grad = args.is_attributed_fn and torch.is_grad_enabled()
     asked = (
         *(contrast_sources, contrast_targets, contrast_targets_alignments, skip_special_tokens),
-        *(args.attribution_model, args.forward_output.logits, torch.is_grad_enabled()),
+        *(args.attribution_model, args.forward_output.logits, grad),
     )
     kept = [] if own_context else getattr(args.forward_output, KEPT_UNDER, [])
     for before, found in kept:
@@ -68,7 +69,8 @@ def contrast_of(
                 stacklevel=3,
             )
         return Contrast(target_ids, args.forward_output)
-    found = Contrast(target_ids, run_again(other))
+    with torch.set_grad_enabled(grad):
+        found = Contrast(target_ids, run_again(other))
     with contextlib.suppress(AttributeError, TypeError):  # an output that takes no attribute
         setattr(args.forward_output, KEPT_UNDER, [*kept, (asked, found)])
     return found

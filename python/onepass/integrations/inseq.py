@@ -1,0 +1,184 @@
+"""inseq's step functions and the head of its models replaced by ours, between `install()` and
+`uninstall()`.
+
+An unchanged `inseq.load_model(...).attribute(...)` then runs the output head on the last position
+alone, and takes all scores of a step from one pass over its logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from importlib import import_module, metadata
+from typing import Any
+
+from torch import nn
+
+from ..heads import is_lazy, lazy_head_within, switch_off, switch_on
+from ..lazy_logits import LazyLogits, with_head
+
+LEAST = (0, 7, 1)
+SCORES, NAME = "inseq.attr.step_functions", "STEP_SCORES_MAP"
+MODELS, FORWARD = "inseq.models", "get_forward_output"
+KINDS = ("DecoderOnlyAttributionModel", "EncoderDecoderAttributionModel")
+FORWARD_ARGUMENTS = ("self", "batch", "use_embeddings", "kwargs")
+
+_their_functions: dict[str, tuple[Any, Any]] = {}  # by id: what stood there, and ours in its place
+_their_forwards: dict[str, tuple[Any, Any]] = {}  # by name of the class
+_heads: weakref.WeakKeyDictionary[nn.Module, list[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def lazily(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """What `install()` puts in the place of an AttributionModel's get_forward_output: the output of
+    theirs, whose logits are LazyLogits where the model's head can be lazy."""
+
+    @functools.wraps(theirs)
+    def get_forward_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with lazy_where_possible(self.model):
+            output = theirs(self, *args, **kwargs)
+        logits = getattr(output, "logits", None)
+        if isinstance(logits, LazyLogits):
+            # Attribution differentiates with respect to inputs: a gradient of the head's weight is
+            # [V, D] of work and memory at every step, and thrown away.
+            head = logits.onepass_head
+            bias = None if head.bias is None else head.bias.detach()
+            weight = tuple(each.detach() for each in head.weight)
+            output.logits = with_head(logits, weight=weight, bias=bias)
+        return output
+
+    return get_forward_output
+
+
+@contextlib.contextmanager
+def lazy_where_possible(model: nn.Module) -> Iterator[None]:
+    """`lazy_head_within`, which searches the model once and not at every forward. A head that
+    cannot be lazy stays whole, and a warning says why, once for each model."""
+    if model not in _heads:
+        _heads[model] = heads_of(model)
+    changed = [module for module in _heads[model] if not is_lazy(module)]
+    for module in changed:
+        switch_on(module, {})
+    try:
+        yield
+    finally:
+        for module in changed:
+            switch_off(module)
+
+
+def heads_of(model: nn.Module) -> list[nn.Module]:
+    """What `lazy_head` makes lazy, or has made."""
+    if found := lazy_modules(model):
+        return found
+    try:
+        with lazy_head_within(model):
+            return lazy_modules(model)
+    except (TypeError, ValueError) as error:
+        warnings.warn(f"inseq runs the head on every position: {error}", stacklevel=5)
+        return []
+
+
+def lazy_modules(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if is_lazy(module)]
+
+
+def install(overwrite: bool = True) -> None:
+    """Puts onepass's step functions under the same ids into inseq's registry, and a lazy head under
+    the models that inseq attributes; a second call changes nothing but what it adds.
+
+    Served: all step functions of inseq 0.7.1, as `step_scores` and as `attributed_fn`, under every
+    attribution method that asks inseq's models for their output, for models loaded already too.
+    Values and attributions are inseq's, but where it gives NaN or fails (docs/migrate.md). A
+    function that the user registered stays under its own id, and gets LazyLogits as
+    `forward_output.logits`. Outside of inseq's forwards the model is as before. The head's own
+    weight and bias get no gradient.
+
+    Args:
+        overwrite: False leaves a function that the user registered under one of inseq's ids.
+
+    Raises:
+        ImportError: inseq is missing or older than 0.7.1. RuntimeError: this inseq has moved what
+        is replaced, or changed its arguments. Nothing is changed then.
+    """
+    version = _version()
+    from ..step_functions import STEP_SCORES_MAP as ours
+
+    registry = getattr(import_module(SCORES), NAME, None)
+    if not isinstance(registry, dict):
+        raise _moved(f"{SCORES}.{NAME}", registry, version)
+    functions = {}
+    for score, function in ours.items():
+        current = registry.get(score)
+        if current is function:
+            continue
+        if getattr(current, "__module__", None) == SCORES or current is None:
+            if current is None or not set(arguments(current)) <= set(arguments(function)):
+                raise _moved(f"{SCORES}'s {score!r}", current, version)
+        elif not overwrite:
+            continue
+        functions[score] = function
+    kinds = {}
+    for name in KINDS:
+        kind = getattr(import_module(MODELS), name, None)
+        theirs = getattr(kind, FORWARD, None)
+        if theirs is None or theirs is not _their_forwards.get(name, (None, None))[1]:
+            if theirs is None or arguments(theirs) != FORWARD_ARGUMENTS:
+                raise _moved(f"{MODELS}.{name}.{FORWARD}", theirs, version)
+            kinds[name] = kind
+    for score, function in functions.items():
+        _their_functions[score] = registry[score], function
+        registry[score] = function
+    for name, kind in kinds.items():
+        theirs = getattr(kind, FORWARD)
+        _their_forwards[name] = theirs, lazily(theirs)
+        setattr(kind, FORWARD, _their_forwards[name][1])
+
+
+def uninstall() -> None:
+    """Puts inseq's own functions back, the same objects; changes nothing where ours are not
+    there."""
+    scores, models = sys.modules.get(SCORES), sys.modules.get(MODELS)
+    for score, (theirs, ours) in _their_functions.items():
+        if scores is not None and getattr(scores, NAME).get(score) is ours:
+            getattr(scores, NAME)[score] = theirs
+    for name, (theirs, ours) in _their_forwards.items():
+        kind = getattr(models, name, None)
+        if getattr(kind, FORWARD, None) is ours:
+            setattr(kind, FORWARD, theirs)
+    _their_functions.clear()
+    _their_forwards.clear()
+    _heads.clear()
+
+
+def arguments(function: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+def _moved(name: str, value: object, version: str) -> RuntimeError:
+    came = f"takes ({', '.join(arguments(value))})" if callable(value) else "is not there"
+    return RuntimeError(
+        f"{name}, which onepass.integrations.inseq replaces, {came} in inseq {version}: "
+        "nothing was changed; use inseq 0.7.1"
+    )
+
+
+def _version() -> str:
+    """inseq's version. ImportError where it is missing or too old."""
+    wanted = ".".join(str(part) for part in LEAST)
+    mend = f"pip install 'inseq>={wanted}'"
+    try:
+        version = metadata.version("inseq")
+    except metadata.PackageNotFoundError:
+        raise ImportError(
+            f"onepass.integrations.inseq needs inseq {wanted} or newer: none found; {mend}"
+        ) from None
+    parts = version.split(".")[:3]
+    if tuple(int(part) for part in parts if part.isdigit()) < LEAST:
+        raise ImportError(
+            f"onepass.integrations.inseq needs inseq {wanted} or newer: found {version}; {mend}"
+        )
+    return version
