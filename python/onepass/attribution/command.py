@@ -356,7 +356,10 @@ def small_model(folder: RunFolder, fast: bool) -> Path:
         folder.begin(writes=(small_model.MODEL, small_model.DATA))
     else:
         folder.go_on({})
-    return small_model.small_language_model(folder, RunFlags().seed, fast)
+    try:
+        return small_model.small_language_model(folder, RunFlags().seed, fast)
+    finally:
+        folder.release()
 
 
 # -- the work -----------------------------------------------------------------------------------

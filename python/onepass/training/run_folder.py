@@ -184,13 +184,13 @@ class RunFolder:
                 if self.overwrite:
                     hint = "--overwrite removes runs of onepass train only; " + hint
                 raise UsageError(f"--output_dir: {where} has files of others in it", hint=hint)
-        elif self.resumes:
-            self._check_same(self.earlier)
         elif self.earlier.get("system") != self.system:
             raise UsageError(
                 f"--output_dir: {where} has a run of {self.earlier.get('system')} in it",
                 hint="name another folder with --output_dir DIR",
             )
+        elif self.resumes:
+            self._check_same(self.earlier)
         elif not self.overwrite:
             hint = "--resume_from_checkpoint goes on with it, --overwrite replaces it"
             raise UsageError(f"--output_dir: {where} has an earlier run in it", hint=hint)
