@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.metadata
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -649,10 +650,10 @@ def test_says_so_when_it_has_moved(name: str, monkeypatch: pytest.MonkeyPatch) -
 def test_needs_inseq(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def find(name: str) -> str:
         if version is None:
-            raise bridge.metadata.PackageNotFoundError(name)
+            raise importlib.metadata.PackageNotFoundError(name)
         return version
 
-    monkeypatch.setattr(bridge.metadata, "version", find)
+    monkeypatch.setattr(importlib.metadata, "version", find)
     with pytest.raises(
         ImportError, match=f"found.*{version or ''}.*pip install 'inseq>=0.7.1'"
     ) as caught:

@@ -4,6 +4,7 @@ theirs, and a TRL that has moved what is replaced is told apart before anything 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import itertools
 import sys
 from collections.abc import Iterator
@@ -545,10 +546,10 @@ def test_says_so_when_the_arguments_have_changed(monkeypatch: pytest.MonkeyPatch
 def test_says_which_version_it_wants(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
     def told(name: str) -> str:
         if version is None:
-            raise bridge.metadata.PackageNotFoundError(name)
+            raise importlib.metadata.PackageNotFoundError(name)
         return version
 
-    monkeypatch.setattr(bridge.metadata, "version", told)
+    monkeypatch.setattr(importlib.metadata, "version", told)
     with pytest.raises(ImportError, match="1.16") as caught:
         bridge.enable()
     assert (version or "none found") in one_sentence(caught)

@@ -14,13 +14,14 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any
 
 from torch import nn
 
 from ..heads import is_lazy, lazy_head_within, switch_off, switch_on
 from ..lazy_logits import LazyLogits, with_head
+from ._installed import installed_version
 
 LEAST = (0, 7, 1)
 SCORES, NAME = "inseq.attr.step_functions", "STEP_SCORES_MAP"
@@ -104,7 +105,7 @@ def install(overwrite: bool = True) -> None:
         ImportError: inseq is missing or older than 0.7.1. RuntimeError: this inseq has moved what
         is replaced, or changed its arguments. Nothing is changed then.
     """
-    version = _version()
+    version = installed_version("inseq", LEAST)
     from ..step_functions import STEP_SCORES_MAP as ours
 
     registry = getattr(import_module(SCORES), NAME, None)
@@ -164,21 +165,3 @@ def _moved(name: str, value: object, version: str) -> RuntimeError:
         f"{name}, which onepass.integrations.inseq replaces, {came} in inseq {version}: "
         "nothing was changed; use inseq 0.7.1"
     )
-
-
-def _version() -> str:
-    """inseq's version. ImportError where it is missing or too old."""
-    wanted = ".".join(str(part) for part in LEAST)
-    mend = f"pip install 'inseq>={wanted}'"
-    try:
-        version = metadata.version("inseq")
-    except metadata.PackageNotFoundError:
-        raise ImportError(
-            f"onepass.integrations.inseq needs inseq {wanted} or newer: none found; {mend}"
-        ) from None
-    parts = version.split(".")[:3]
-    if tuple(int(part) for part in parts if part.isdigit()) < LEAST:
-        raise ImportError(
-            f"onepass.integrations.inseq needs inseq {wanted} or newer: found {version}; {mend}"
-        )
-    return version

@@ -13,7 +13,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +22,7 @@ from ..dpo.logps import ld_weights, wpo_weights
 from ..dpo.losses import dpo_loss
 from ..head_loss import lazy_product
 from ..ops.vocab_stats import vocab_stats
+from ._installed import installed_version
 
 LEAST = (1, 16)
 HOME, NAME = "trl.trainer.utils", "_ChunkedLogProbFunction"
@@ -286,17 +287,5 @@ def _check_arguments(
 
 def _home() -> tuple[Any, str]:
     """TRL's module that holds the name, and TRL's version."""
-    wanted = ".".join(str(part) for part in LEAST)
-    mend = f"pip install 'trl>={wanted}'"
-    try:
-        version = metadata.version("trl")
-    except metadata.PackageNotFoundError:
-        raise ImportError(
-            f"onepass.integrations.trl needs trl {wanted} or newer: none found; {mend}"
-        ) from None
-    parts = version.split(".")[:2]
-    if tuple(int(part) for part in parts if part.isdigit()) < LEAST:
-        raise ImportError(
-            f"onepass.integrations.trl needs trl {wanted} or newer: found {version}; {mend}"
-        )
+    version = installed_version("trl", LEAST)
     return import_module(HOME), version
