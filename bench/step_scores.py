@@ -82,9 +82,11 @@ def _step_by_step(inputs: Inputs) -> Outputs:
 def _onepass(impl: str) -> Function:
     from ..lazy_logits import LazyLogits
     from ..step_functions import scores
+    from ..step_functions.text import CPU_SLAB_BYTES
 
     def function(inputs: Inputs) -> Outputs:
-        logits = LazyLogits(inputs["hidden"], inputs["weight"])
+        slab = CPU_SLAB_BYTES if inputs["hidden"].device.type == "cpu" else None
+        logits = LazyLogits(inputs["hidden"], inputs["weight"], max_slab_bytes=slab)
         found = scores(logits, inputs["labels"], NAMES, contrast_ids=inputs["contrast"], impl=impl)
         return tuple(found[name] for name in NAMES)
 
