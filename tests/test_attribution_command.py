@@ -5,6 +5,7 @@ model that it makes where none is named.
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ WRONG: list[tuple[str, Callable[[Path, Path], list[str]], str]] = [
      "was made by another program"),
     ("no lines", lambda f, t: [*given(f)[1:], "-o", write(t, "x.jsonl", "a")],
      "was made by another program"),
+    ("another's torn line", lambda f, t: [*given(f)[1:], "-o", torn(t)],
+     "was made by another program"),
     ("several in one", lambda f, t: [*given(f, *TEXTS)[1:], "-o", str(t / "x.json")],
      "of 3 wanted .jsonl"),
     ("several in a picture", lambda f, t: [*given(f, *TEXTS)[1:], "--viz_path", "x.png"],
@@ -95,6 +98,12 @@ WRONG: list[tuple[str, Callable[[Path, Path], list[str]], str]] = [
     ("adapter alone", lambda f, t: ["--adapter", "x"], "--adapter: wanted --model with it"),
     ("no adapter", lambda f, t: [*given(f)[1:], "--adapter", str(t)], "no adapter_config.json"),
 ]  # fmt: skip
+
+
+def torn(folder: Path) -> str:
+    """Another program's only line, without an end."""
+    (folder / "x.jsonl").write_text('{"text": "mine"')
+    return str(folder / "x.jsonl")
 
 
 def folder(path: Path) -> Path:
@@ -111,13 +120,17 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     line = arguments(files, tmp_path)
-    before = sorted(tmp_path.rglob("*"))
+    before = contents(tmp_path)
     monkeypatch.setattr("onepass.attribution.command.load_policy", None)
     code = main(["attribute", *line])
     said = capsys.readouterr()
     assert code == 2 and not said.out
     assert message in said.err and len(said.err.splitlines()) <= 3, said.err
-    assert sorted(tmp_path.rglob("*")) == before
+    assert contents(tmp_path) == before
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
 def test_what_only_the_model_tells_is_one_line_too(
@@ -125,7 +138,6 @@ def test_what_only_the_model_tells_is_one_line_too(
 ) -> None:
     for line, told in (
         (given(files, "a" * 65), "text makes 65 tokens, more than the 64"),
-        (given(files, "a b", "a"), "text 2 of 2: text has one token"),
         ([*given(files), "-s", "12"], "1 <= start < end <= 12"),
         ([*given(files), "-fn", "top_p_size"], "has no gradient"),
     ):
@@ -244,6 +256,101 @@ def test_finished_texts_are_not_done_again(
     told = capsys.readouterr().err
     assert "--attributed_fn: got 'logit', but" in told and "begun with 'probability'" in told
     assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_line_cut_short_is_cut_off_only_when_another_follows(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "x.jsonl"
+    line = [*given(files, *TEXTS), "--hide", "-o"]
+    assert main([*line, str(whole)]) == 0
+    wanted = whole.read_bytes()
+    begin = wanted.index(b"\n") + 1
+    for n in (60, begin - 2, begin + 1, begin + 200, len(wanted) - 2):
+        out.write_bytes(wanted[:n])
+        with monkeypatch.context() as patch:  # the command fails for another reason
+            patch.setattr(command, "load_policy", Counted(stop=0))
+            assert main([*line, str(out)]) == 130
+        assert out.read_bytes() == wanted[:n]
+        assert main([*line, str(out)]) == 0
+        assert out.read_bytes() == wanted
+    again = Counted()
+    monkeypatch.setattr(methods, "attribute", again)
+    for n in (begin - 1, len(wanted) - 1):  # lines that lack their end alone
+        out.write_bytes(wanted[:n])
+        again.texts.clear()
+        assert main([*line, str(out)]) == 0
+        assert again.texts == (TEXTS[1:] if n < begin else [])
+        assert out.read_bytes() == (wanted if n < begin else wanted[:-1])
+
+
+def test_a_bad_text_is_told_and_the_others_are_done(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, page = tmp_path / "x.jsonl", tmp_path / "x.html"
+    line = [*given(files, TEXTS[0], "a", TEXTS[1]), "-o", str(out), "--viz_path", str(page)]
+    for n_new in (2, 0):
+        assert main([*line, "--json"]) == 1
+        said = capsys.readouterr()
+        assert "text 2 of 3: text has one token" in said.err
+        assert said.err.splitlines()[-1].endswith("1 of 3 texts could not be attributed")
+        assert [a.text for a in load_all(out)] == TEXTS[:2]
+        assert said.out == out.read_text()  # those that were finished too
+        assert (f"wrote {out}" in said.err) == (n_new > 0)
+        assert page.read_text().count("<table>") == 2
+        page.unlink()
+    assert main([*given(files, "a", "b"), "--viz_path", str(tmp_path / "y.html")]) == 1
+    assert "2 of 2 texts" in capsys.readouterr().err and not (tmp_path / "y.html").exists()
+
+
+def test_results_are_not_kept(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Attribution]] = []
+    most, real = [], methods.attribute
+
+    def attribute(*args: Any, **how: Any) -> Attribution:
+        most.append(sum(one() is not None for one in made))
+        found = real(*args, **how)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(methods, "attribute", attribute)
+    line = given(files, *TEXTS, "the wide barn")
+    assert main([*line, "-o", str(tmp_path / "x.jsonl")]) == 0
+    assert most == [0, 1, 1, 1]
+    del made[:], most[:]
+    monkeypatch.setattr(Attribution, "from_dict", None)  # nor are those that were finished
+    assert main([*line, "-o", str(tmp_path / "x.jsonl"), "--json"]) == 0
+    assert main([*line, "--hide", "--viz_path", str(tmp_path / "x.html")]) == 0
+    assert most == [0, 1, 2, 3]
+
+
+def test_going_on_with_what_follows_each(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, again = tmp_path / "x.jsonl", Counted()
+    line = [*given(files, *TEXTS[:2]), "--hide", "-o", str(out), "-g", " near"]
+    assert main([*line, " or"]) == 0
+    monkeypatch.setattr(methods, "attribute", again)
+    assert main([*line, " and"]) == 0 and again.texts == TEXTS[1:2]
+    assert [len(a.targets) for a in load_all(out)] == [5, 3, 4]
+    assert main([*given(files, TEXTS[0]), "--hide", "-o", str(out)]) == 0  # and with nothing
+    assert again.texts == [TEXTS[1], TEXTS[0]]
+
+
+def test_every_setting_must_be_the_same(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.jsonl"
+    assert main([*given(files), "--hide", "-o", str(out)]) == 0
+    row = json.loads(out.read_text())
+    names = set(row["asked"]) - {"generated"}
+    assert len(names) == 17
+    for name in names:
+        other = row | {"asked": row["asked"] | {name: "another"}}
+        out.write_text(json.dumps(other) + "\n")
+        capsys.readouterr()
+        assert main([*given(files), "--hide", "-o", str(out)]) == 2, name
+        assert f"--{name}: got " in capsys.readouterr().err
 
 
 def test_overwrite_begins_anew(files: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..cli.errors import Failed, UsageError, one_line, unknown
 from ..dpo.command_line import check_installed, device_of, find_adapter, load_policy
 from ..training.flags import Flags, Help, ModelFlags, RunFlags, check_from
-from .names import BASELINES, CONTRASTIVE, METHODS, OPTIONS, REDUCTIONS, STEP_FUNCTIONS
+from .names import (
+    BASELINES,
+    CONTRASTIVE,
+    METHODS,
+    OPTIONS,
+    PROGRAM,
+    REDUCTIONS,
+    SCHEMA,
+    STEP_FUNCTIONS,
+)
 
 if TYPE_CHECKING:
     from ..training.run_folder import RunFolder
@@ -28,6 +37,7 @@ FOLDER = "onepass-attribute"  # of the small model
 TEXT, NEW_TOKENS = "Return a list of the words in the", 8  # where none is given
 NEEDED = ("transformers", "tokenizers", "safetensors", "tqdm")
 SUFFIXES = {"save_path": (".json", ".jsonl"), "viz_path": (".html", ".png")}
+FIRST = f'{{"program": "{PROGRAM}"'.encode()  # of each line of ours
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -110,22 +120,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Refuse what cannot work, then attribute, write and print; returns the exit code."""
     asked = check(args)
-    done = finished(args, asked)
+    before = begun(args, asked)
     folder = None if args.model is not None else small_folder(args)
     check_installed(NEEDED)
     from ..cli.terminal import quiet_libraries
 
-    rest = [one for one in asked if one not in done]
     with quiet_libraries(), contextlib.ExitStack() as stack:
-        if folder is not None and rest:
-            from ..demo.train import one_thread
+        work = None
+        if any(one not in before.done for one in asked):
+            if folder is not None:
+                from ..demo.train import one_thread
 
-            stack.enter_context(one_thread())  # what so small a model runs fastest on
-            done |= attribute_all(args, str(small_model(folder, args.fast)), rest)
-        elif rest:
-            done |= attribute_all(args, args.model, rest)
-    for file in write(args, [done[a] for a in asked]):
+                stack.enter_context(one_thread())  # what so small a model runs fastest on
+                args.model = str(small_model(folder, args.fast))
+            work = worker(args)
+        kept, n_new, n_bad = go_through(args, asked, before, work)
+    for file in write(args, kept, n_new):
         print(f"wrote {file}", file=sys.stderr)
+    if n_bad:
+        raise Failed(f"{n_bad} of {len(asked)} texts could not be attributed")
     return 0
 
 
@@ -286,49 +299,78 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def finished(args: argparse.Namespace, asked: Sequence[Asked]) -> dict[Asked, Attribution]:
-    """Those of the texts that --save_path holds already; a line that a kill cut short is removed.
+@dataclass
+class Begun:
+    """What a .jsonl file holds: of each finished text where its line begins; where the next line
+    goes, and what ends the one before it."""
+
+    done: dict[Asked, int]
+    end: int | None = 0  # None: at the file's end
+    tail: bytes = b""
+
+
+def begun(args: argparse.Namespace, asked: Sequence[Asked]) -> Begun:
+    """Those of the texts that --save_path holds already. A line that a kill cut short is not among
+    them, and the next one replaces it.
 
     Raises:
         UsageError: it holds something else.
     """
-    path = Path(args.save_path or "")
+    path, found = Path(args.save_path or ""), Begun({})
     if path.suffix != ".jsonl" or not path.exists() or args.overwrite:
-        return {}
-    from ..cli.files import replace_text
-
+        return found
+    now, wanted = settings(args), set(asked)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) for line in lines[:-1]]
-    except (OSError, ValueError) as error:
+        with path.open("rb") as file:
+            for line in file:
+                where = file.tell() - len(line)
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    if line.endswith(b"\n") or not (where or line.startswith(FIRST)):
+                        raise
+                    break  # cut short
+                one = _asked(path, row, now)
+                if one in wanted:
+                    found.done[one] = where
+                found.end = where + len(line)
+                found.tail = b"" if line.endswith(b"\n") else b"\n"
+    except (OSError, ValueError, RecursionError) as error:
         raise _foreign(path) from error
-    now = settings(args)
-    for row in rows:
-        before = row.get("asked") if isinstance(row, dict) else None
-        if not isinstance(before, dict):
-            raise _foreign(path)
-        for name, value in now.items():
-            if before.get(name) != value:
-                raise UsageError(
-                    f"--{name}: got {value!r}, but {str(path)!r} was begun with"
-                    f" {before.get(name)!r}",
-                    hint="--overwrite begins anew",
-                )
-    if lines[-1]:
-        replace_text(path, "".join(line + "\n" for line in lines[:-1]))
-    from .result import Attribution
+    if found.done:
+        print(f"{len(found.done)} of {len(asked)} texts are in {path} already", file=sys.stderr)
+    return found
 
-    wanted, done = set(asked), {}
-    for row in rows:
-        found = Asked(str(row.get("text")), row["asked"].get("generated"))
-        if found in wanted:
-            try:
-                done[found] = Attribution.from_dict(row)
-            except ValueError as error:
-                raise _foreign(path) from error
-    if done:
-        print(f"{len(done)} of {len(asked)} texts are in {path} already", file=sys.stderr)
-    return done
+
+def _asked(path: Path, row: Any, now: dict[str, Any]) -> Asked:
+    """Whose row it is; UsageError where it was made by something else than `now`."""
+    ours = isinstance(row, dict) and (row.get("program"), row.get("schema")) == (PROGRAM, SCHEMA)
+    if not ours or not isinstance(row.get("asked"), dict):
+        raise _foreign(path)
+    before = row["asked"]
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise UsageError(
+                f"--{name}: got {value!r}, but {str(path)!r} was begun with {before.get(name)!r}",
+                hint="--overwrite begins anew",
+            )
+    return Asked(str(row.get("text")), before.get("generated"))
+
+
+def add_line(path: Path, line: str, before: Begun) -> None:
+    """Put it behind the whole lines that are there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        if before.end is not None:
+            file.truncate(before.end)
+        file.write(before.tail + line.encode() + b"\n")
+    before.end, before.tail = None, b""
+
+
+def line_at(path: Path, where: int) -> str:
+    with path.open("rb") as file:
+        file.seek(where)
+        return file.readline().decode().rstrip("\n")
 
 
 def _foreign(path: Path) -> UsageError:
@@ -365,76 +407,117 @@ def small_model(folder: RunFolder, fast: bool) -> Path:
 # -- the work -----------------------------------------------------------------------------------
 
 
-def attribute_all(
-    args: argparse.Namespace, where: str, asked: Sequence[Asked]
-) -> dict[Asked, Attribution]:
-    """Attribute each text; print it and add it to a .jsonl file as soon as it is there."""
-    from ..cli.files import strict_json
-    from .methods import attribute
-    from .view import show
+def worker(args: argparse.Namespace) -> Callable[[Asked], Attribution]:
+    """Load the model; returns what attributes a text."""
+    from . import methods
 
     device = device_of(args.device)
-    flags = ModelFlags(where, model_revision=args.model_revision, dtype=args.dtype)
+    flags = ModelFlags(args.model, model_revision=args.model_revision, dtype=args.dtype)
     adapter = None if args.adapter is None else find_adapter(args.adapter)
     model, tokenizer = load_policy(flags, adapter, device, with_encoder=True)
-    lines = Path(args.save_path) if str(args.save_path).endswith(".jsonl") else None
-    if lines is not None:
-        lines.parent.mkdir(parents=True, exist_ok=True)
-        if args.overwrite:
-            lines.unlink(missing_ok=True)
-    done = {}
+
+    def work(one: Asked) -> Attribution:
+        return methods.attribute(
+            model,
+            tokenizer,
+            one.text,
+            generated=one.generated,
+            max_new_tokens=None if one.generated is not None else args.max_new_tokens,
+            start=args.start_pos,
+            end=args.end_pos,
+            method=args.attribution_method,
+            target=args.attributed_fn,
+            step_scores=args.step_scores,
+            options=args.attribution_kwargs,
+            contrast_text=args.contrast_text,
+            contrast_generated=args.contrast_generated,
+            reduction=args.reduction,
+            n_steps=args.n_steps,
+            baseline=args.baseline,
+            batch_size=args.batch_size,
+        )
+
+    return work
+
+
+def go_through(
+    args: argparse.Namespace,
+    asked: Sequence[Asked],
+    before: Begun,
+    work: Callable[[Asked], Attribution] | None,
+) -> tuple[list[Attribution], int, int]:
+    """Attribute each text that is not finished; print it and add it to a .jsonl file as soon as it
+    is there. Of several a bad one is told and left out.
+
+    Returns: the attributions that a file at the end is made of, how many are new and how many bad.
+    """
+    from ..cli.files import strict_json
+    from .result import Attribution
+    from .view import show
+
+    save_path = args.save_path or ""
+    lines = Path(save_path) if save_path.endswith(".jsonl") else None
+    keeps = args.viz_path is not None or save_path.endswith(".json")
+    same = settings(args)
+    kept, n_new, n_bad, size = [], 0, 0, None
     for number, one in enumerate(asked, 1):
+        if one in before.done:
+            assert lines is not None
+            line = line_at(lines, before.done[one])
+            if keeps:
+                try:
+                    kept.append(Attribution.from_dict(json.loads(line)))
+                except ValueError as error:
+                    raise Failed(f"--save_path: {str(lines)!r}: text {number}: {error}") from error
+            if args.json:
+                print(line)
+            continue
+        assert work is not None
         try:
-            found = attribute(
-                model,
-                tokenizer,
-                one.text,
-                generated=one.generated,
-                max_new_tokens=None if one.generated is not None else args.max_new_tokens,
-                start=args.start_pos,
-                end=args.end_pos,
-                method=args.attribution_method,
-                target=args.attributed_fn,
-                step_scores=args.step_scores,
-                options=args.attribution_kwargs,
-                contrast_text=args.contrast_text,
-                contrast_generated=args.contrast_generated,
-                reduction=args.reduction,
-                n_steps=args.n_steps,
-                baseline=args.baseline,
-                batch_size=args.batch_size,
-            )
+            found = work(one)
         except ValueError as error:
-            which = f"text {number} of {len(asked)}: " if len(asked) > 1 else ""
-            raise UsageError(f"{which}{one_line(error)}") from error
-        done[one] = found
-        row = found.as_dict() | {"asked": settings(args) | {"generated": one.generated}}
+            if len(asked) == 1:
+                raise UsageError(one_line(error)) from error
+            n_bad += 1
+            print(f"text {number} of {len(asked)}: {one_line(error)}", file=sys.stderr)
+            continue
+        if keeps:
+            kept.append(found)
+        if lines is not None or args.json:
+            asks = same | {"generated": one.generated}
+            line = strict_json(found.as_dict() | {"asked": asks})
         if lines is not None:
-            with lines.open("a", encoding="utf-8") as file:
-                file.write(strict_json(row) + "\n")
+            add_line(lines, line, before)
         if args.json:
-            print(strict_json(row))
+            print(line)
         elif not args.hide:
-            show(found)
-            if number < len(asked):
+            if n_new:
                 print()
-    print(f"{found.batch_size} rows at once on {device}", file=sys.stderr)
-    return done
+            show(found)
+        n_new, size = n_new + 1, found.batch_size
+    if size is not None:
+        print(f"{size} rows at once on {device_of(args.device)}", file=sys.stderr)
+    return kept, n_new, n_bad
 
 
-def write(args: argparse.Namespace, found: Sequence[Attribution]) -> list[str]:
-    """Write the files asked for; returns the names of all."""
+def write(args: argparse.Namespace, found: Sequence[Attribution], n_new: int) -> list[str]:
+    """Write the files that are made at the end; returns the names of all that were written."""
     from ..cli.files import replace_text
     from .view import html, write_png
 
-    for name in (args.save_path, args.viz_path):
-        if name is not None:
-            Path(name).parent.mkdir(parents=True, exist_ok=True)
-    if args.save_path is not None and args.save_path.endswith(".json"):
+    wrote = []
+    if args.save_path is not None and args.save_path.endswith(".jsonl"):
+        if n_new:
+            wrote.append(args.save_path)
+    elif args.save_path is not None:
+        Path(args.save_path).parent.mkdir(parents=True, exist_ok=True)
         found[0].save(args.save_path)
-    if args.viz_path is not None:
+        wrote.append(args.save_path)
+    if args.viz_path is not None and found:
+        Path(args.viz_path).parent.mkdir(parents=True, exist_ok=True)
         if args.viz_path.endswith(".png"):
             write_png(Path(args.viz_path), found[0])
         else:
             replace_text(Path(args.viz_path), html(found))
-    return [name for name in (args.save_path, args.viz_path) if name is not None]
+        wrote.append(args.viz_path)
+    return wrote

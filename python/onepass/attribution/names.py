@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+PROGRAM, SCHEMA = "onepass attribute", 1  # of JSON
 METHODS = ("saliency", "input_x_gradient", "integrated_gradients")
 REDUCTIONS = ("l2", "sum")
 BASELINES = ("zeros", "pad")

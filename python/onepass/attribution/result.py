@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..cli.files import replace_text, strict_json
+from .names import PROGRAM, SCHEMA
 
-PROGRAM, SCHEMA = "onepass attribute", 1
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 DIGITS = {torch.float32: 9, torch.float64: 17}  # that tell a number from all others
 
