@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutput
 
 import onepass
 from onepass import step_functions
@@ -23,6 +24,7 @@ from onepass.attribution import Attribution, attribute, load_all, methods, names
 from onepass.demo.train import one_thread
 from onepass.step_functions import registry
 from onepass.step_functions.core import PAIRED, SCORES
+from onepass.training.hidden_states import lazy_within
 from support.tiny_language_model import model as llama
 from support.tiny_language_model import tokenizer
 from support.tiny_models import D, tiny
@@ -148,7 +150,7 @@ def test_gradients_are_those_of_finite_differences(target: str) -> None:
     embeds = made.get_input_embeddings()(ids[:-1]).detach()
     contrast = methods.Contrast(others, q if target == "kl_divergence" else None)
     score = methods.Scores(made, ids[places], contrast, {}).of(target)
-    with methods.frozen(made), methods.lazy_where_possible(made):
+    with methods.frozen(made), lazy_within(made, methods.DOING):
         inputs = methods.Inputs(made, embeds, 0, places)
         everything = torch.arange(len(places))
         grads = methods.gradients(inputs, score, everything, embeds, embeds, None)
@@ -167,6 +169,97 @@ def test_gradients_are_those_of_finite_differences(target: str) -> None:
 
 
 # -- encoder-decoders, families -----------------------------------------------------------------
+
+
+def marian(kind: Any = hf.MarianMTModel, **more: Any) -> Any:
+    """Scales after its table, where it embeds tokens itself."""
+    config = hf.MarianConfig(
+        vocab_size=260, d_model=D, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=48,
+        decoder_ffn_dim=48, encoder_attention_heads=4, decoder_attention_heads=4, pad_token_id=0,
+        decoder_start_token_id=0, max_position_embeddings=64, scale_embedding=True,
+        forced_eos_token_id=None, init_std=0.15, **more,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return kind(config).eval()
+
+
+MODELS = [t5, bart, marian, gpt2]
+
+
+@pytest.mark.parametrize("make", MODELS, ids=[make.__name__ for make in MODELS])
+def test_embeddings_are_those_that_the_model_makes_of_tokens(make: Callable[[], Any]) -> None:
+    made = make()
+    found = attribute(made, TOKENIZER, TEXT, generated=FOLLOWING, target="logit")
+    following = TOKENIZER(FOLLOWING)["input_ids"]
+    if found.n_encoder:
+        before = [made.config.decoder_start_token_id, *following[:-1]]
+        given = {"input_ids": torch.tensor([IDS]), "decoder_input_ids": torch.tensor([before])}
+    else:
+        given = {"input_ids": torch.tensor([[*IDS, *following[:-1]]])}
+    rows = made(**given).logits[0, -5:].detach()
+    wanted = rows.gather(1, torch.tensor(following)[:, None])[:, 0]
+    torch.testing.assert_close(found.scores["logit"], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_each_part_multiplies_its_embeddings_by() -> None:
+    """Marian's encoder does so to tokens alone, its decoder to embeddings too; BART's tables do."""
+    root = D**0.5
+    read = texts.Sequence(IDS, IDS, 1)
+    assert methods.scales_of(marian().double(), read) == (root, 1.0)
+    assert methods.scales_of(bart(), read) == methods.scales_of(t5(), read) == (1.0, 1.0)
+    alone = marian(hf.MarianForCausalLM, is_decoder=True)
+    assert methods.scales_of(alone, texts.Sequence([], IDS, 1)) == (1.0,)
+
+
+def test_a_contrast_and_padding_are_scaled_too() -> None:
+    made = marian()
+    how: dict[str, Any] = {"generated": FOLLOWING, "contrast_text": TEXT}
+    found = attribute(made, TOKENIZER, TEXT, target="kl_divergence", **how)
+    assert float(found.scores["kl_divergence"].abs().max()) < 1e-6
+    how = {"method": "integrated_gradients", "baseline": "pad", "n_steps": 64, "target": "logit"}
+    found = attribute(made, TOKENIZER, TEXT, generated=FOLLOWING, **how)
+    pads = torch.zeros(1, len(IDS), dtype=torch.long)
+    z = made(
+        input_ids=pads, attention_mask=torch.ones_like(pads),
+        decoder_input_ids=torch.zeros(1, 5, dtype=torch.long),
+    ).logits[0].detach()  # fmt: skip
+    first = z[0, found.target_ids[0]]
+    sums = found.scores["logit"][0] - first
+    torch.testing.assert_close(found.matrix[:, 0].nansum(), sums, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_model_that_does_more_with_tokens_is_refused(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = marian()
+    inner = getattr(made.model, part)
+    own = inner.forward
+
+    def forward(input_ids: Any = None, inputs_embeds: Any = None, **how: Any) -> Any:
+        if inputs_embeds is None:
+            inputs_embeds = 3 * inner.embed_tokens(input_ids)
+        return own(inputs_embeds=inputs_embeds, **how)
+
+    monkeypatch.setattr(inner, "forward", forward)
+    with pytest.raises(ValueError, match="MarianMTModel goes on differently after its embeddings"):
+        attribute(made, TOKENIZER, TEXT, generated=FOLLOWING)
+
+
+class Bypassed(hf.GPT2LMHeadModel):
+    """Multiplies by its head's weight itself."""
+
+    def forward(self, **given: Any) -> Any:
+        hidden = self.transformer(**given)[0]
+        return CausalLMOutput(logits=hidden @ self.lm_head.weight.T)
+
+
+def test_a_head_that_is_not_called_gives_the_same() -> None:
+    made = gpt2()
+    wanted = attribute(made, TOKENIZER, TEXT)
+    made.__class__ = Bypassed
+    found = attribute(made, TOKENIZER, TEXT)
+    torch.testing.assert_close(found.matrix, wanted.matrix, equal_nan=True)
 
 
 @pytest.mark.parametrize("make", [t5, bart], ids=["t5", "bart"])
@@ -343,7 +436,8 @@ def test_only_last_positions_go_through_the_head() -> None:
     with onepass.strict():
         attribute(made, TOKENIZER, TEXT, step_scores=["entropy", "logit", "crossentropy"])
         attribute(made, TOKENIZER, TEXT, target="kl_divergence", contrast_text="the old mill")
-    assert set(shapes) == {(11, 1, 260)}  # a row for each target
+    # a row for each target, and one that is compared with what the model makes of the tokens
+    assert set(shapes) == {(11, 1, 260), (1, 1, 260)}
     assert onepass.report(made).fused
 
 
@@ -354,7 +448,7 @@ def test_a_head_that_cannot_be_lazy_is_told(caplog: pytest.LogCaptureFixture) ->
     made.lm_head.forward = lambda hidden: own(hidden)
     with caplog.at_level(logging.WARNING, "onepass"):
         found = attribute(made, TOKENIZER, TEXT)
-    assert "attributing with whole logits of the targets: lm_head has a forward" in caplog.text
+    assert "attributing with whole logits: lm_head has a forward" in caplog.text
     torch.testing.assert_close(found.matrix, wanted.matrix, rtol=1e-4, atol=1e-8, equal_nan=True)
 
 
@@ -366,7 +460,7 @@ class Small:
         model.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, module: Any, args: Any, kwargs: Any) -> None:
-        self.tried.append(len(kwargs["inputs_embeds"]))
+        self.tried.append(len(kwargs.get("inputs_embeds", [0])))
         if self.tried[-1] > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -377,7 +471,7 @@ def test_too_large_a_batch_is_halved_once(caplog: pytest.LogCaptureFixture) -> N
     memory = Small(made, 5)
     with caplog.at_level(logging.WARNING, "onepass"):
         found = attribute(made, TOKENIZER, TEXT, batch_size=10)
-    assert memory.tried == [1, 10, 5, 5, 1] and found.batch_size == 5
+    assert memory.tried == [1, 1, 1, 10, 5, 5, 1] and found.batch_size == 5
     assert caplog.text.count("out of memory with 10 rows at once: going on with 5") == 1
     torch.testing.assert_close(found.matrix, wanted.matrix, rtol=1e-4, atol=1e-8, equal_nan=True)
     memory.most = 2

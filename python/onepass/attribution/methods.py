@@ -8,6 +8,7 @@ batch are as long as the longest needs and nothing is padded.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from ..cli.terminal import progress_bar
 from ..dpo.generate import padding_of
-from ..heads import find_head, is_lazy, lazy_head_within
+from ..heads import find_head
 from ..jigsaw.protect import token_texts
+from ..lazy_logits import LazyLogits
 from ..ops._check import check_choice
 from ..step_functions import (
     StepFunctionDecoderOnlyArgs,
@@ -30,7 +32,7 @@ from ..step_functions import (
 )
 from ..step_functions.core import SCORES
 from ..step_functions.dropout import check_dropout, noisy_runs
-from ..training.hidden_states import training_mode, without_adapter
+from ..training.hidden_states import lazy_within, training_mode
 from . import texts
 from .names import BASELINES, CONTRASTIVE, METHODS, OPTIONS, REDUCTIONS
 from .result import Attribution
@@ -39,6 +41,7 @@ logger = logging.getLogger("onepass")
 
 POSITIONS_ON_CPU = 4096  # of a batch; more at once are not faster there
 ACTIVATIONS = 40  # numbers a layer keeps for its backward, over the hidden size, at a position
+DOING = "attributing"
 LARGE_DELTA = 0.05  # of what the attributions should sum to
 
 Target = str | Callable[[Tensor, Tensor], Tensor]
@@ -107,21 +110,30 @@ def attribute(
     how = dict(options or {})
     for name in how:
         check_choice("options", name, OPTIONS)
-    with training_mode(model, False), frozen(model), lazy_where_possible(model):
+    with training_mode(model, False), frozen(model), lazy_within(model, DOING):
         read = texts.encode(model, tokenizer, text, generated, max_new_tokens)
         low = read.first if start is None else start
         high = len(read.decoder) if end is None else end
         if not 1 <= low < high <= len(read.decoder):
             n = len(read.decoder)
             raise ValueError(f"start and end must be 1 <= start < end <= {n}: got {low} and {high}")
-        other = None
+        scales, other = scales_of(model, read), None
         if contrast_text is not None or contrast_generated is not None:
             follows = generated is not None or max_new_tokens is not None
             other = _contrast(
-                model, tokenizer, text, read, follows, contrast_text, contrast_generated, low, high
+                model,
+                tokenizer,
+                text,
+                read,
+                scales,
+                follows,
+                contrast_text,
+                contrast_generated,
+                low,
+                high,
             )
         _check_contrast([target, *step_scores], other)
-        embeds = embeddings_of(model, read)[: len(read.encoder) + high - 1]
+        embeds = embeddings_of(model, read, scales)[: len(read.encoder) + high - 1]
         inputs = Inputs(model, embeds, len(read.encoder), torch.arange(low, high))
         ids = torch.tensor(read.decoder[low:high], device=embeds.device)
         n_runs, seed = how.pop("n_mcd_steps", 5), how.pop("seed", None)
@@ -134,7 +146,11 @@ def attribute(
             found = scored.named(list(names), inputs.rows(embeds), everything)
         x0 = None
         if method == "integrated_gradients":
-            x0 = _baseline(model, tokenizer, baseline, embeds)
+            x0 = torch.zeros_like(embeds)
+            if baseline == "pad":
+                pad = [padding_of(tokenizer)] * len(embeds)
+                n = len(read.encoder)
+                x0 = embeddings_of(model, texts.Sequence(pad[:n], pad[n:], 0), scales)
         matrix, deltas, size = _attributed(
             inputs, scored.of(target), method, reduction, x0, n_steps, batch_size, found[target]
         )
@@ -214,20 +230,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lazy_where_possible(model: nn.Module) -> Iterator[None]:
-    """The head lazy inside; where it cannot be, a line that says why logits are whole."""
-    with contextlib.ExitStack() as stack:
-        # what BART adds to its logits would make lazy ones whole, with a warning
-        adds = hasattr(without_adapter(model), "final_logits_bias")
-        if not adds and not any(is_lazy(module) for module in model.modules()):
-            try:
-                stack.enter_context(lazy_head_within(model))
-            except (ValueError, RuntimeError, TypeError) as error:
-                logger.warning("attributing with whole logits of the targets: %s", error)
-        yield
-
-
-@contextlib.contextmanager
 def only_rows(model: nn.Module, row: Tensor, last: Tensor) -> Iterator[list[bool]]:
     """The head is given the hidden states [B, 1, D] at these places only; what it gives is that of
     all where nothing was seen."""
@@ -244,13 +246,54 @@ def only_rows(model: nn.Module, row: Tensor, last: Tensor) -> Iterator[list[bool
         hook.remove()
 
 
-def embeddings_of(model: Any, read: texts.Sequence) -> Tensor:
+def embeddings_of(model: Any, read: texts.Sequence, scales: Sequence[float]) -> Tensor:
     """What the model reads, as embeddings [R, D]: those of the encoder's tokens, the decoder's."""
-    parts = [(model, read.decoder)]
-    if read.encoder:
-        parts = [(model.get_encoder(), read.encoder), (model.get_decoder(), read.decoder)]
+    parts = zip(_parts(model, read), scales, strict=True)
     with torch.no_grad():
-        return torch.cat([_embed(part, ids, model.device) for part, ids in parts])
+        return torch.cat([_embed(part, ids, model.device) * scale for (part, ids), scale in parts])
+
+
+def scales_of(model: Any, read: texts.Sequence) -> tuple[float, ...]:
+    """What a model multiplies the rows of its tables by where it embeds tokens itself, and not
+    where it is given embeddings, as Marian's encoder does and its decoder does not: of each part
+    1 or its `embed_scale`, whichever gives the row of logits that tokens give.
+
+    Raises:
+        ValueError: neither does.
+    """
+    choices = itertools.product(*(_scales(part) for part, _ in _parts(model, read)))
+    last, errors = torch.tensor([len(read.decoder) - 1]), {}
+    with torch.no_grad():
+        for scales in choices:
+            embeds = embeddings_of(model, read, scales)[:-1]
+            inputs = Inputs(model, embeds, len(read.encoder), last)
+            if not errors:
+                own = _whole(inputs.row_of_tokens(read)).float()
+            errors[scales] = float((_whole(inputs.rows(embeds)).float() - own).abs().max())
+    best = min(errors, key=lambda scales: errors[scales])
+    rounding = max(1e-3, 16 * torch.finfo(embeds.dtype).eps)
+    if errors[best] > rounding * float(own.abs().max()):
+        raise ValueError(
+            f"{type(model).__name__} goes on differently after its embeddings than after its"
+            " tokens: it does more with tokens than to embed them, which gradients of embeddings"
+            " miss"
+        )
+    return best
+
+
+def _parts(model: Any, read: texts.Sequence) -> list[tuple[Any, Sequence[int]]]:
+    """What embeds, and which tokens."""
+    if not read.encoder:
+        return [(model, read.decoder)]
+    return [(model.get_encoder(), read.encoder), (model.get_decoder(), read.decoder)]
+
+
+def _scales(part: Any) -> set[float]:
+    table = part.get_input_embeddings()
+    if hasattr(table, "embed_scale"):  # in it already
+        return {1.0}
+    owners = (m for m in part.modules() if any(child is table for child in m.children()))
+    return {1.0, getattr(next(owners, part), "embed_scale", 1.0)}
 
 
 def _embed(part: Any, ids: Sequence[int], device: Any) -> Tensor:
@@ -258,11 +301,8 @@ def _embed(part: Any, ids: Sequence[int], device: Any) -> Tensor:
     return found
 
 
-def _baseline(model: Any, tokenizer: Any, name: str, embeds: Tensor) -> Tensor:
-    if name == "zeros":
-        return torch.zeros_like(embeds)
-    with torch.no_grad():
-        return _embed(model, [padding_of(tokenizer)], embeds.device).expand_as(embeds)
+def _whole(rows: Tensor) -> Tensor:
+    return rows.materialize() if isinstance(rows, LazyLogits) else rows
 
 
 @dataclass
@@ -292,6 +332,21 @@ class Inputs:
             given["decoder_inputs_embeds"] = x[:, n:]
         else:
             given = {"inputs_embeds": x, "attention_mask": mask}
+        return self._run(row, last, given)
+
+    def row_of_tokens(self, read: texts.Sequence) -> Tensor:
+        """The last target's logits [1, V], where the model embeds the tokens itself."""
+        device, last = self.embeds.device, self.places[-1:] - 1
+        tokens = torch.tensor([read.decoder[: int(self.places[-1])]], device=device)
+        given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        if self.n_encoder:
+            encoder = torch.tensor([read.encoder], device=device)
+            given = {"input_ids": encoder, "attention_mask": torch.ones_like(encoder)}
+            given["decoder_input_ids"] = tokens
+        last = last.to(device)
+        return self._run(torch.zeros_like(last), last, given)
+
+    def _run(self, row: Tensor, last: Tensor, given: dict[str, Tensor]) -> Tensor:
         with only_rows(self.model, row, last) as seen:
             try:
                 logits: Tensor = self.model(**given, use_cache=False).logits
@@ -327,6 +382,7 @@ def _contrast(
     tokenizer: Any,
     text: str,
     read: texts.Sequence,
+    scales: Sequence[float],
     follows: bool,
     other_text: str | None,
     other_generated: str | None,
@@ -355,7 +411,7 @@ def _contrast(
     if other_text is None:
         return Contrast(ids, None)
     places = torch.arange(len(other.decoder))[other.first :][targets]
-    embeds = embeddings_of(model, other)[:-1]
+    embeds = embeddings_of(model, other, scales)[:-1]
     with torch.no_grad():
         rows = Inputs(model, embeds, len(other.encoder), places).rows(embeds)
     return Contrast(ids, rows)
