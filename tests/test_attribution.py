@@ -332,6 +332,64 @@ def test_bf16_is_near_float32() -> None:
     assert (rough.matrix - exact.matrix)[seen].abs().max() < 0.1 * size
 
 
+@pytest.mark.parametrize("target", ["probability", "perplexity", "kl_divergence", "entropy"])
+@pytest.mark.parametrize("method", METHODS)
+def test_fp16_keeps_the_gradients_of_small_and_large_scores(method: str, target: str) -> None:
+    """At p < 1e-6 those of p are below what float16 has, those of 1 / p above."""
+    made = gpt2(torch.float32)
+    with torch.no_grad():
+        made.lm_head.weight.mul_(4)
+    made.half().float()  # both have the weights that float16 has
+    how: dict[str, Any] = {"method": method, "target": target, "n_steps": 4, "generated": "!k~"}
+    if target == "kl_divergence":
+        how["contrast_text"] = OTHER
+    exact = attribute(made, TOKENIZER, TEXT, **how, step_scores=["probability"])
+    rough = attribute(made.half(), TOKENIZER, TEXT, **how)
+    assert rough.matrix.dtype == torch.float32
+    if target in ("probability", "perplexity"):
+        assert float(exact.scores["probability"].min()) < 1e-6
+    for t in range(3):
+        wanted, got = (a.matrix[a.read[:, t], t] for a in (exact, rough))
+        assert (got - wanted).abs().max() < 0.1 * wanted.abs().max()
+
+
+def test_what_is_not_finite_is_told_and_shown(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def broken(rows: Tensor, ids: Tensor) -> Tensor:
+        """Of the third target."""
+        values = onepass.vocab_stats(rows, ids, want=("label_logit",)).label_logit
+        return values * torch.where(ids == IDS[3], torch.inf, 1.0)
+
+    with caplog.at_level(logging.WARNING, "onepass"):
+        found = attribute(gpt2(), TOKENIZER, TEXT, target=broken, method="input_x_gradient")
+    assert f"broken is not finite, or its gradient, of {TEXT[3]!r}" in caplog.text
+    bad = found.read & ~found.matrix.isfinite()
+    assert bad.any(0).tolist() == [TEXT[t + 1] == TEXT[3] for t in range(11)]
+    assert found.matrix.isnan()[~found.read].all()
+    table, gone = io.StringIO(), int(bad.sum())
+    view.show(found, table)
+    cells = table.getvalue().split()
+    assert sum(cells.count(word) for word in ("nan", "inf", "-inf")) >= gone
+    assert cells.count("-") == int((~found.read).sum())
+    page = view.html([found])
+    assert page.count("<td></td>") == int((~found.read).sum())
+    view.write_png(tmp_path / "x.png", found)
+    again = Attribution.from_dict(json.loads(found.to_json()))
+    assert torch.equal(again.read, found.read)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "onepass"):
+        attribute(gpt2(), TOKENIZER, TEXT)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("n_targets", [1, 3, 7])
+def test_what_is_read_is_a_matter_of_positions(n_targets: int) -> None:
+    found = attribute(gpt2(), TOKENIZER, TEXT, start=12 - n_targets)
+    wanted = torch.arange(11)[:, None] < torch.arange(12 - n_targets, 12)
+    assert torch.equal(found.read, wanted) and torch.equal(found.matrix.isnan(), ~wanted)
+
+
 @pytest.mark.filterwarnings("ignore")  # what inseq's own libraries say
 @pytest.mark.parametrize("method", METHODS[:2])
 def test_equals_inseq(method: str) -> None:
@@ -497,6 +555,15 @@ def test_a_function_of_ones_own_is_a_target() -> None:
     for flat in ("top_p_size", lambda rows, ids: torch.zeros(len(ids))):
         with pytest.raises(ValueError, match="has no gradient"):
             attribute(made, TOKENIZER, TEXT, target=flat)
+
+
+def test_two_scores_of_one_name_are_refused() -> None:
+    def entropy(rows: Tensor, ids: Tensor) -> Tensor:
+        return onepass.vocab_stats(rows, ids, want=("logp",)).logp
+
+    with pytest.raises(ValueError, match="a function of the name 'entropy', which step_scores"):
+        attribute(gpt2(), TOKENIZER, TEXT, target=entropy, step_scores=["entropy"])
+    attribute(gpt2(), TOKENIZER, TEXT, target="entropy", step_scores=["entropy"])
 
 
 def test_a_registered_step_function_is_a_target_and_a_score(

@@ -35,13 +35,15 @@ from ..step_functions.dropout import check_dropout, noisy_runs
 from ..training.hidden_states import lazy_within, training_mode
 from . import texts
 from .names import BASELINES, CONTRASTIVE, METHODS, OPTIONS, REDUCTIONS
-from .result import Attribution
+from .result import Attribution, positions_read
 
 logger = logging.getLogger("onepass")
 
 POSITIONS_ON_CPU = 4096  # of a batch; more at once are not faster there
 ACTIVATIONS = 40  # numbers a layer keeps for its backward, over the hidden size, at a position
 DOING = "attributing"
+ROWS = 64  # of logits in fp32, at once
+MAX_TOLD = 5  # targets of a line
 LARGE_DELTA = 0.05  # of what the attributions should sum to
 
 Target = str | Callable[[Tensor, Tensor], Tensor]
@@ -154,7 +156,7 @@ def attribute(
         matrix, deltas, size = _attributed(
             inputs, scored.of(target), method, reduction, x0, n_steps, batch_size, found[target]
         )
-    return Attribution(
+    result = Attribution(
         text=text,
         tokens=token_texts(tokenizer, [*read.encoder, *read.decoder[: high - 1]]),
         token_ids=[*read.encoder, *read.decoder[: high - 1]],
@@ -171,6 +173,8 @@ def attribute(
         baseline=baseline if deltas is not None else None,
         batch_size=size,
     )
+    _tell_not_finite(result)
+    return result
 
 
 # -- what is checked ----------------------------------------------------------------------------
@@ -194,6 +198,11 @@ def _check(
         raise TypeError(f"step_scores must be a list of names: got {step_scores!r}")
     for name in step_scores:
         check_choice("step_scores", name, known)
+    if not isinstance(target, str) and _name(target) in step_scores:
+        raise ValueError(
+            f"target is a function of the name {_name(target)!r}, which step_scores have too:"
+            " rename it"
+        )
     if reduction is not None:
         check_choice("reduction", reduction, REDUCTIONS)
     check_choice("baseline", baseline, BASELINES)
@@ -262,7 +271,8 @@ def scales_of(model: Any, read: texts.Sequence) -> tuple[float, ...]:
         ValueError: neither does.
     """
     choices = itertools.product(*(_scales(part) for part, _ in _parts(model, read)))
-    last, errors = torch.tensor([len(read.decoder) - 1]), {}
+    last = torch.tensor([len(read.decoder) - 1])
+    errors: dict[tuple[float, ...], float] = {}
     with torch.no_grad():
         for scales in choices:
             embeds = embeddings_of(model, read, scales)[:-1]
@@ -507,12 +517,13 @@ def _attributed(
     moved = embeds if baseline is None else embeds - baseline.to(exact)
     nodes, weights = gauss_legendre(n_steps) if baseline is not None else (None, None)
     n_targets = len(inputs.places)
-    matrix = embeds.new_full((len(embeds), n_targets), float("nan"))
-    total = torch.zeros_like(embeds)
+    matrix = embeds.new_zeros(len(embeds), n_targets)
+    begun: Tensor | None = None  # the sum of a target whose nodes are not all done
     per_target = 1 if nodes is None else n_steps
     jobs = n_targets * per_target
     size = min(jobs, batch_size or inputs.batch_size())
-    halved, done, sums = False, 0, []
+    halved, done = False, 0
+    sums: list[Tensor] = []
     with progress_bar(jobs, 0) as bar:
         while done < jobs:
             job = torch.arange(done, min(done + size, jobs))
@@ -532,27 +543,33 @@ def _attributed(
                     "out of memory with %d rows at once: going on with %d", len(job), size
                 )
                 continue
-            for row, (t, k) in enumerate(zip(targets.tolist(), step.tolist(), strict=True)):
-                n = int(inputs.lengths()[t])
-                weight = 1.0 if weights is None else float(weights[k])
-                total[:n] += weight * grads[row, :n].to(exact)
-                if (grads[row, n:].abs() > 0).any():
-                    kind = type(inputs.model).__name__
-                    raise ValueError(f"{kind} sees what comes after a token: wanted a causal model")
-                if k == per_target - 1:
-                    found = total[:n] if method == "saliency" else total[:n] * moved[:n]
-                    sums.append(found.sum())
-                    matrix[:n, t] = _reduced(found, method, reduction)
-                    total.zero_()
+            if weights is not None:
+                grads = grads * weights[step].to(grads)[:, None, None]
+            n = grads.shape[1]
+            after = torch.arange(n) >= inputs.lengths(targets)[:, None]
+            if (grads.abs().amax(-1)[after.to(grads.device)] > 0).any():
+                kind = type(inputs.model).__name__
+                raise ValueError(f"{kind} sees what comes after a token: wanted a causal model")
+            which, counts = targets.unique_consecutive(return_counts=True)
+            if nodes is not None:  # in one order, whatever the device
+                grads = torch.stack([part.sum(0) for part in grads.split(counts.tolist())])
+            if begun is not None:
+                grads[0, : len(begun)] += begun
+            whole = len(which) - int(step[-1] < per_target - 1)
+            begun = grads[-1] if whole < len(which) else None
+            grads = grads[:whole] if method == "saliency" else grads[:whole] * moved[:n]
+            sums.append(grads.sum((1, 2)))
+            matrix[:n, which[:whole].to(matrix.device)] = _reduced(grads, method, reduction).T
             done += len(job)
             bar.update(len(job))
+    matrix.masked_fill_(~positions_read(*matrix.shape).to(matrix.device), float("nan"))
     if baseline is None:
         return matrix, None, size
     with torch.no_grad():
         everything = torch.arange(n_targets, device=embeds.device)
         at_baseline = score(inputs.rows(baseline.to(inputs.embeds.dtype)), everything)
     wanted = values.to(exact) - at_baseline.to(exact)
-    deltas = torch.stack(sums) - wanted
+    deltas = torch.cat(sums) - wanted
     _tell_deltas(deltas, wanted)
     return matrix, deltas, size
 
@@ -565,22 +582,40 @@ def gradients(
     moved: Tensor,
     alpha: Tensor | None,
 ) -> Tensor:
-    """df/dx [B, n, D] of the rows' targets, where `alpha` [B] of the way from the baseline lie
-    behind them; on the embeddings themselves where it is None."""
+    """df/dx [B, n, D] of the rows' targets, of the dtype of `embeds`, where `alpha` [B] of the way
+    from the baseline lie behind them; on the embeddings themselves where it is None."""
     n = int(inputs.lengths(targets).max())
     x = embeds[:n].expand(len(targets), -1, -1)
     if alpha is not None:
         x = x - (1 - alpha)[:, None, None] * moved[:n]
     x = x.to(inputs.embeds.dtype).contiguous().requires_grad_()
+    at = targets.to(x.device)
     with torch.enable_grad():
-        value = score(inputs.rows(x, targets), targets.to(x.device))
+        rows = inputs.rows(x, targets)
+        value = score(rows, at)
         if not value.requires_grad:
             raise ValueError("target has no gradient: it does not change with the logits smoothly")
-        return torch.autograd.grad(value.sum(), x)[0]
+        if rows.dtype != torch.float16:
+            return torch.autograd.grad(value.sum(), x)[0].to(embeds.dtype)
+        factors = _factors(rows.detach(), score, at)
+        grads = torch.autograd.grad((value * factors).sum(), x)[0]
+    return grads.to(embeds.dtype) / factors[:, None, None]
+
+
+def _factors(rows: Tensor, score: Score, at: Tensor) -> Tensor:
+    """Of each row the power of 2 [B] that brings the largest df/dlogits to 1: in float16 smaller
+    ones are lost, those of p at p = 1e-8 altogether, and larger ones are inf."""
+    exponents = []
+    for some, which in zip(rows.split(ROWS), at.split(ROWS), strict=True):
+        z = _whole(some).float().requires_grad_()
+        (grads,) = torch.autograd.grad(score(z, which).sum(), z)
+        exponents.append(grads.abs().amax(-1).log2().round())
+    found = torch.cat(exponents).nan_to_num(0.0, 0.0, 0.0)
+    return found.clamp(-126, 126).neg().exp2()
 
 
 def _reduced(found: Tensor, method: str, reduction: str) -> Tensor:
-    """[n, D] to [n]."""
+    """[k, n, D] to [k, n]."""
     if reduction == "l2":
         return found.norm(dim=-1)
     return (found.abs() if method == "saliency" else found).sum(-1)
@@ -599,3 +634,15 @@ def _tell_deltas(deltas: Tensor, wanted: Tensor) -> None:
             " most): raise n_steps",
             int(large.sum()), len(deltas), round(100 * LARGE_DELTA), float(deltas.abs().max()),
         )  # fmt: skip
+
+
+def _tell_not_finite(result: Attribution) -> None:
+    """A line for each score that is NaN or inf of a target, or its attributions are."""
+    lost = (result.matrix.isfinite() | ~result.read).all(0).logical_not()
+    for name, values in result.scores.items():
+        bad = ~values.isfinite() | (lost if name == result.target else False)
+        if bad.any():
+            places = bad.nonzero()[:, 0].tolist()
+            told = ", ".join(repr(result.targets[t]) for t in places[:MAX_TOLD])
+            more = f" and {len(places) - MAX_TOLD} more" if len(places) > MAX_TOLD else ""
+            logger.warning("%s is not finite, or its gradient, of %s%s", name, told, more)

@@ -28,7 +28,7 @@ class Attribution:
     targets: list[str]  # [T]
     target_ids: list[int]
     n_encoder: int  # how many of R the encoder read
-    matrix: Tensor  # [R, T], NaN where a token comes after the target
+    matrix: Tensor  # [R, T], NaN where a token comes after the target (see `read`)
     scores: dict[str, Tensor]  # [T] each: the target's, then the step scores
     deltas: Tensor | None  # [T], of a baseline: sum of the attributions - (f(x) - f(x0))
     method: str
@@ -37,6 +37,11 @@ class Attribution:
     n_steps: int | None = None
     baseline: str | None = None
     batch_size: int | None = None  # rows at once in the end
+
+    @property
+    def read(self) -> Tensor:
+        """Which tokens stand before which target, bool [R, T]."""
+        return positions_read(*self.matrix.shape)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON has it; NaN is null."""
@@ -98,6 +103,11 @@ class Attribution:
         from .view import html
 
         return html([self])
+
+
+def positions_read(n_tokens: int, n_targets: int) -> Tensor:
+    """Bool [R, T]: the last target has all before it, each one before it a token less."""
+    return torch.ones(n_tokens, n_targets, dtype=torch.bool).triu(n_targets - n_tokens)
 
 
 def load_all(path: str | Path) -> list[Attribution]:

@@ -40,7 +40,7 @@ class Cell(NamedTuple):
 
 def shares(attribution: Attribution) -> Tensor:
     """The matrix over the largest magnitude of each column, [R, T]; NaN as there."""
-    sizes = attribution.matrix.nan_to_num(0.0).abs().amax(0)
+    sizes = attribution.matrix.nan_to_num(0.0, 0.0, 0.0).abs().amax(0)
     return attribution.matrix / sizes.clamp_min(1e-38)
 
 
@@ -80,8 +80,8 @@ def notes_of(attribution: Attribution) -> list[tuple[str, list[float]]]:
     return rows
 
 
-def number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2g}"
+def number(value: float, read: bool = True) -> str:
+    return f"{value:.2g}" if read else "-"
 
 
 # -- the terminal -------------------------------------------------------------------------------
@@ -110,13 +110,17 @@ def lines_of(attribution: Attribution, n_shown: int, width: int) -> Iterator[lis
     notes = notes_of(attribution)
     first = max(map(_width, [*labels, *(name for name, _ in notes)]))
     heads = [_cut(printable(token)) for token in attribution.targets]
-    cells, colours = attribution.matrix.tolist(), shares(attribution).tolist()
+    colours, read = shares(attribution).tolist(), attribution.read.tolist()
+    cells = [
+        [number(*cell) for cell in zip(*row, strict=True)]
+        for row in zip(attribution.matrix.tolist(), read, strict=True)
+    ]
     last = 0
     while last < n_shown:
         columns: list[tuple[int, int]] = []  # the target and its width
         used = first
         while last < n_shown:
-            texts = [heads[last], *(number(row[last]) for row in cells)]
+            texts = [heads[last], *(row[last] for row in cells)]
             texts += [number(values[last]) for _, values in notes]
             wide = max(map(_width, texts))
             if columns and used + wide + 2 > width:
@@ -124,9 +128,9 @@ def lines_of(attribution: Attribution, n_shown: int, width: int) -> Iterator[lis
             columns.append((last, wide))
             used, last = used + wide + 2, last + 1
         yield _line("", [(Cell(heads[t]), w) for t, w in columns], first)
-        for label, row, shade in zip(labels, cells, colours, strict=True):
-            if any(not math.isnan(row[t]) for t, _ in columns):
-                drawn = [(Cell(number(row[t]), shade[t]), w) for t, w in columns]
+        for label, row, shade, seen in zip(labels, cells, colours, read, strict=True):
+            if any(seen[t] for t, _ in columns):
+                drawn = [(Cell(row[t], shade[t]), w) for t, w in columns]
                 yield _line(label, drawn, first)
         for name, values in notes:
             yield _line(name, [(Cell(number(values[t])), w) for t, w in columns], first)
@@ -202,12 +206,13 @@ def _section(attribution: Attribution) -> str:
         return told + "<p>The matrix is too large for a page; JSON and PNG have it.</p>\n"
     heads = "".join(f"<th>{_escaped(_visible(token))}</th>" for token in attribution.targets)
     rows = [f"<tr><th></th>{heads}</tr>"]
-    for token, values, line in zip(
-        attribution.tokens, attribution.matrix.tolist(), share.tolist(), strict=True
+    matrix, read = attribution.matrix.tolist(), attribution.read.tolist()
+    for token, values, line, seen in zip(
+        attribution.tokens, matrix, share.tolist(), read, strict=True
     ):
         cells = (
-            "<td></td>" if math.isnan(v) else _tag("td", number(v), s)
-            for v, s in zip(values, line, strict=True)
+            _tag("td", number(v), s) if r else "<td></td>"
+            for v, s, r in zip(values, line, seen, strict=True)
         )
         rows.append(f"<tr><th>{_escaped(_visible(token))}</th>{''.join(cells)}</tr>")
     for name, values in notes_of(attribution):
@@ -255,6 +260,8 @@ def write_png(path: Path, attribution: Attribution) -> None:
         shares(attribution).numpy(), cmap=colours, vmin=-1 if signed else 0, vmax=1,
         aspect="auto", interpolation="nearest",
     )  # fmt: skip
+    lost = (~attribution.matrix.isfinite() & attribution.read).nonzero()
+    axes.plot(lost[:, 1], lost[:, 0], "x", color="black", scalex=False, scaley=False)
     _label(axes.xaxis, attribution.targets, rotation=90)
     _label(axes.yaxis, attribution.tokens)
     axes.set(xlabel="predicted", ylabel="read")
