@@ -668,6 +668,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"generated": "a", "max_new_tokens": 2}, "exclude each other"),
     ({"options": {"topp": 0.5}}, "options must be one of base, .*got 'topp'"),
     ({"options": {"base": "10"}}, "base must be one of e, 2"),
+    ({"options": {"base": "2"}}, "base is read by crossentropy, of which none is asked for"),
+    ({"options": {"top_p": 5}}, "top_p must be between 0 and 1: got 5"),
+    ({"options": {"top_p": float("nan")}}, "top_p must be between 0 and 1: got nan"),
+    ({"options": {"eps": float("inf")}}, "eps must be finite and at least 0: got inf"),
+    ({"options": {"top_k": -1}}, "top_k must be 0 or more: got -1"),
+    ({"options": {"seed": -1}}, "seed must be 0 or more: got -1"),
+    ({"options": {"top_p": 0.9}, "step_scores": ["entropy"]}, "kl_divergence or top_p_size"),
+    ({"options": {"top_p": 0.9}, "target": lambda rows, ids: rows[:, 0]}, "none is asked for"),
     ({"target": "mc_dropout_prob_avg", "options": {"n_mcd_steps": 1}}, "n_mcd_steps must be 2"),
     ({"max_new_tokens": 0}, "max_new_tokens must be at least 1: got 0"),
     ({"start": 12}, "1 <= start < end <= 12: got 12 and 12"),
@@ -692,6 +700,29 @@ def test_types_are_refused() -> None:
         attribute(gpt2(), TOKENIZER, ["a"])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="step_scores must be a list"):
         attribute(gpt2(), TOKENIZER, TEXT, step_scores="entropy")
+    for name, value in (
+        *(("top_k", 5.0), ("n_mcd_steps", 2.0), ("min_tokens_to_keep", True), ("top_p", "1")),
+        *(("eps", None), ("logprob", "no"), ("logprob", 1), ("seed", 0.5)),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be .*: got {value!r}"):
+            attribute(gpt2(), TOKENIZER, TEXT, options={name: value})
+
+
+def test_every_option_is_read_by_what_it_is_said_to_be_read_by() -> None:
+    """Each changes the scores that read it, and no other."""
+    values = {
+        "base": "2", "logprob": True, "top_k": 9, "top_p": 0.4, "min_tokens_to_keep": 99,
+        "eps": 1.0, "n_mcd_steps": 3, "seed": 2,
+    }  # fmt: skip
+    made = gpt2()
+    how: dict[str, Any] = {"generated": FOLLOWING, "contrast_text": OTHER}
+    how |= {"step_scores": list(SCORES), "end": len(IDS) + 2}
+    before = {"seed": 1, "top_p": 0.9}
+    plainly = attribute(made, TOKENIZER, TEXT, options=before, **how).scores
+    for name, value in values.items():
+        found = attribute(made, TOKENIZER, TEXT, options=before | {name: value}, **how).scores
+        changed = {n for n in found if not torch.allclose(found[n], plainly[n], rtol=1e-9)}
+        assert changed == set(names.READ[name]), name
 
 
 # -- JSON ---------------------------------------------------------------------------------------

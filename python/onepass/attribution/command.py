@@ -27,6 +27,7 @@ from .names import (
     REDUCTIONS,
     SCHEMA,
     STEP_FUNCTIONS,
+    check_options,
 )
 
 if TYPE_CHECKING:
@@ -173,6 +174,10 @@ def check(args: argparse.Namespace) -> list[Asked]:
                 hint = "--contrast_text, another text, or --contrast_generated, other tokens"
                 raise UsageError(f"--{flag}: {name} compares, wanted what with", hint=hint)
     args.attribution_kwargs = _options(args.attribution_kwargs)
+    try:
+        check_options(args.attribution_kwargs, [args.attributed_fn, *args.step_scores])
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--attribution_kwargs: {error}") from error
     for name in ("n_steps", "batch_size", "max_new_tokens", "start_pos", "end_pos"):
         if getattr(args, name) is not None:
             check_from(name, getattr(args, name), 1)

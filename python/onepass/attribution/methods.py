@@ -34,7 +34,7 @@ from ..step_functions.core import SCORES
 from ..step_functions.dropout import check_dropout, noisy_runs
 from ..training.hidden_states import lazy_within, training_mode
 from . import texts
-from .names import BASELINES, CONTRASTIVE, METHODS, OPTIONS, REDUCTIONS
+from .names import BASELINES, CONTRASTIVE, METHODS, REDUCTIONS, check_options
 from .result import Attribution, positions_read
 
 logger = logging.getLogger("onepass")
@@ -103,15 +103,15 @@ def attribute(
             halved once where memory runs out.
 
     Raises:
-        ValueError: an empty or too long text, an unknown name, a score without a gradient.
-        TypeError: a text that is no string.
+        ValueError: an empty or too long text, an unknown name, an option out of its range or that
+            no score reads, a score without a gradient, a model that does more with tokens than to
+            embed them. TypeError: a text that is no string, an option of another type.
 
     Sources: Simonyan et al. 1312.6034, Shrikumar et al. 1605.01713, Sundararajan et al. 1703.01365.
     """
     reduction = _check(method, target, step_scores, reduction, n_steps, baseline, batch_size)
     how = dict(options or {})
-    for name in how:
-        check_choice("options", name, OPTIONS)
+    check_options(how, [target, *step_scores])
     with training_mode(model, False), frozen(model), lazy_within(model, DOING):
         read = texts.encode(model, tokenizer, text, generated, max_new_tokens)
         low = read.first if start is None else start

@@ -1,6 +1,10 @@
-"""The names that can be asked for; imports nothing."""
+"""The names and options that can be asked for; imports nothing heavy."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 PROGRAM, SCHEMA = "onepass attribute", 1  # of JSON
 METHODS = ("saliency", "input_x_gradient", "integrated_gradients")
@@ -15,6 +19,45 @@ STEP_FUNCTIONS = (  # of onepass.step_functions, which loads torch
     *CONTRASTIVE,
     *("mc_dropout_prob_avg", "top_p_size"),
 )
-OPTIONS = (  # of step functions
-    *("base", "logprob", "top_k", "top_p", "min_tokens_to_keep", "eps", "n_mcd_steps", "seed"),
-)
+READ = {  # which of them read an option
+    "base": ("crossentropy",),
+    "logprob": ("probability", "contrast_prob", "contrast_prob_diff", "mc_dropout_prob_avg"),
+    "top_k": ("kl_divergence",),
+    "top_p": ("kl_divergence", "top_p_size"),
+    "min_tokens_to_keep": ("kl_divergence",),
+    "eps": ("mc_dropout_prob_avg",),
+    "n_mcd_steps": ("mc_dropout_prob_avg",),
+    "seed": ("mc_dropout_prob_avg",),
+}
+OPTIONS = tuple(READ)
+LEAST = {"top_k": 0, "min_tokens_to_keep": 1, "n_mcd_steps": 2, "seed": 0}  # whole numbers
+MOST = {"top_p": 1.0, "eps": sys.float_info.max}  # numbers from 0 on
+
+
+def check_options(options: Mapping[str, Any], scores: Sequence[Any]) -> None:
+    """Raises unless each option has a value that it can have and one of the `scores` reads it.
+
+    Raises:
+        TypeError: of another type. ValueError: no such option, no such value, read by none.
+    """
+    for name, value in options.items():
+        if name not in READ:
+            raise ValueError(f"options must be one of {', '.join(OPTIONS)}: got {name!r}")
+        if name == "base" and value not in ("e", "2"):
+            raise ValueError(f"base must be one of e, 2: got {value!r}")
+        if name == "logprob" and not isinstance(value, bool):
+            raise TypeError(f"logprob must be True or False: got {value!r}")
+        if name in LEAST and not (name == "seed" and value is None):
+            if type(value) is not int:
+                raise TypeError(f"{name} must be a whole number: got {value!r}")
+            if not LEAST[name] <= value < 1 << 63:
+                raise ValueError(f"{name} must be {LEAST[name]} or more: got {value}")
+        if name in MOST:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number: got {value!r}")
+            if not 0 <= value <= MOST[name]:
+                bounds = "between 0 and 1" if name == "top_p" else "finite and at least 0"
+                raise ValueError(f"{name} must be {bounds}: got {value}")
+        if not set(READ[name]) & {score for score in scores if isinstance(score, str)}:
+            readers = " or ".join(READ[name])
+            raise ValueError(f"{name} is read by {readers}, of which none is asked for")
