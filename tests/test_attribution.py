@@ -439,6 +439,18 @@ def test_a_sum_that_is_missed_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert "miss their sum" in caplog.text and "raise n_steps" in caplog.text
 
 
+@pytest.mark.parametrize(("share", "told"), [(0.049, False), (0.051, True), (-0.051, True)])
+def test_five_percent_are_missed(
+    share: float, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = torch.tensor([2.0, -2.0])
+    with caplog.at_level(logging.WARNING, "onepass"):
+        methods._tell_deltas(share * wanted, wanted)
+        methods._tell_deltas(torch.tensor([9e-5]), torch.tensor([0.0]))  # rounding
+    assert ("of 2 of 2 targets miss their sum by more than 5 %" in caplog.text) == told
+    assert caplog.text.count("miss") == int(told)
+
+
 def test_nodes_integrate_polynomials() -> None:
     nodes, weights = methods.gauss_legendre(5)
     for power in range(10):
@@ -462,6 +474,16 @@ def test_the_batch_size_changes_nothing(method: str) -> None:
             other.matrix, found[0].matrix, rtol=1e-9, atol=1e-14, equal_nan=True
         )
     assert [f.batch_size for f in found[:3]] == [1, 4, 7]
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_dropouts_draws_are_those_of_the_targets_in_a_batch(size: int) -> None:
+    how: dict[str, Any] = {"options": {"seed": 3, "n_mcd_steps": 4}}
+    found = [
+        attribute(gpt2(), TOKENIZER, TEXT, target="mc_dropout_prob_avg", batch_size=n, **how)
+        for n in (None, size)
+    ]
+    torch.testing.assert_close(found[1].matrix, found[0].matrix, equal_nan=True)
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -723,6 +745,58 @@ def test_every_option_is_read_by_what_it_is_said_to_be_read_by() -> None:
         found = attribute(made, TOKENIZER, TEXT, options=before | {name: value}, **how).scores
         changed = {n for n in found if not torch.allclose(found[n], plainly[n], rtol=1e-9)}
         assert changed == set(names.READ[name]), name
+
+
+# -- texts --------------------------------------------------------------------------------------
+
+
+def appending() -> Any:
+    """A tokenizer that ends each text with EOS."""
+    from tokenizers.processors import TemplateProcessing
+
+    made = tokenizer()
+    made.backend_tokenizer.post_processor = TemplateProcessing("$A </s>", None, [("</s>", 2)])
+    assert made("a")["input_ids"][-1] == 2
+    return made
+
+
+def test_an_end_that_the_tokenizer_appends_is_no_target() -> None:
+    made, ends = gpt2(), appending()
+    for generated in (None, FOLLOWING, TEXT + FOLLOWING):
+        plainly = texts.encode(made, TOKENIZER, TEXT, generated)
+        assert texts.encode(made, ends, TEXT, generated) == plainly
+    written = texts.encode(made, ends, TEXT, None, 2)
+    assert written == texts.encode(made, TOKENIZER, TEXT, None, 2)
+    assert texts.encode(made, TOKENIZER, TEXT + "</s>").decoder == [*IDS, 2]  # the text's own
+    both = texts.encode(t5(), ends, TEXT, FOLLOWING)
+    following = TOKENIZER(FOLLOWING)["input_ids"]
+    assert both == ([*IDS, 2], [0, *following, 2], 1)  # there the model has learnt it
+
+
+def test_the_model_writes_to_its_end() -> None:
+    made = gpt2()
+    written = texts.encode(made, TOKENIZER, TEXT, None, 9).targets
+    end = next(token for token in written[1:] if token != written[0])
+    until = written[: written.index(end) + 1]
+    made.generation_config.eos_token_id = end
+    assert texts.encode(made, TOKENIZER, TEXT, None, 9).targets == until
+    made.generation_config.eos_token_id = None  # then the tokenizer's
+    words = tokenizer()
+    words.eos_token = words.convert_ids_to_tokens(end)
+    assert texts.encode(made, words, TEXT, None, 9).targets == until
+    assert made.generation_config.eos_token_id is None
+
+
+def test_a_decoder_begins_with_what_its_configs_say() -> None:
+    made = t5()
+    made.config.bos_token_id = 7
+    for of_generation, of_config, wanted in ((5, 6, 5), (None, 6, 6), (None, None, 7)):
+        made.generation_config.decoder_start_token_id = of_generation
+        made.config.decoder_start_token_id = of_config
+        assert texts.encode(made, TOKENIZER, TEXT, "a").decoder[0] == wanted
+    made.config.bos_token_id = None
+    with pytest.raises(ValueError, match="no decoder_start_token_id to begin with"):
+        texts.encode(made, TOKENIZER, TEXT, "a")
 
 
 # -- JSON ---------------------------------------------------------------------------------------
