@@ -300,8 +300,6 @@ def _parts(model: Any, read: texts.Sequence) -> list[tuple[Any, Sequence[int]]]:
 
 def _scales(part: Any) -> set[float]:
     table = part.get_input_embeddings()
-    if hasattr(table, "embed_scale"):  # in it already
-        return {1.0}
     owners = (m for m in part.modules() if any(child is table for child in m.children()))
     return {1.0, getattr(next(owners, part), "embed_scale", 1.0)}
 
@@ -547,7 +545,7 @@ def _attributed(
                 grads = grads * weights[step].to(grads)[:, None, None]
             n = grads.shape[1]
             after = torch.arange(n) >= inputs.lengths(targets)[:, None]
-            if (grads.abs().amax(-1)[after.to(grads.device)] > 0).any():
+            if ((grads.abs().amax(-1) > 0) & after.to(grads.device)).any():
                 kind = type(inputs.model).__name__
                 raise ValueError(f"{kind} sees what comes after a token: wanted a causal model")
             which, counts = targets.unique_consecutive(return_counts=True)
