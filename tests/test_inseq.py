@@ -493,6 +493,17 @@ def is_lazy(model: Any) -> bool:
     return isinstance(model.model(ids, **inputs).logits, onepass.LazyLogits)
 
 
+def test_a_head_that_was_exchanged_is_found_again() -> None:
+    model = loaded("gpt2", "saliency")
+    bridge.install()
+    with bridge.lazy_where_possible(model.model):
+        assert is_lazy(model)
+    model.model.resize_token_embeddings(model.model.config.vocab_size + 8)
+    with bridge.lazy_where_possible(model.model):
+        assert is_lazy(model)
+    assert not is_lazy(model)
+
+
 def test_the_model_is_as_it_was() -> None:
     model = loaded("gpt2", "saliency")
     forward = dict(vars(model.model.lm_head))

@@ -324,12 +324,66 @@ def test_contrasts_at_aligned_positions() -> None:
     own, theirs = last_logp(model, TEXT[:, :S]), last_logp(model, OTHER[:, :2])
     pairs = [(1, 1), (S, 3), (S, 2)]
     for aligned in (pairs, [pairs, []]):
-        extra = {"contrast_targets": OTHER, "contrast_targets_alignments": aligned}
+        extra: dict[str, Any] = {"contrast_targets": OTHER, "contrast_targets_alignments": aligned}
         for score, value in contrasts(own, theirs, OTHER[:, 2]).items():
             close(get_step_scores(score, step(model), extra), value, score)
+    as_json: dict[str, Any] = {
+        "contrast_targets": OTHER,
+        "contrast_targets_alignments": [[1, 1], [S, 2]],
+    }
+    close(get_step_scores("contrast_prob", step(model), as_json), at(theirs[1], OTHER[:, 2]).exp())
+    with pytest.raises(ValueError, match=r"must be pairs of positions, \[\(ours, theirs\)"):
+        extra = {"contrast_targets": OTHER, "contrast_targets_alignments": [[1, 2, 3]]}
+        get_step_scores("pcxmi", step(model), extra)
     with pytest.raises(ValueError, match="have no pair for position 4"):
         extra = {"contrast_targets": OTHER, "contrast_targets_alignments": [(1, 1)]}
         get_step_scores("pcxmi", step(model), extra)
+
+
+def test_a_contrast_that_is_written_to_is_another() -> None:
+    model = model_of("gpt2_tied")
+    args, other = step(model), OTHER.clone()
+    extra = {"contrast_targets": other}
+    with torch.no_grad():
+        first = get_step_scores("contrast_prob", args, extra)
+        other.copy_(TEXT.flip(0))
+        got = get_step_scores("contrast_prob", args, extra)
+    assert not torch.equal(first, got)
+    _, logp = last_logp(model, other[:, :S])
+    close(got, at(logp, other[:, S]).exp())
+
+
+@pytest.mark.parametrize("style", ["current", "legacy"])
+def test_a_contrast_may_be_padded(style: str) -> None:
+    model = model_of("gpt2_tied")
+    mask = torch.ones_like(OTHER)
+    mask[0, 0] = 0
+    with torch.no_grad():
+        own = model(input_ids=TEXT[:, :S]).logits[:, -1].double().softmax(-1)
+        logits = model(input_ids=OTHER[:, :S], attention_mask=mask[:, :S]).logits[:, -1]
+        other = logits.double().softmax(-1)
+        wanted = at(own, TARGET) - at(other, OTHER[:, S])
+        args = step(model)
+        if style == "current":
+            text: Any = SimpleNamespace(input_ids=OTHER, attention_mask=mask)
+            got = get_step_scores("contrast_prob_diff", args, {"contrast_targets": text})
+        else:
+            text = {"contrast_ids": OTHER, "contrast_attention_mask": mask}
+            got = legacy.contrast_prob_diff_fn(**vars(args), **text)
+    close(got, wanted)
+    plain = model(input_ids=OTHER[:, :S]).logits[:, -1].softmax(-1)
+    assert not torch.allclose(at(plain, OTHER[:, S]).double(), at(other, OTHER[:, S]), rtol=1e-4)
+
+
+def test_a_contrast_leaves_one_row_behind(passes: list[Any]) -> None:
+    """Neither the logits of the whole prefix nor a cache of its keys and values."""
+    model = model_of("llama")
+    args = step(model)
+    with torch.no_grad(), onepass.strict():
+        get_step_scores("pcxmi", args, {"contrast_targets": OTHER})
+    [(_, _, kept)] = args.forward_output._onepass_contrasts
+    assert "past_key_values" not in vars(kept.output) and kept.output.logits.shape[:2] == (2, 1)
+    assert isinstance(kept.output.logits, onepass.LazyLogits)
 
 
 def test_filtered_divergence() -> None:

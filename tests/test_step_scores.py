@@ -169,6 +169,9 @@ def test_padding_does_not_count(name: str, side: str) -> None:
     others = torch.cat([padding, OTHER] if side == "left" else [OTHER, padding], 1)
     masks: dict[str, Any] = {mask_name: mask, "contrast_attention_mask": mask}
     got = step_scores(model, **inputs(name, padded), scores=scores, contrast_ids=others, **masks)
+    halves = {key: value * 0.5 for key, value in masks.items()}
+    again = step_scores(model, **inputs(name, padded), scores=scores, contrast_ids=others, **halves)
+    assert all(torch.equal(value, again[score]) for score, value in got.items())
     alone = step_scores(model, **inputs(name), scores=scores, contrast_ids=OTHER)
     real = slice(3, None) if side == "left" else slice(None, S - 1)
     for score, value in got.items():
@@ -277,6 +280,12 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "one_row": ({"input_ids": TEXT[0]}, ValueError, r"input_ids must be token ids \[B, S\]"),
     "one_token": ({"input_ids": TEXT[:, :1]}, ValueError, r"S >= 2: got torch.int64 \(2, 1\)"),
     "floats": ({"input_ids": TEXT.float()}, ValueError, "input_ids must be token ids.*float32"),
+    "too long": (
+        {"input_ids": torch.ones(1, 3000, dtype=torch.int64)},
+        ValueError,
+        "a text has 3000 tokens, more than the",
+    ),
+    "no such token": ({"input_ids": TEXT + 5000}, IndexError, "is 5027: wanted 0 <= label < 97"),
     "mask": (
         {"attention_mask": TEXT[:, 1:]},
         ValueError,

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..training.hidden_states import lazy_within
 from .examples import TextOrTurns
 from .generate import Answer, Sampling, padding_of, prompt_ids, sample_answers, texts_of
 
@@ -87,7 +88,8 @@ def kl_of_answers(
     top_p, another temperature) it is that of the models along these answers.
     """
     found: list[float] = []
-    with lazy_where_possible(model), lazy_where_possible(reference):
+    own = contextlib.nullcontext() if reference is None else lazy_within(reference, None)
+    with lazy_within(model, None), own:
         for start in range(0, len(answers), batch_size):
             batch = answers[start : start + batch_size]
             rows = [[*prompts[a.prompt], *a.ids] for a in batch]
@@ -111,20 +113,6 @@ def kl_of_answers(
                 other = reference(**given).logits
             found += kl_rows(logits, other, counts.to(model.device)).double().sum(-1).tolist()
     return found
-
-
-@contextlib.contextmanager
-def lazy_where_possible(model: Any) -> Iterator[None]:
-    """The head lazy inside, but where it cannot be."""
-    if model is None:
-        yield
-        return
-    from ..heads import lazy_head_within
-
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ValueError):
-            stack.enter_context(lazy_head_within(model))
-        yield
 
 
 def measure(

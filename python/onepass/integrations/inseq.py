@@ -31,7 +31,9 @@ FORWARD_ARGUMENTS = ("self", "batch", "use_embeddings", "kwargs")
 
 _their_functions: dict[str, tuple[Any, Any]] = {}  # by id: what stood there, and ours in its place
 _their_forwards: dict[str, tuple[Any, Any]] = {}  # by name of the class
-_heads: weakref.WeakKeyDictionary[nn.Module, list[nn.Module]] = weakref.WeakKeyDictionary()
+# by model: its head when it was searched, and what is lazy there
+_heads: weakref.WeakKeyDictionary[nn.Module, tuple[Any, list[nn.Module]]]
+_heads = weakref.WeakKeyDictionary()
 
 
 def lazily(theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,9 +61,11 @@ def lazily(theirs: Callable[..., Any]) -> Callable[..., Any]:
 def lazy_where_possible(model: nn.Module) -> Iterator[None]:
     """`lazy_head_within`, which searches the model once and not at every forward. A head that
     cannot be lazy stays whole, and a warning says why, once for each model."""
-    if model not in _heads:
-        _heads[model] = heads_of(model)
-    changed = [module for module in _heads[model] if not is_lazy(module)]
+    found: Any = getattr(model, "get_output_embeddings", None)
+    head = None if found is None else found()
+    if model not in _heads or _heads[model][0] is not head:  # resized since, or under LoRA
+        _heads[model] = head, heads_of(model)
+    changed = [module for module in _heads[model][1] if not is_lazy(module)]
     for module in changed:
         switch_on(module, {})
     try:

@@ -9,12 +9,16 @@ import contextlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..lazy_logits import LazyLogits
+from ..training.hidden_states import lazy_within
 from .args import StepFunctionArgs
+from .last_row import state_of
 
 KEPT_UNDER = "_onepass_contrasts"
 Alignments = Sequence[tuple[int, int]] | Sequence[Sequence[tuple[int, int]]] | None
@@ -51,9 +55,10 @@ def contrast_of(
         *(contrast_sources, contrast_targets, contrast_targets_alignments, skip_special_tokens),
         *(args.attribution_model, args.forward_output.logits, grad),
     )
+    state = state_of(*(value for value in asked if isinstance(value, Tensor)))
     kept = [] if own_context else getattr(args.forward_output, KEPT_UNDER, [])
-    for before, found in kept:
-        if all(a is b for a, b in zip(asked, before, strict=True)):
+    for before, was, found in kept:
+        if was == state and all(a is b for a, b in zip(asked, before, strict=True)):
             return found  # type: ignore[no-any-return]
     other, target_ids = args, args.target_ids
     if contrast_targets is not None:
@@ -70,9 +75,9 @@ def contrast_of(
             )
         return Contrast(target_ids, args.forward_output)
     with torch.set_grad_enabled(grad):
-        found = Contrast(target_ids, run_again(other))
+        found = Contrast(target_ids.clone(), run_again(other))
     with contextlib.suppress(AttributeError, TypeError):  # an output that takes no attribute
-        setattr(args.forward_output, KEPT_UNDER, [*kept, (asked, found)])
+        setattr(args.forward_output, KEPT_UNDER, [*kept, (asked, state, found)])
     return found
 
 
@@ -107,8 +112,13 @@ def aligned_position(position: int, alignments: Alignments) -> int:
     """The contrast's position for one of the text: itself where nothing is said. Of alignments for
     each text the first counts, as in inseq."""
     pairs: Any = alignments if alignments is not None else []
-    if len(pairs) and isinstance(pairs[0], list):
+    if len(pairs) and len(pairs[0]) and isinstance(pairs[0][0], list | tuple):
         pairs = pairs[0]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(
+            f"contrast_targets_alignments must be pairs of positions, [(ours, theirs), ...]: got "
+            f"{alignments!r:.60}"
+        )
     found = [theirs for ours, theirs in pairs if ours == position]
     if len(pairs) and not found:
         raise ValueError(f"contrast_targets_alignments have no pair for position {position}")
@@ -169,18 +179,25 @@ def embedded(args: Any, ids: Tensor, as_targets: bool) -> Tensor | None:
 
 
 def run_again(args: Any) -> Any:
-    """The model's output for the inputs of a step. As in inseq, an encoder-decoder model is given
-    embeddings and a decoder-only model ids."""
+    """The model's output for the inputs of a step, of which the last position alone is kept. As in
+    inseq, an encoder-decoder model is given embeddings and a decoder-only model ids."""
     model = args.attribution_model
     if model is None:
         raise ValueError("this score runs the model again: attribution_model is None")
     if hasattr(model, "get_forward_output"):
         batch = model.formatter.convert_args_to_batch(args)
-        return model.get_forward_output(batch, use_embeddings=is_encoder_decoder(args))
+        return last_of(model.get_forward_output(batch, use_embeddings=is_encoder_decoder(args)))
     given = _inputs("decoder_" if is_encoder_decoder(args) else "", args, "decoder")
     if is_encoder_decoder(args):
         given |= _inputs("", args, "encoder")
-    return model(**given)
+    with lazy_within(model, None):
+        return last_of(model(**given, use_cache=False))
+
+
+def last_of(output: Any) -> Any:
+    """The last position's logits [B, 1, V], without what else an output holds."""
+    last = output.logits[:, -1:]
+    return SimpleNamespace(logits=last if isinstance(last, LazyLogits) else last.clone())
 
 
 def _inputs(prefix: str, args: Any, side: str) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def last_facts(forward_output: Any, target_ids: Tensor, needs: Iterable[str]) ->
     ever asked for. Where they will be differentiated, only what is asked for now: the gradient of
     one fact alone costs a lazy head no second product."""
     logits = forward_output.logits
-    state = _state(logits, target_ids)
+    state = state_of(logits, target_ids)
     kept, facts = getattr(forward_output, KEPT_UNDER, None), Facts()
     if isinstance(kept, Kept) and kept.logits is logits and kept.target_ids is target_ids:
         facts = kept.facts if kept.state == state else facts
@@ -85,7 +85,7 @@ def last_pair(
     return against(own, Facts(*(None if f is None else f.to(device) for f in theirs)))
 
 
-def _state(*tensors: Tensor) -> tuple[Any, ...]:
+def state_of(*tensors: Tensor) -> tuple[Any, ...]:
     """What has to be as it was: gradients on or off, and nothing written to."""
     grad = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     return (*grad, *(None if t.is_inference() else t._version for t in tensors))

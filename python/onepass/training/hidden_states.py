@@ -71,16 +71,17 @@ def make_lazy(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def lazy_within(model: nn.Module, doing: str, **options: Any) -> Iterator[None]:
-    """No logits inside where the head can be fused, else a line that says why they are made.
-    `options` as of `lazy_head`, for a head that is not lazy yet."""
+def lazy_within(model: nn.Module, doing: str | None, **options: Any) -> Iterator[None]:
+    """No logits inside where the head can be fused, else a line that says why they are made, unless
+    `doing` is None. `options` as of `lazy_head`, for a head that is not lazy yet."""
     base = without_adapter(model)
     with contextlib.ExitStack() as stack:
         if not any(is_lazy(module) for module in base.modules()):
             try:
                 stack.enter_context(lazy_head_within(base, **options))
             except (ValueError, RuntimeError, TypeError) as error:
-                logger.warning("%s with whole logits: %s", doing, error)
+                if doing is not None:
+                    logger.warning("%s with whole logits: %s", doing, error)
         yield
 
 
