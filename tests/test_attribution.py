@@ -354,8 +354,10 @@ def test_fp16_keeps_the_gradients_of_small_and_large_scores(method: str, target:
 
 
 def test_what_is_not_finite_is_told_and_shown(
-    caplog: pytest.LogCaptureFixture, tmp_path: Path
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # all columns of the table
+
     def broken(rows: Tensor, ids: Tensor) -> Tensor:
         """Of the third target."""
         values = onepass.vocab_stats(rows, ids, want=("label_logit",)).label_logit
@@ -810,6 +812,8 @@ def test_json_and_back(dtype: torch.dtype, tmp_path: Path) -> None:
     )  # fmt: skip
     found.save(tmp_path / "a.json")
     json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda name: fail())
+    (tmp_path / "b.json").write_text(json.dumps(json.loads(found.to_json()), indent=1))
+    assert Attribution.load(tmp_path / "b.json").to_json() == found.to_json()  # by another program
     again = Attribution.load(tmp_path / "a.json")
     for name in Attribution.__dataclass_fields__:
         mine, theirs = getattr(found, name), getattr(again, name)
@@ -975,3 +979,18 @@ def test_the_picture(n: int, tmp_path: Path) -> None:
     view.write_png(tmp_path / "a.png", long(n))
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_prompt_before_what_was_generated_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    texts._tell_prompts.cache_clear()
+    with caplog.at_level(logging.WARNING, "onepass"):
+        found = attribute(gpt2(), TOKENIZER, "ha", generated="haha")
+    assert found.targets == ["h", "a"]
+    assert "what was generated begins with it: it is taken off there" in caplog.text
+
+
+def test_padding_that_is_not_there_is_no_baseline() -> None:
+    bare = tokenizer()
+    bare.pad_token = None
+    with pytest.raises(ValueError, match="baseline='pad': the tokenizer has no padding token"):
+        attribute(gpt2(), bare, TEXT, method="integrated_gradients", baseline="pad")

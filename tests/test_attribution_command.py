@@ -416,7 +416,7 @@ def test_without_a_model_a_small_one_is_made_once(
     assert asked == [(Path("onepass-attribute"), 42, True)] * 2
     assert [p.name for p in tmp_path.iterdir()] == ["onepass-attribute"]
     assert main(["attribute"]) == 2  # the one there was made with --fast
-    assert "--fast: got False, but the run was begun with True" in capsys.readouterr().err
+    assert "holds the smaller of the models made here\n  add --fast, or" in capsys.readouterr().err
     assert main(["attribute", "--text", TEXTS[0], "--output_dir", str(tmp_path / "b")]) == 0
 
 
@@ -431,3 +431,14 @@ def test_the_help_and_the_page_name_what_there_is(capsys: pytest.CaptureFixture[
         assert f"`{flag}" in page, flag
     for name in (*names.METHODS, *names.STEP_FUNCTIONS, *names.OPTIONS):
         assert f"`{name}`" in page or f'"{name}"' in page, name
+
+
+def test_texts_that_came_before_and_texts_of_others_are_told(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.jsonl"
+    assert main([*given(files, TEXTS[0], TEXTS[0]), "-o", str(out), "--hide"]) == 0
+    assert "1 texts came before: each is done once" in capsys.readouterr().err
+    assert main([*given(files, TEXTS[1]), "-o", str(out), "--hide"]) == 0
+    assert f"{out} has 1 other texts, which stay in it" in capsys.readouterr().err
+    assert len(load_all(out)) == 2

@@ -171,7 +171,9 @@ def check(args: argparse.Namespace) -> list[Asked]:
                 raise _unknown(flag, "step function", name, STEP_FUNCTIONS)
             other = (args.contrast_text, args.contrast_generated)
             if name in CONTRASTIVE and other == (None, None):
-                hint = "--contrast_text, another text, or --contrast_generated, other tokens"
+                hint = "--contrast_text, another text"
+                if name != "kl_divergence":
+                    hint += ", or --contrast_generated, other tokens"
                 raise UsageError(f"--{flag}: {name} compares, wanted what with", hint=hint)
     args.attribution_kwargs = _options(args.attribution_kwargs)
     try:
@@ -183,7 +185,11 @@ def check(args: argparse.Namespace) -> list[Asked]:
             check_from(name, getattr(args, name), 1)
     if args.generated is not None and args.max_new_tokens is not None:
         raise UsageError("--generated and --max_new_tokens exclude each other")
-    asked = list(dict.fromkeys(read_texts(args)))
+    every = read_texts(args)
+    asked = list(dict.fromkeys(every))
+    if len(asked) < len(every):
+        again = len(every) - len(asked)
+        print(f"{again} texts came before: each is done once", file=sys.stderr)
     check_files(args, len(asked))
     return asked
 
@@ -324,7 +330,7 @@ def begun(args: argparse.Namespace, asked: Sequence[Asked]) -> Begun:
     path, found = Path(args.save_path or ""), Begun({})
     if path.suffix != ".jsonl" or not path.exists() or args.overwrite:
         return found
-    now, wanted = settings(args), set(asked)
+    now, wanted, others = settings(args), set(asked), 0
     try:
         with path.open("rb") as file:
             for line in file:
@@ -336,12 +342,15 @@ def begun(args: argparse.Namespace, asked: Sequence[Asked]) -> Begun:
                         raise
                     break  # cut short
                 one = _asked(path, row, now)
+                others += one not in wanted
                 if one in wanted:
                     found.done[one] = where
                 found.end = where + len(line)
                 found.tail = b"" if line.endswith(b"\n") else b"\n"
     except (OSError, ValueError, RecursionError) as error:
         raise _foreign(path) from error
+    if others:
+        print(f"{path} has {others} other texts, which stay in it", file=sys.stderr)
     if found.done:
         print(f"{len(found.done)} of {len(asked)} texts are in {path} already", file=sys.stderr)
     return found
@@ -391,7 +400,16 @@ def small_folder(args: argparse.Namespace) -> RunFolder:
     from ..training.run_folder import RunFolder, read_run
 
     where = args.output_dir
-    again = "true" if where and read_run(Path(where)) is not None else None
+    earlier = read_run(Path(where)) if where else None
+    again = None if earlier is None else "true"
+    before = (earlier or {}).get("flags", {}).get("fast", args.fast)
+    if before != args.fast:
+        mend = "add" if before else "leave out"
+        raise UsageError(
+            f"--output_dir: {where!r} holds the {'smaller' if before else 'larger'} of the models"
+            " made here",
+            hint=f"{mend} --fast, or name another folder with --output_dir DIR",
+        )
     own = RunFlags(output_dir=where, resume_from_checkpoint=again)
     return RunFolder("attribute", Flags((own, SmallFlags(args.fast)), {}, set(), [], []))
 

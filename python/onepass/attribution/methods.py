@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ..cli.terminal import progress_bar
-from ..dpo.generate import padding_of
 from ..heads import find_head
 from ..jigsaw.protect import token_texts
 from ..lazy_logits import LazyLogits
@@ -150,7 +149,12 @@ def attribute(
         if method == "integrated_gradients":
             x0 = torch.zeros_like(embeds)
             if baseline == "pad":
-                pad = [padding_of(tokenizer)] * len(embeds)
+                if tokenizer.pad_token_id is None:
+                    raise ValueError(
+                        "baseline='pad': the tokenizer has no padding token: set its pad_token, or"
+                        " take zeros"
+                    )
+                pad = [tokenizer.pad_token_id] * len(embeds)
                 n = len(read.encoder)
                 x0 = embeddings_of(model, texts.Sequence(pad[:n], pad[n:], 0), scales)
         matrix, deltas, size = _attributed(
@@ -592,7 +596,10 @@ def gradients(
         rows = inputs.rows(x, targets)
         value = score(rows, at)
         if not value.requires_grad:
-            raise ValueError("target has no gradient: it does not change with the logits smoothly")
+            raise ValueError(
+                "target has no gradient: it does not change smoothly with the logits that follow"
+                " this text (contrast_prob and contrast_logits are of the other text alone)"
+            )
         if rows.dtype != torch.float16:
             return torch.autograd.grad(value.sum(), x)[0].to(embeds.dtype)
         factors = _factors(rows.detach(), score, at)

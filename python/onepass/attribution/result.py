@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,7 +118,13 @@ def load_all(path: str | Path) -> list[Attribution]:
         OSError: no such file. ValueError: a line that is none, by file and line.
     """
     found = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text") from error
+    with contextlib.suppress(ValueError):  # an object over several lines, as other programs write
+        text = json.dumps(json.loads(text))
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any, NamedTuple
 
 import torch
 
 from ..dpo.generate import no_settings, padding_of
+
+logger = logging.getLogger("onepass")
 
 
 class Sequence(NamedTuple):
@@ -56,6 +60,8 @@ def encode(
         decoder, start = start, start[:1]
     else:
         rest = generated.removeprefix(text) or generated  # inseq's begin with the prompt
+        if rest != generated:
+            _tell_prompts(name)
         decoder = _ids(tokenizer, text + rest)
         cut_elsewhere = decoder[: len(start)] != start or len(decoder) == len(start)
         if cut_elsewhere or decoder[-1] == tokenizer.eos_token_id:
@@ -64,6 +70,11 @@ def encode(
         raise ValueError(f"{name} has one token, and none before it: wanted two or more")
     _check_length(model, max(len(encoder), len(decoder)), name)
     return Sequence(encoder, decoder, len(start))
+
+
+@functools.cache
+def _tell_prompts(name: str) -> None:
+    logger.warning("%s: what was generated begins with it: it is taken off there", name)
 
 
 def prompt(model: Any, tokenizer: Any, text: str, name: str) -> tuple[list[int], list[int]]:
