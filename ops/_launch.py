@@ -94,9 +94,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def slabs(n_rows: int, row_numel: int) -> list[slice]:
-    """Slices of rows that keep the torch path's temporaries in cache."""
-    step = max(1, SLAB_BYTES // (4 * max(1, row_numel)))
+def slabs(n_rows: int, row_numel: int, most: int = SLAB_BYTES) -> list[slice]:
+    """Slices of rows that keep the torch path's temporaries in cache, or within `most` bytes."""
+    step = max(1, min(SLAB_BYTES, most) // (4 * max(1, row_numel)))
     return [slice(i, min(i + step, n_rows)) for i in range(0, n_rows, step)]
 
 

@@ -116,7 +116,7 @@ def vocab_stats_reference(
         at_contrast = z.gather(-1, contrast_labels.clamp_min(0)[:, None]).squeeze(-1)
         facts["contrast_logit"] = at_contrast.masked_fill(contrast_labels == IGNORED, 0.0)
     if "entropy" in want:
-        heat = (e * torch.where(e > 0, gap, 0.0)).sum(-1)
+        heat = torch.where(e > 0, gap, 0.0).mul_(e).sum(-1)
         facts["entropy"] = log_norm - heat / (1 + rest)
     if "logit_sum" in want:
         facts["logit_sum"] = z.sum(-1)

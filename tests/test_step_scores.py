@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import onepass
+from onepass.bench.measure import _peak_bytes
 from onepass.step_functions import (
     StepFunctionDecoderOnlyArgs,
     StepFunctionEncoderDecoderArgs,
@@ -23,6 +24,7 @@ from onepass.step_functions import (
     list_step_functions,
     step_scores,
 )
+from onepass.step_functions.text import CPU_SLAB_BYTES
 from support.tiny_models import V, tiny
 
 core = importlib.import_module("onepass.step_functions.core")
@@ -345,3 +347,22 @@ def test_refused_before_the_model_runs(case: str) -> None:
         given["model"].register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(kind, match=message):
         step_scores(**given)
+
+
+def test_memory_is_an_eighth_of_a_texts_logits() -> None:
+    """Peak of six scores of 512 tokens and 50257 logits, on a CPU."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(512, 16, generator=generator)
+    weight = torch.randn(50257, 16, generator=generator) / 4
+    ids, others = torch.randint(50257, (2, 512), generator=generator)
+    names = [*SINGLE, "contrast_prob_diff"]
+
+    def run() -> None:
+        rows = onepass.LazyLogits(hidden, weight, max_slab_bytes=CPU_SLAB_BYTES)
+        with torch.no_grad():
+            core.scores(rows, ids, names, contrast_ids=others)
+
+    run()
+    with _peak_bytes(torch.device("cpu")) as peak:
+        run()
+    assert peak[0] < 512 * 50257 * 4 / 8
