@@ -226,7 +226,7 @@ class Slabs:
 def parts(u: Tensor, triton: bool) -> list[slice]:
     """Rows of a slab whose temporaries fit a CPU's cache and are no more than half the slab, whose
     size a caller chose for memory; all of them for the kernels."""
-    return [slice(0, len(u))] if triton else slabs(*u.shape, most=2 * u.numel())
+    return [slice(0, len(u))] if triton else slabs(len(u), u.shape[1], 2 * u.numel())
 
 
 class Need(NamedTuple):
