@@ -20,7 +20,7 @@ from .core import scores as scores_of_rows
 from .dropout import check_dropout, noisy_runs
 from .filters import check_filter
 
-# Of 512 tokens, 50257 logits and 64 hidden features 10 MB at the peak in 205 ms, where whole logits
+# Of 512 tokens, 50257 logits and 64 hidden features 10 MB at the peak in 199 ms, where whole logits
 # are 98 MB; slabs of 8 MB take 23 MB and 165 ms, of 64 MB 64 MB and 133 ms (one thread).
 CPU_SLAB_BYTES = 4 << 20
 
