@@ -26,6 +26,7 @@ from onepass.circuit_breaker import (
     schedule,
 )
 from onepass.circuit_breaker.evaluate import cosines, nats_per_token
+from support.after_evaluation import assert_forgets_evaluations
 from support.tiny_language_model import BENIGN, HARMFUL, model, tokenizer
 
 # PEFT asks transformers under a name that it has retired; the trainer warns where no GPU is.
@@ -341,15 +342,4 @@ def test_the_published_function_and_a_schedule_of_ones_own_work_in_a_subclass(
 
 
 def test_ddp_is_put_on_after_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An evaluation over processes marks the model as prepared; see `forget_evaluation`."""
-    ours = trainer(tmp_path)
-    seen = []
-    monkeypatch.setattr(
-        transformers.Trainer, "train",
-        lambda self: seen.append("_is_accelerate_prepared" in vars(self.model)),
-    )  # fmt: skip
-    for n_processes in (1, 2):
-        monkeypatch.setattr(type(ours.args), "world_size", property(lambda self: n_processes))  # noqa: B023
-        ours.model._is_accelerate_prepared = True
-        ours.train()
-    assert seen == [True, False]
+    assert_forgets_evaluations(trainer(tmp_path), monkeypatch)

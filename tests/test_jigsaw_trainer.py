@@ -22,6 +22,7 @@ from onepass.jigsaw.cloak import TransformerCloak
 from onepass.jigsaw.evaluate import attacks_on, facts_of, measure
 from onepass.jigsaw.trainer import JigsawTrainer, lora_config
 from onepass.training.flags import LoraFlags
+from support.after_evaluation import assert_forgets_evaluations
 from support.tiny_jigsaw import moved
 from support.tiny_language_model import BENIGN, HARMFUL, tokenizer
 from support.tiny_models import SIZES
@@ -492,15 +493,4 @@ def test_a_trainer_without_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_ddp_is_put_on_after_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An evaluation over processes marks the model as prepared; see `forget_evaluation`."""
-    ours = trainer(tmp_path)
-    seen = []
-    monkeypatch.setattr(
-        transformers.Trainer, "train",
-        lambda self: seen.append("_is_accelerate_prepared" in vars(self.model)),
-    )  # fmt: skip
-    for n_processes in (1, 2):
-        monkeypatch.setattr(type(ours.args), "world_size", property(lambda self: n_processes))  # noqa: B023
-        ours.model._is_accelerate_prepared = True
-        ours.train()
-    assert seen == [True, False]
+    assert_forgets_evaluations(trainer(tmp_path), monkeypatch)

@@ -27,7 +27,7 @@ from onepass.jigsaw.transform_file import find_transform, read_settings
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 from onepass.jigsaw.embedding_layer import find_embeddings, load_embeddings  # noqa: E402
-from onepass.jigsaw.protect import quoted, token_texts  # noqa: E402
+from onepass.training.token_texts import quoted, token_texts  # noqa: E402
 from support.tiny_language_model import CHAT, tokenizer  # noqa: E402
 from support.tiny_models import D, V, tiny  # noqa: E402
 

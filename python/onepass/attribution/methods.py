@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ..cli.terminal import progress_bar
 from ..heads import find_head
-from ..jigsaw.protect import token_texts
 from ..lazy_logits import LazyLogits
 from ..ops._check import check_choice
 from ..step_functions import (
@@ -32,6 +31,7 @@ from ..step_functions import (
 from ..step_functions.core import SCORES
 from ..step_functions.dropout import check_dropout, noisy_runs
 from ..training.hidden_states import lazy_within, training_mode
+from ..training.token_texts import token_texts
 from . import texts
 from .names import BASELINES, CONTRASTIVE, METHODS, REDUCTIONS, check_options
 from .result import Attribution, positions_read

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..dpo.generate import no_settings, padding_of
+from ..training.generation import no_settings, padding_of
 
 logger = logging.getLogger("onepass")
 

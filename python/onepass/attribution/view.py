@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from ..cli.files import replace
-from ..jigsaw.protect import printable
 from ..training.curves import COLOURS
+from ..training.token_texts import printable
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -206,7 +206,7 @@ def read_data(
     from .examples import check_pair, read_preferences
 
     found: dict[str, list[Prompt]] = {}
-    if None is not data.data == data.val:
+    if data.data is not None and data.val == data.data:
         raise UsageError("--val: is --data itself: leave it out, or --validation_ratio 0")
     if dataset.dataset_name is not None:
         for part, rows in dataset.load().items():

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..training.generation import padding_of
 from ..training.hidden_states import lazy_within
 from .examples import TextOrTurns
-from .generate import Answer, Sampling, padding_of, prompt_ids, sample_answers, texts_of
+from .generate import Answer, Sampling, prompt_ids, sample_answers, texts_of
 
 if TYPE_CHECKING:
     from .reward import Reward, Score

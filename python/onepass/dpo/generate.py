@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +10,8 @@ import torch
 
 from ..cli.errors import one_line
 from ..cli.terminal import progress_bar
-from ..training.hidden_states import training_mode, without_adapter
+from ..training.generation import no_settings, padding_of
+from ..training.hidden_states import training_mode
 from .data import begun
 from .examples import TextOrTurns
 
@@ -87,28 +87,6 @@ def prompt_ids(
                 f" max_new_tokens={n_new} is more than the {positions} that the model takes"
             )
     return ids
-
-
-def padding_of(tokenizer: Any) -> int:
-    """A token to pad with; what is padded is masked, so that any will do."""
-    found = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(int(token) for token in found if token is not None)
-
-
-@contextlib.contextmanager
-def no_settings(model: Any) -> Iterator[None]:
-    """Without the settings that a model brings for its sampling (min_p, repetition_penalty, ...),
-    which transformers takes where a call says nothing; restored after."""
-    from transformers import GenerationConfig
-
-    before = {id(m): (m, m.generation_config) for m in (model, without_adapter(model))}
-    try:
-        for owner, _ in before.values():
-            owner.generation_config = GenerationConfig()
-        yield
-    finally:
-        for owner, config in before.values():
-            owner.generation_config = config
 
 
 @torch.no_grad()

@@ -9,11 +9,11 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cli.errors import Failed, UsageError, one_line
+from ..training.token_texts import printable, token_texts
 from .transform_file import SGT, find_transform, read_settings
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ MAX_SEED = 2**62  # leaves room for the draws after the first
 MAX_SAMPLES = 100_000
 MAX_TOKENS = 2**31  # too long a text is refused, not cut
 MARK = "*"
-LONGEST = 32  # characters of a token in a table
 NAMES = {"l2": "L2", "cosine": "cosine", "informed": "informed"}
 
 
@@ -369,28 +368,6 @@ def _write(args: argparse.Namespace, tokenizer: Any, done: Protection, model: An
 # -- what is shown ------------------------------------------------------------------------------
 
 
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Each token as the text that it stands for; one that is no text alone (a byte of a character,
-    a row without a token) by its name."""
-    texts = []
-    for token_id in ids:
-        piece = tokenizer.convert_ids_to_tokens(int(token_id))
-        text = tokenizer.decode([int(token_id)], clean_up_tokenization_spaces=False)
-        if piece is None:
-            text = f"<{int(token_id)}>"
-        elif not text or "\ufffd" in text:
-            text = f"<{str(piece).strip('<>')}>"
-        elif piece.startswith("\u2581") and not text.startswith(" "):  # SentencePiece's blank
-            text = " " + text
-        texts.append(text)
-    return texts
-
-
-def quoted(text: str, longest: int = LONGEST) -> str:
-    """The text in quotes, unprintable characters escaped, cut to `longest`."""
-    return repr(text if len(text) <= longest else text[: longest - 3] + "...")
-
-
 def as_dict(done: Protection, tokenizer: Any) -> dict[str, Any]:
     """What is known of each token and of all, for JSON. Of several draws distances and cosines are
     means, recovered is the share of them, and the nearest token is that of the first."""
@@ -469,13 +446,3 @@ def totals_line(totals: dict[str, Any]) -> str:
         f" ({by_metric}){known}; mean |cos| {totals['abs_cosine']:.3f}; mean distance"
         f" {totals['distance']:#.3g}, {totals['relative_distance']:#.3g} |x|"
     )
-
-
-def printable(text: str) -> str:
-    """In quotes, with what stdout cannot carry escaped."""
-    told = quoted(text)
-    try:
-        told.encode(sys.stdout.encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return json.dumps(text)
-    return told
