@@ -35,6 +35,11 @@ class Goal(NamedTuple):
     classifier: Any = None  # hidden states [B, D] to logits [B, C]
     class_label: int = 0
 
+    def on(self, device: Any) -> Goal:
+        """With the bags there."""
+        bags = (Bag(bag.ids.to(device), bag.weights.to(device)) for bag in self.bags)
+        return self._replace(bags=tuple(bags))
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -173,7 +178,7 @@ def perturb_past(
             model,
             packed,
             last.to(packed.device),
-            goal,
+            goal.on(packed.device),
             how,
             log_u=log_u,
             unpert_past=ahead,
