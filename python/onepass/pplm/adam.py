@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..ops.vocab_pair_stats import vocab_pair_stats
-from ..training.hidden_states import training_mode
 from .bags import Bag
-from .cache import as_cache, pack, unpack
+from .cache import pack, unpack
+from .forward import Forward, materialized, run, steady
 from .heads import ClassificationHead
 from .settings import pplm
 
@@ -30,13 +30,6 @@ class Aim(NamedTuple):
 
     bag: Bag | None = None
     head: ClassificationHead | None = None
-
-
-def aim_of(args: pplm, model: nn.Module, tokenizer: Any = None) -> Aim:
-    """The bag in the tokens of the tokenizer, or the head, after checking that it fits."""
-    if args.method == "BoW":
-        return Aim(bag=args.bag(tokenizer, _output_head(model).weight.device))
-    return Aim(head=args.head(model))
 
 
 def perturb_hidden_bow(
@@ -141,9 +134,8 @@ def perturb_past_bow(
         per_row: as of `perturb_hidden_bow`.
         attention_mask: [B, T + 1], of a batch padded on the left.
     """
-    return _perturb_past(
-        model, prev, past, original_probs, tokenizer, args, per_row, attention_mask
-    )
+    aim = Aim(bag=args.bag(tokenizer, prev.device))
+    return _perturb_past(model, prev, past, original_probs, aim, args, per_row, attention_mask)
 
 
 def perturb_past_discrim(
@@ -158,7 +150,8 @@ def perturb_past_discrim(
 ) -> Any:
     """The past, moved so that the discriminator sees the target class rather in the hidden state of
     `prev`. Arguments as of `perturb_past_bow`."""
-    return _perturb_past(model, prev, past, original_probs, None, args, per_row, attention_mask)
+    aim = Aim(head=args.head(model))
+    return _perturb_past(model, prev, past, original_probs, aim, args, per_row, attention_mask)
 
 
 def _perturb_past(
@@ -166,20 +159,17 @@ def _perturb_past(
     prev: Tensor,
     past: Any,
     original_probs: Tensor | None,
-    tokenizer: Any,
+    aim: Aim,
     args: pplm,
     per_row: bool,
     mask: Tensor | None,
 ) -> Any:
-    if (args.method == "BoW") != (tokenizer is not None):
-        name = "perturb_past_bow" if tokenizer is not None else "perturb_past_discrim"
-        raise ValueError(f"{name} was called with args of method={args.method!r}")
-    with torch.inference_mode(False), training_mode(model, False):
-        aim, log_u = aim_of(args, model, tokenizer), None
-        if args.seed_compat_offset:
-            if original_probs is None:
-                raise ValueError("seed_compat_offset: wanted original_probs, got None")
-            log_u = original_probs.detach().reshape(len(prev), -1).float().log()
+    log_u = None
+    if args.seed_compat_offset:
+        if original_probs is None:
+            raise ValueError("seed_compat_offset: wanted original_probs, got None")
+        log_u = original_probs.detach().reshape(len(prev), -1).float().log()
+    with steady(model):
         moved = steer_past(model, prev, pack(past), aim, args, mask, log_u, per_row=per_row)
     return unpack(moved.past, past)
 
@@ -190,7 +180,7 @@ def _perturb_past(
 class MovedHidden(NamedTuple):
     last: Tensor  # [B, D], in its dtype
     shift: Tensor | None  # [B, D] fp32, of every position before
-    log_u: Tensor | None  # [B, V] fp32 logits over the temperature, unperturbed; None: no step
+    log_u: Tensor | None  # [B, V] fp32, unperturbed logits over the temperature; None: no step
 
 
 class MovedPast(NamedTuple):
@@ -213,7 +203,8 @@ def steer_hidden(
 
     def loss(leaf: Tensor) -> Tensor:
         logits = logits_of(leaf[-1].to(last.dtype)).float() / args.temperature
-        known.append(logits.detach()) if not known else None
+        if not known:
+            known.append(logits.detach())
         pooled = None
         if rest is not None:
             shift = leaf[0]
@@ -247,12 +238,12 @@ def steer_past(
     known: list[Tensor] = []
 
     def loss(leaf: Tensor) -> Tensor:
-        out = run(model, prev, as_cache(leaf.to(past.dtype)), mask, output_hidden_states=True)
-        logits = plain_logits(out.logits[:, -1]).float() / args.temperature
+        out = run(model, prev, leaf.to(past.dtype), mask)
+        logits = logits_over(out, args.temperature)
         if not known:
-            known.extend((logits.detach(), pack(out.past_key_values)))
+            known.extend((logits.detach(), out.past()))
         target = known[0] if log_u is None else log_u
-        pooled = out.hidden_states[-1].float().sum(1)
+        pooled = out.hidden.float().sum(1)
         return steering_loss(logits, target, aim, pooled, args, per_row)
 
     moved = adam(past, loss, args).to(past.dtype)
@@ -312,42 +303,15 @@ def adam(start: Tensor, loss: Callable[[Tensor], Tensor], args: pplm) -> Tensor:
     return value
 
 
-def run(
-    model: nn.Module, tokens: Tensor, cache: Any, mask: Tensor | None = None, **options: Any
-) -> Any:
-    """The model's output for `tokens` [B, n] after those of the cache; mask [B, T + n] where rows
-    are padded on the left."""
-    if mask is not None:
-        options["attention_mask"] = mask
-        if takes_positions(model):
-            positions = (mask.cumsum(-1) - 1).clamp_min(0)
-            options["position_ids"] = positions[:, -tokens.shape[1] :]
-    return model(input_ids=tokens, past_key_values=cache, use_cache=True, **options)
+def logits_over(out: Forward, temperature: float) -> Tensor:
+    """The last position's logits over the temperature, [B, V] fp32."""
+    assert out.logits is not None
+    return materialized(out.logits) / temperature
 
 
-def takes_positions(model: nn.Module) -> bool:
-    """Whether its forward takes position_ids; where not, positions come from the mask."""
-    import inspect
-
-    from ..training.hidden_states import without_adapter
-
-    return "position_ids" in inspect.signature(without_adapter(model).forward).parameters
-
-
-def plain_logits(logits: Tensor) -> Tensor:
-    """Made, where they are lazy."""
-    make = getattr(logits, "materialize", None)
-    return logits if make is None else make()
-
-
-def head_logits(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def head_logits(model: Any) -> Callable[[Tensor], Tensor]:
     """From hidden states [B, D] to logits [B, V], by the output head alone."""
-    head = _output_head(model)
-    return lambda last: plain_logits(head(last.unsqueeze(1))[:, -1])
-
-
-def _output_head(model: nn.Module) -> Any:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = model.get_output_embeddings()
     if head is None:
-        raise ValueError(f"{type(model).__name__} has no output head: wanted a causal language model")
-    return head
+        raise ValueError(f"{type(model).__name__} has no output head: wanted a language model")
+    return lambda last: materialized(head(last.unsqueeze(1))[:, -1])
