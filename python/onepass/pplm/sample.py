@@ -218,12 +218,9 @@ def _texts(
         generator = torch.Generator(walk.device).manual_seed(seed)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     rows = prompt_rows(walk.model, tokenizer, prompts, add_eos_start, n_new)
-    drawn = list(
-        draw(
-            walk, rows, n_new, lambda probs: pick(probs, generator=generator), padding_of(tokenizer)
-        )
-    )
-    new = torch.cat(drawn, 1).tolist()
+    pad = padding_of(tokenizer)
+    drawn = new_tokens(walk, rows, n_new, lambda probs: pick(probs, generator=generator), pad)
+    new = torch.cat(list(drawn), 1).tolist()
     texts = [
         tokenizer.decode([*row, *more][add_eos_start:], clean_up_tokenization_spaces=False)
         for row, more in zip(rows, new, strict=True)
