@@ -69,7 +69,7 @@ def check_model(model: Any) -> None:
 def run(
     model: Any,
     tokens: Tensor,
-    past: Tensor | None = None,
+    past: Any = None,
     mask: Tensor | None = None,
     *,
     logits: bool = True,
@@ -78,7 +78,7 @@ def run(
 
     Args:
         tokens: [B, S] ids, or embeddings [B, S, E].
-        past: [L, 2, B, H, T, d], left as it is; gradients flow into it.
+        past: [L, 2, B, H, T, d], left as it is; or a Cache, which grows. Gradients flow into it.
         mask: [B, T + S], 0 where a row is padded on the left; None where none is.
         logits: whether the head runs.
     """
@@ -88,7 +88,9 @@ def run(
     inputs: dict[str, Any] = {
         "inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens
     }
-    inputs["past_key_values"] = DynamicCache() if past is None else as_cache(past)
+    if isinstance(past, Tensor):
+        past = as_cache(past)
+    inputs["past_key_values"] = DynamicCache() if past is None else past
     inputs |= {"use_cache": True, "return_dict": True}
     if mask is not None:
         inputs["attention_mask"] = mask
@@ -97,6 +99,8 @@ def run(
     if not logits:
         out = inner.base_model(**inputs)
         return Forward(out.last_hidden_state, None, out.past_key_values)
+    if _takes(inner, "output_router_logits"):
+        inputs["output_router_logits"] = False  # their loss fails on a mask longer than the tokens
     if _takes(inner, "logits_to_keep"):
         inputs["logits_to_keep"] = 1
     found: list[Tensor] = []
