@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-TESTS = Path(__file__).resolve().parent
+from support.two_processes import run_two
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -22,19 +19,7 @@ pytestmark = pytest.mark.skipif(
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a file for each case and rank: what was raised there."""
     folder = tmp_path_factory.mktemp("two_processes")
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent / "python")])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "support.rerouting_on_two"]
-    runs = [
-        subprocess.Popen([*command, str(rank), f"file://{folder}/rendezvous", str(folder)], env=env)
-        for rank in range(2)
-    ]
-    try:
-        codes = [run.wait(timeout=280) for run in runs]
-    finally:
-        for run in runs:
-            run.kill()
-    assert codes == [0, 0]
+    run_two("rerouting_on_two", folder, str(folder))
     return folder
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from onepass.cli import main
 from support.tiny_language_model import save
+from support.two_processes import run_two
 
 PYTHON = Path(__file__).resolve().parents[1] / "python"
 RUN = ["-m", "onepass", "train", "jigsaw"]
@@ -260,19 +261,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(
     reason="this torch was built without gloo",
 )
 def test_two_processes_train_and_have_the_gradients_of_one(files: Path, tmp_path: Path) -> None:
-    path = os.pathsep.join([str(PYTHON.parent / "tests"), str(PYTHON)])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "support.jigsaw_on_two"]
-    runs = [
-        subprocess.Popen(
-            [*command, str(rank), f"file://{tmp_path}/rendezvous"], env=env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in runs:
-        code, _, err = finish(process)
-        assert code == 0, err
+    run_two("jigsaw_on_two", tmp_path)
     flags = [*given(files), *QUICK, "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     code, out, err = finish(start(flags, *launcher))

@@ -8,7 +8,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import onepass
 from onepass import LazyLogits
 
 from .tiny_models import V, batch_of, tiny
+from .two_processes import join, leave
 
 Grads = dict[str, Tensor]
 
@@ -250,9 +250,7 @@ def main(rank: int, rendezvous: str, cases: list[str], answers: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # accelerate asks, in vain
-    dist.init_process_group(
-        "gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+    join(rank, rendezvous)
     for case in cases:
         try:
             globals()[case](rank)
@@ -261,7 +259,7 @@ def main(rank: int, rendezvous: str, cases: list[str], answers: Path) -> None:
             said = traceback.format_exc()
         (answers / f"{case}.{rank}").write_text(said, "utf-8")
         dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -19,6 +18,7 @@ from onepass.jigsaw.trainer import lora_config
 from onepass.training.flags import LoraFlags
 
 from .tiny_language_model import model
+from .two_processes import join, leave
 
 
 def pair() -> Any:
@@ -50,9 +50,7 @@ def loss_of(wrapped: Any, rank: int) -> Tensor:
 
 
 def main(rank: int, rendezvous: str) -> None:
-    dist.init_process_group(
-        "gloo", rendezvous, timeout=timedelta(seconds=120), rank=rank, world_size=2
-    )
+    join(rank, rendezvous)
     whole = pair()
     for share in range(2):
         with mock.patch.object(dist, "get_rank", lambda share=share: share):  # whose noise it is
@@ -69,8 +67,7 @@ def main(rank: int, rendezvous: str) -> None:
             torch.testing.assert_close(
                 parameter.grad, wanted[name], rtol=1e-4, atol=1e-5 * size, msg=name
             )
-    dist.barrier()  # who is left behind by the other may wait in gloo for ever
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -6,12 +6,10 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -21,6 +19,7 @@ from onepass.circuit_breaker import LoraArguments, LorraArguments, Rerouting, ji
 from onepass.circuit_breaker.loss import rerouting_loss
 
 from .tiny_language_model import model
+from .two_processes import join, leave
 
 OPTIONS = Rerouting((2, 3))
 COEFFICIENTS = (2.0, 3.0)
@@ -94,9 +93,7 @@ CASES: dict[str, Callable[[int], None]] = {"ddp": ddp, "fsdp2": fsdp2}
 
 def main(rank: int, rendezvous: str, answers: str) -> None:
     """Write what each case raised, nothing where it did not, to <answers>/<case>.<rank>."""
-    dist.init_process_group(
-        "gloo", rendezvous, timeout=timedelta(seconds=120), rank=rank, world_size=2
-    )
+    join(rank, rendezvous)
     for name, case in CASES.items():
         try:
             case(rank)
@@ -104,8 +101,7 @@ def main(rank: int, rendezvous: str, answers: str) -> None:
         except Exception:
             said = traceback.format_exc()
         Path(answers, f"{name}.{rank}").write_text(said, encoding="utf-8")
-    dist.barrier()  # who is left behind by the other may wait in gloo for ever
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
