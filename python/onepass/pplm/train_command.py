@@ -72,8 +72,8 @@ class DataFlags:
     val: str | None = flag(None, "to measure on, in place of a held-out share", metavar="FILE")
     text_column: str = flag("text", "the column of the texts", metavar="NAME")
     label_column: str = flag("label", "the column of the classes", metavar="NAME")
-    max_length: int = flag(256, "tokens of a text; what is beyond is left out")
-    held_out: float = flag(0.1, "share of each class that is measured on")
+    max_length: int = flag(256, "tokens read of a text at most")
+    held_out: float = flag(0.1, "share of each class to measure on")
 
 
 @dataclass
@@ -81,10 +81,8 @@ class TrainFlags:
     """The head."""
 
     pool: str = flag("mean", "over the tokens", choices=list(POOLS))
-    binary: bool = flag(False, "one logit for two classes (PPLM.jl), not one a class")
-    default_class: str | None = flag(
-        None, "steered to where none is named (default: the first)", metavar="NAME"
-    )
+    binary: bool = flag(False, "one logit for two classes, as PPLM.jl")
+    default_class: str | None = flag(None, "what to steer to (default: the first)", metavar="NAME")
     epochs: int = flag(10, "passes over the texts")
     learning_rate: float = flag(1e-4, "of Adam")
     batch_size: int = flag(64, "texts a step")
