@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cli.errors import nearest, one_line
@@ -76,6 +77,14 @@ class ClassificationHead(nn.Module):
         """Logits [..., C] of hidden states [..., D], in the dtype of the head."""
         logits: Tensor = self.mlp(hidden_state.to(self.mlp.weight.dtype))
         return logits
+
+
+def class_logps(logits: Tensor) -> Tensor:
+    """Log-probabilities [..., max(C, 2)] of logits [..., C]; of one logit those of classes 0 and 1,
+    so that its nll_loss is the binary cross-entropy."""
+    if logits.shape[-1] == 1:
+        return F.logsigmoid(torch.cat([-logits, logits], dim=-1))
+    return logits.log_softmax(-1)
 
 
 def ClassifierHead(
