@@ -16,8 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..cli.errors import Failed, UsageError, one_line, unknown
-from ..dpo.command_line import check_installed, device_of, find_adapter, load_policy
 from ..training.flags import Flags, Help, ModelFlags, RunFlags, check_from
+from ..training.models import (
+    check_folder,
+    check_installed,
+    device_of,
+    find_adapter,
+    load_policy,
+)
 from .names import (
     BASELINES,
     CONTRASTIVE,
@@ -152,8 +158,6 @@ def check(args: argparse.Namespace) -> list[Asked]:
     Raises:
         UsageError: what can be refused before libraries are loaded and files written.
     """
-    from ..training.models import check_folder
-
     if args.model is not None:
         if not args.model:
             raise UsageError("--model: got an empty name")
