@@ -19,6 +19,8 @@ from onepass.cli import main
 from onepass.cli.errors import Parser
 from onepass.demo.train import one_thread
 from onepass.training import small_model
+from onepass.training.models import weights_digest
+from support.tiny_language_model import model as small
 from support.tiny_language_model import save, tokenizer
 from support.tiny_models import D
 
@@ -349,7 +351,7 @@ def test_every_setting_must_be_the_same(
     out = tmp_path / "x.jsonl"
     assert main([*given(files), "--hide", "-o", str(out)]) == 0
     row = json.loads(out.read_text())
-    names = set(row["asked"]) - {"generated"}
+    names = set(row["asked"]) - {"generated", "weights"}
     assert len(names) == 17
     for name in names:
         other = row | {"asked": row["asked"] | {name: "another"}}
@@ -357,6 +359,36 @@ def test_every_setting_must_be_the_same(
         capsys.readouterr()
         assert main([*given(files), "--hide", "-o", str(out)]) == 2, name
         assert f"--{name}: got " in capsys.readouterr().err
+
+
+def test_other_weights_under_the_same_name_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, n_layers=2)
+    out = tmp_path / "x.jsonl"
+    assert main([*given(tmp_path), "--hide", "-o", str(out)]) == 0
+    before = out.read_bytes()
+    made = small(2)
+    with torch.no_grad():
+        made.lm_head.weight[3, 5] += 1
+    made.save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    assert main([*given(tmp_path, *TEXTS), "--hide", "-o", str(out)]) == 2
+    assert f"--model: got other weights than those that {str(out)!r}" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert main([*given(tmp_path, *TEXTS), "--hide", "-o", str(out), "--overwrite"]) == 0
+    assert len(load_all(out)) == 3
+
+
+def test_the_digest_of_weights() -> None:
+    made = small()
+    wanted = weights_digest(made.bfloat16())
+    assert weights_digest(made.float()) == weights_digest(small().bfloat16().double()) == wanted
+    for name in ("model.layers.0.input_layernorm.weight", "lm_head.weight"):
+        other = small().bfloat16()
+        with torch.no_grad():
+            other.get_parameter(name).flatten()[-1] += 1
+        assert weights_digest(other) != wanted
 
 
 def test_overwrite_begins_anew(files: Path, tmp_path: Path) -> None:
@@ -414,6 +446,9 @@ def test_without_a_model_a_small_one_is_made_once(
         said = capsys.readouterr()
         assert said.out.startswith("saliency of probability") and "'Return" not in said.out[:80]
     assert asked == [(Path("onepass-attribute"), 42, True)] * 2
+    for text in TEXTS[:2]:  # a file of the model made here is gone on with
+        assert main(["attribute", "--fast", "-o", str(files / "x.jsonl"), "--text", text]) == 0
+    assert len(load_all(files / "x.jsonl")) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["onepass-attribute"]
     assert main(["attribute"]) == 2  # the one there was made with --fast
     assert "holds the smaller of the models made here\n  add --fast, or" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +23,7 @@ from ..training.models import (
     device_of,
     find_adapter,
     load_policy,
+    weights_digest,
 )
 from .names import (
     BASELINES,
@@ -127,7 +128,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Refuse what cannot work, then attribute, write and print; returns the exit code."""
     asked = check(args)
-    before = begun(args, asked)
+    asks = settings(args)
+    before = begun(args, asked, asks)
     folder = None if args.model is not None else small_folder(args)
     check_installed(NEEDED)
     from ..cli.terminal import quiet_libraries
@@ -140,8 +142,13 @@ def run(args: argparse.Namespace) -> int:
 
                 stack.enter_context(one_thread())  # what so small a model runs fastest on
                 args.model = str(small_model(folder, args.fast))
-            work = worker(args)
-        kept, n_new, n_bad = go_through(args, asked, before, work)
+            work, asks["weights"] = worker(args)
+            if before.weights - {asks["weights"]}:
+                raise UsageError(
+                    f"--model: got other weights than those that {args.save_path!r} was begun with",
+                    hint="--overwrite begins anew",
+                )
+        kept, n_new, n_bad = go_through(args, asked, asks, before, work)
     for file in write(args, kept, n_new):
         print(f"wrote {file}", file=sys.stderr)
     if n_bad:
@@ -317,14 +324,15 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 @dataclass
 class Begun:
     """What a .jsonl file holds: of each finished text where its line begins; where the next line
-    goes, and what ends the one before it."""
+    goes, and what ends the one before it; the weights that its lines are of."""
 
     done: dict[Asked, int]
     end: int | None = 0  # None: at the file's end
     tail: bytes = b""
+    weights: set[str] = field(default_factory=set)
 
 
-def begun(args: argparse.Namespace, asked: Sequence[Asked]) -> Begun:
+def begun(args: argparse.Namespace, asked: Sequence[Asked], now: dict[str, Any]) -> Begun:
     """Those of the texts that --save_path holds already. A line that a kill cut short is not among
     them, and the next one replaces it.
 
@@ -334,7 +342,7 @@ def begun(args: argparse.Namespace, asked: Sequence[Asked]) -> Begun:
     path, found = Path(args.save_path or ""), Begun({})
     if path.suffix != ".jsonl" or not path.exists() or args.overwrite:
         return found
-    now, wanted, others = settings(args), set(asked), 0
+    wanted, others = set(asked), 0
     try:
         with path.open("rb") as file:
             for line in file:
@@ -346,6 +354,7 @@ def begun(args: argparse.Namespace, asked: Sequence[Asked]) -> Begun:
                         raise
                     break  # cut short
                 one = _asked(path, row, now)
+                found.weights.add(str(row["asked"].get("weights")))
                 others += one not in wanted
                 if one in wanted:
                     found.done[one] = where
@@ -434,8 +443,8 @@ def small_model(folder: RunFolder, fast: bool) -> Path:
 # -- the work -----------------------------------------------------------------------------------
 
 
-def worker(args: argparse.Namespace) -> Callable[[Asked], Attribution]:
-    """Load the model; returns what attributes a text."""
+def worker(args: argparse.Namespace) -> tuple[Callable[[Asked], Attribution], str]:
+    """Load the model; returns what attributes a text, and the digest of the weights."""
     from . import methods
 
     device = device_of(args.device)
@@ -464,12 +473,13 @@ def worker(args: argparse.Namespace) -> Callable[[Asked], Attribution]:
             batch_size=args.batch_size,
         )
 
-    return work
+    return work, weights_digest(model)
 
 
 def go_through(
     args: argparse.Namespace,
     asked: Sequence[Asked],
+    asks: dict[str, Any],
     before: Begun,
     work: Callable[[Asked], Attribution] | None,
 ) -> tuple[list[Attribution], int, int]:
@@ -485,7 +495,6 @@ def go_through(
     save_path = args.save_path or ""
     lines = Path(save_path) if save_path.endswith(".jsonl") else None
     keeps = args.viz_path is not None or save_path.endswith(".json")
-    same = settings(args)
     kept, n_new, n_bad, size = [], 0, 0, None
     for number, one in enumerate(asked, 1):
         if one in before.done:
@@ -511,8 +520,8 @@ def go_through(
         if keeps:
             kept.append(found)
         if lines is not None or args.json:
-            asks = same | {"generated": one.generated}
-            line = strict_json(found.as_dict() | {"asked": asks})
+            its = asks | {"generated": one.generated}
+            line = strict_json(found.as_dict() | {"asked": its})
         if lines is not None:
             add_line(lines, line, before)
         if args.json:

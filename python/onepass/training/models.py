@@ -10,6 +10,7 @@ from typing import Any
 
 from ..cli.errors import Failed, UsageError, one_line
 from .flags import ModelFlags
+from .run_folder import digest
 
 
 def check_folder(name: str, flag: str = "--model") -> None:
@@ -146,3 +147,16 @@ def load_policy(
                 f"--adapter: {str(adapter)!r} does not fit the model: {_why(error)}"
             ) from error
     return made.eval().requires_grad_(False), tokenizer
+
+
+def weights_digest(model: Any) -> str:
+    """What tells a model's weights apart: of matrices the xor of each row, which is the same on
+    every device, and where they are cast to a wider dtype."""
+    import torch
+
+    parts = []
+    for name, value in model.state_dict().items():
+        rows = value.view(torch.uint8) if value.element_size() == 1 else value
+        rows = rows.double() if rows.dim() < 2 else torch.hash_tensor(rows, dim=-1)
+        parts.append(name.encode() + rows.cpu().numpy().tobytes())
+    return digest(b"".join(parts))
