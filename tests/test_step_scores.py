@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 import onepass
@@ -25,7 +26,7 @@ from onepass.step_functions import (
     step_scores,
 )
 from onepass.step_functions.text import CPU_SLAB_BYTES
-from support.tiny_models import V, tiny
+from support.tiny_models import D, V, tiny
 
 core = importlib.import_module("onepass.step_functions.core")
 MODELS = ("gpt2_tied", "llama", "t5_encoder_decoder")
@@ -288,6 +289,18 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "a text has 3000 tokens, more than the",
     ),
     "no such token": ({"input_ids": TEXT + 5000}, IndexError, "is 5027: wanted 0 <= label < 97"),
+    "no head": ({"model": hf.GPT2Model}, ValueError, "GPT2Model has no language-model head"),
+    "encoder": ({"model": hf.BertForMaskedLM}, ValueError, "BertForMaskedLM sees what comes after"),
+    "hole": (
+        {"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 1, 1, 0]])},
+        ValueError,
+        "the mask of text 1 is 0 between tokens: wanted padding before or after",
+    ),
+    "hole of the contrast": (
+        {**PCXMI, "contrast_ids": OTHER, "contrast_attention_mask": TEXT != TEXT[0, 2]},
+        ValueError,
+        "the mask of text 0 is 0 between tokens",
+    ),
     "mask": (
         {"attention_mask": TEXT[:, 1:]},
         ValueError,
@@ -333,6 +346,15 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }  # fmt: skip
 
 
+CONFIGS: dict[Any, Any] = {
+    hf.GPT2Model: hf.GPT2Config(n_embd=D, n_layer=1, n_head=4, vocab_size=V),
+    hf.BertForMaskedLM: hf.BertConfig(
+        vocab_size=V, hidden_size=D, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=48,
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_before_the_model_runs(case: str) -> None:
     changed, kind, message = REFUSED[case]
@@ -343,7 +365,8 @@ def test_refused_before_the_model_runs(case: str) -> None:
         **changed,
     }
     if given["model"] is not None:
-        given["model"] = model_of(given["model"])
+        make = given["model"]
+        given["model"] = model_of(make) if isinstance(make, str) else make(CONFIGS[make])
         given["model"].register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(kind, match=message):
         step_scores(**given)

@@ -30,7 +30,7 @@ from ..step_functions import (
 )
 from ..step_functions.core import SCORES
 from ..step_functions.dropout import check_dropout, noisy_runs
-from ..training.hidden_states import lazy_within, training_mode
+from ..training.hidden_states import check_language_model, lazy_within, training_mode
 from ..training.token_texts import token_texts
 from . import texts
 from .names import BASELINES, CONTRASTIVE, METHODS, REDUCTIONS, check_options
@@ -104,10 +104,15 @@ def attribute(
     Raises:
         ValueError: an empty or too long text, an unknown name, an option out of its range or that
             no score reads, a score without a gradient, a model that does more with tokens than to
-            embed them. TypeError: a text that is no string, an option of another type.
+            embed them, has no language-model head or sees what comes after a token. TypeError: a
+            model or tokenizer that is none, a text that is no string, an option of another type.
 
     Sources: Simonyan et al. 1312.6034, Shrikumar et al. 1605.01713, Sundararajan et al. 1703.01365.
     """
+    check_language_model(model)
+    if not callable(tokenizer):
+        kind = type(tokenizer).__name__
+        raise TypeError(f"tokenizer must be one of transformers, loaded: got {kind}")
     reduction = _check(method, target, step_scores, reduction, n_steps, baseline, batch_size)
     how = dict(options or {})
     check_options(how, [target, *step_scores])
