@@ -591,6 +591,12 @@ def test_a_function_of_ones_own_is_a_target() -> None:
     def twice(rows: Tensor, ids: Tensor) -> Tensor:
         return 2 * onepass.vocab_stats(rows, ids, want=("label_logit",)).label_logit
 
+    def plainly(rows: Tensor, ids: Tensor) -> Tensor:
+        return 2 * rows[torch.arange(len(ids)), ids]  # makes them, and warns of nothing
+
+    found = attribute(made, TOKENIZER, TEXT, target=plainly)
+    wanted = attribute(made, TOKENIZER, TEXT, target=twice)
+    torch.testing.assert_close(found.matrix, wanted.matrix, equal_nan=True)
     found = attribute(made, TOKENIZER, TEXT, target=twice)
     wanted = attribute(made, TOKENIZER, TEXT, target="logit")
     torch.testing.assert_close(found.matrix, 2 * wanted.matrix, equal_nan=True)

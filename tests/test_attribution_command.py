@@ -266,6 +266,26 @@ def test_finished_texts_are_not_done_again(
     assert out.read_bytes() == whole.read_bytes()
 
 
+def test_dropout_is_seeded_unless_its_seed_is_null(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 260, "n_embd": D, "n_layer": 1, "n_head": 4}
+    hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, resid_pdrop=0.4)).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    line = [*given(tmp_path, *TEXTS[:2]), "--hide", "--step_scores", "mc_dropout_prob_avg", "-o"]
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "x.jsonl"
+    assert main([*line, str(whole)]) == 0
+    out.write_bytes(whole.read_bytes()[:-20])
+    assert main([*line, str(out)]) == 0
+    assert out.read_bytes() == whole.read_bytes()
+    line += [str(out), "--attribution_kwargs"]
+    capsys.readouterr()
+    assert main([*line, '{"seed": 1}']) == 2
+    assert "'seed': 1}, but" in capsys.readouterr().err
+    assert main([*line, '{"seed": null}', "--overwrite"]) == 0
+    assert out.read_bytes() != whole.read_bytes()
+
+
 def test_a_line_cut_short_is_cut_off_only_when_another_follows(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

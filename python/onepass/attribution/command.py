@@ -191,6 +191,8 @@ def check(args: argparse.Namespace) -> list[Asked]:
         check_options(args.attribution_kwargs, [args.attributed_fn, *args.step_scores])
     except (TypeError, ValueError) as error:
         raise UsageError(f"--attribution_kwargs: {error}") from error
+    if "mc_dropout_prob_avg" in (args.attributed_fn, *args.step_scores):
+        args.attribution_kwargs.setdefault("seed", 0)  # the same numbers when it goes on
     for name in ("n_steps", "batch_size", "max_new_tokens", "start_pos", "end_pos"):
         if getattr(args, name) is not None:
             check_from(name, getattr(args, name), 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ..cli.terminal import progress_bar
 from ..heads import find_head
-from ..lazy_logits import LazyLogits
+from ..lazy_logits import LazyLogits, MaterializedWarning
 from ..ops._check import check_choice
 from ..step_functions import (
     StepFunctionDecoderOnlyArgs,
@@ -88,6 +89,9 @@ def attribute(
         start, end: the targets' places in the sequence, the first token's being 0; `start` is the
             length of the prompt.
         target: a step function's name, or a function of logits [B, V] and target_ids [B] to [B].
+            The logits are `onepass.LazyLogits` where the head can be lazy: this package's losses
+            and statistics take them as they are, what torch has no statistic for makes them, and
+            `materialize()` gives them plain.
         step_scores: step functions that are told of each target beside it.
         options: of the step functions (base, logprob, top_k, top_p, n_mcd_steps, ...), as
             `onepass.step_functions.scores` has them: perplexity is 1 / p. Functions that were
@@ -468,7 +472,9 @@ class Scores:
             found.update(scores(rows, ids, own, **how))
         for name in names:
             if not isinstance(name, str):
-                found[name] = name(rows, ids)
+                with warnings.catch_warnings():  # as the docstring tells
+                    warnings.simplefilter("ignore", MaterializedWarning)
+                    found[name] = name(rows, ids)
             elif name not in found:
                 found[name] = get_step_function(name)(self._arguments(rows, ids))
             value = found[name]
