@@ -23,6 +23,8 @@ from onepass.step_functions import (
     get_step_scores,
     is_contrastive_step_function,
     list_step_functions,
+    logit_fn,
+    registry,
     step_scores,
 )
 from onepass.step_functions.text import CPU_SLAB_BYTES
@@ -271,12 +273,47 @@ def test_bf16() -> None:
     torch.testing.assert_close(got["crossentropy"].double(), wanted, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_registered_functions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "STEP_SCORES_MAP", dict(registry.STEP_SCORES_MAP))
+    monkeypatch.setattr(importlib.import_module("onepass.step_functions.text"), "ROWS", 5)
+
+    def margin(args: Any, **_: Any) -> Tensor:
+        """Of logits that it makes."""
+        best = args.forward_output.logits[:, -1].topk(2, dim=-1).values
+        return best[:, 0] - best[:, 1] + args.target_ids
+
+    def halved(args: Any, **_: Any) -> Tensor:
+        return 0.5 * logit_fn(args)
+
+    registry.register_step_function(margin, "margin")
+    registry.register_step_function(halved, "logit", overwrite=True)
+    model = model_of(name)
+    mask = torch.tensor([[1] * S, [1] * 4 + [0] * 3])
+    mask_name = "decoder_attention_mask" if name.startswith("t5") else "attention_mask"
+    scores = ["margin", "probability", "logit"]
+    given: dict[str, Any] = {**inputs(name), mask_name: mask}
+    got = step_scores(model, **given, scores=scores)
+    assert list(got) == scores and step_scores(model, **given, scores="margin").keys() == {"margin"}
+    with torch.no_grad():
+        z = model(**given).logits[:, :-1]
+    best = z.topk(2, dim=-1).values
+    counts = mask[:, 1:]
+    wanted = (best[..., 0] - best[..., 1] + TEXT[:, 1:]) * counts
+    torch.testing.assert_close(got["margin"], wanted)
+    own = z.gather(-1, TEXT[:, 1:, None])[..., 0]
+    torch.testing.assert_close(got["logit"], own * 0.5 * counts)
+    registry.register_step_function(lambda args: args.target_ids[0], "first")
+    with pytest.raises(ValueError, match=r"first must give a score a row, \[5\]: got \(\)"):
+        step_scores(model, **given, scores=["first"])
+
+
 # ---------------------------------------------------------------- what is refused
 
 T5: dict[str, Any] = {"model": "t5_encoder_decoder", "decoder_input_ids": TEXT}
 PCXMI = {"scores": ["pcxmi"]}
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "unknown": ({"scores": ["entropi"]}, AttributeError, r"no score 'entropi'.*logit.*top_p_size"),
+    "unknown": ({"scores": ["entropi"]}, AttributeError, r"no step function 'entropi'.*top_p_size"),
     "no_score": ({"scores": []}, ValueError, "no score is asked for"),
     "no_model": ({"model": None}, TypeError, "model must be a torch.nn.Module: got NoneType"),
     "words": ({"input_ids": "text"}, TypeError, "input_ids must be a torch.Tensor: got str"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,17 +19,11 @@ from torch import Tensor, nn
 
 from ..cli.terminal import progress_bar
 from ..heads import find_head
-from ..lazy_logits import LazyLogits, MaterializedWarning
+from ..lazy_logits import LazyLogits
 from ..ops._check import check_choice
-from ..step_functions import (
-    StepFunctionDecoderOnlyArgs,
-    functions,
-    get_step_function,
-    list_step_functions,
-    scores,
-)
-from ..step_functions.core import SCORES
+from ..step_functions import list_step_functions, scores
 from ..step_functions.dropout import check_dropout, noisy_runs
+from ..step_functions.on_rows import is_own, row_function, score_of_rows
 from ..training.hidden_states import check_language_model, lazy_within, training_mode
 from ..training.token_texts import token_texts
 from . import texts
@@ -459,7 +452,7 @@ class Scores:
 
     def named(self, names: Sequence[Target], rows: Tensor, at: Tensor) -> dict[Target, Tensor]:
         """Each [B], of logits [B, V] of the targets `at` [B]; all that are ours in one call."""
-        ids, own = self.ids[at], [n for n in names if isinstance(n, str) and _is_own(n)]
+        ids, own = self.ids[at], [n for n in names if isinstance(n, str) and is_own(n)]
         found: dict[Target, Tensor] = {}
         if own:
             how = dict(self.options)
@@ -471,32 +464,13 @@ class Scores:
                 how["noisy_logps"] = self.noisy[:, at]
             found.update(scores(rows, ids, own, **how))
         for name in names:
-            if not isinstance(name, str):
-                with warnings.catch_warnings():  # as the docstring tells
-                    warnings.simplefilter("ignore", MaterializedWarning)
-                    found[name] = name(rows, ids)
-            elif name not in found:
-                found[name] = get_step_function(name)(self._arguments(rows, ids))
-            value = found[name]
-            if not isinstance(value, Tensor) or value.shape != at.shape:
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{_name(name)} must give a score a row, [{len(at)}]: got {got}")
+            if name not in found:
+                function = row_function(self.model, name) if isinstance(name, str) else name
+                found[name] = score_of_rows(function, _name(name), rows, ids)
         return {name: found[name] for name in names}
 
     def of(self, target: Target) -> Score:
         return lambda rows, at: self.named([target], rows, at)[target]
-
-    def _arguments(self, rows: Tensor, ids: Tensor) -> StepFunctionDecoderOnlyArgs:
-        from transformers.modeling_outputs import CausalLMOutput
-
-        output = CausalLMOutput(logits=rows[:, None])
-        differentiated = torch.is_grad_enabled()
-        return StepFunctionDecoderOnlyArgs(self.model, output, ids, is_attributed_fn=differentiated)
-
-
-def _is_own(name: str) -> bool:
-    """Whether it is a step function of ours that nobody has replaced."""
-    return name in SCORES and get_step_function(name) is getattr(functions, f"{name}_fn")
 
 
 def _name(target: Target) -> str:
