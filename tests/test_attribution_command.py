@@ -5,6 +5,7 @@ model that it makes where none is named.
 from __future__ import annotations
 
 import json
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from tqdm import tqdm
 
 from onepass.attribution import Attribution, command, load_all, methods, names
 from onepass.cli import main
@@ -329,6 +331,25 @@ def test_a_bad_text_is_told_and_the_others_are_done(
         page.unlink()
     assert main([*given(files, "a", "b"), "--viz_path", str(tmp_path / "y.html")]) == 1
     assert "2 of 2 texts" in capsys.readouterr().err and not (tmp_path / "y.html").exists()
+
+
+@pytest.mark.parametrize("n_texts", [1, 3])
+def test_one_bar_over_all_texts(
+    n_texts: int, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bars = []
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, n_steps: int, done: int) -> None:
+            super().__init__(total=n_steps, file=sys.stderr)
+            bars.append(self)
+
+    for module in (command, methods):
+        monkeypatch.setattr(module, "progress_bar", Bar)
+    assert main(given(files, *TEXTS[:n_texts])) == 0
+    assert [(bar.n, bar.total) for bar in bars] == [(11, 11) if n_texts == 1 else (3, 3)]
+    said = capsys.readouterr()
+    assert said.out.count("saliency of probability") == n_texts and "it/s" not in said.out
 
 
 def test_results_are_not_kept(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

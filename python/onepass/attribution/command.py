@@ -9,13 +9,15 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..cli.errors import Failed, UsageError, one_line, unknown
+from ..cli.terminal import above_bar, progress_bar, say
 from ..training.flags import Flags, Help, ModelFlags, RunFlags, check_from
 from ..training.models import (
     check_folder,
@@ -142,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
 
                 stack.enter_context(one_thread())  # what so small a model runs fastest on
                 args.model = str(small_model(folder, args.fast))
-            work, asks["weights"] = worker(args)
+            work, asks["weights"] = worker(args, len(asked) == 1)
             if before.weights - {asks["weights"]}:
                 raise UsageError(
                     f"--model: got other weights than those that {args.save_path!r} was begun with",
@@ -445,8 +447,9 @@ def small_model(folder: RunFolder, fast: bool) -> Path:
 # -- the work -----------------------------------------------------------------------------------
 
 
-def worker(args: argparse.Namespace) -> tuple[Callable[[Asked], Attribution], str]:
-    """Load the model; returns what attributes a text, and the digest of the weights."""
+def worker(args: argparse.Namespace, alone: bool) -> tuple[Callable[[Asked], Attribution], str]:
+    """Load the model; returns what attributes a text, one `alone` with a bar, and the digest of the
+    weights."""
     from . import methods
 
     device = device_of(args.device)
@@ -473,9 +476,23 @@ def worker(args: argparse.Namespace) -> tuple[Callable[[Asked], Attribution], st
             n_steps=args.n_steps,
             baseline=args.baseline,
             batch_size=args.batch_size,
+            progress=alone,
         )
 
     return work, weights_digest(model)
+
+
+def _counted(asked: Sequence[Asked]) -> Generator[Asked]:
+    """Each in turn, of several with a bar, above which warnings are told."""
+    if len(asked) == 1:
+        yield asked[0]
+        return
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    with logging_redirect_tqdm([logging.getLogger("onepass")]), progress_bar(len(asked), 0) as bar:
+        for one in asked:
+            yield one
+            bar.update()
 
 
 def go_through(
@@ -498,41 +515,46 @@ def go_through(
     lines = Path(save_path) if save_path.endswith(".jsonl") else None
     keeps = args.viz_path is not None or save_path.endswith(".json")
     kept, n_new, n_bad, size = [], 0, 0, None
-    for number, one in enumerate(asked, 1):
-        if one in before.done:
-            assert lines is not None
-            line = line_at(lines, before.done[one])
+    with contextlib.closing(_counted(asked)) as each:
+        for number, one in enumerate(each, 1):
+            if one in before.done:
+                assert lines is not None
+                line = line_at(lines, before.done[one])
+                if keeps:
+                    try:
+                        kept.append(Attribution.from_dict(json.loads(line)))
+                    except ValueError as error:
+                        raise Failed(
+                            f"--save_path: {str(lines)!r}: text {number}: {error}"
+                        ) from error
+                if args.json:
+                    with above_bar():
+                        print(line)
+                continue
+            assert work is not None
+            try:
+                found = work(one)
+            except ValueError as error:
+                if len(asked) == 1:
+                    raise UsageError(one_line(error)) from error
+                n_bad += 1
+                say(f"text {number} of {len(asked)}: {one_line(error)}")
+                continue
             if keeps:
-                try:
-                    kept.append(Attribution.from_dict(json.loads(line)))
-                except ValueError as error:
-                    raise Failed(f"--save_path: {str(lines)!r}: text {number}: {error}") from error
-            if args.json:
-                print(line)
-            continue
-        assert work is not None
-        try:
-            found = work(one)
-        except ValueError as error:
-            if len(asked) == 1:
-                raise UsageError(one_line(error)) from error
-            n_bad += 1
-            print(f"text {number} of {len(asked)}: {one_line(error)}", file=sys.stderr)
-            continue
-        if keeps:
-            kept.append(found)
-        if lines is not None or args.json:
-            its = asks | {"generated": one.generated}
-            line = strict_json(found.as_dict() | {"asked": its})
-        if lines is not None:
-            add_line(lines, line, before)
-        if args.json:
-            print(line)
-        elif not args.hide:
-            if n_new:
-                print()
-            show(found)
-        n_new, size = n_new + 1, found.batch_size
+                kept.append(found)
+            if lines is not None or args.json:
+                its = asks | {"generated": one.generated}
+                line = strict_json(found.as_dict() | {"asked": its})
+            if lines is not None:
+                add_line(lines, line, before)
+            with above_bar():
+                if args.json:
+                    print(line)
+                elif not args.hide:
+                    if n_new:
+                        print()
+                    show(found)
+            n_new, size = n_new + 1, found.batch_size
     if size is not None:
         print(f"{size} rows at once on {device_of(args.device)}", file=sys.stderr)
     return kept, n_new, n_bad

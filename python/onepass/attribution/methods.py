@@ -62,6 +62,7 @@ def attribute(
     n_steps: int = 50,
     baseline: str = "zeros",
     batch_size: int | None = None,
+    progress: bool = True,
 ) -> Attribution:
     """How much each token that the model read had to do with the score of each token it went on to.
 
@@ -97,6 +98,7 @@ def attribute(
         baseline: "zeros", or "pad": the embedding of the padding token.
         batch_size: rows, each a target and a node, at once; None: by the memory there is. It is
             halved once where memory runs out.
+        progress: draw a bar on a terminal.
 
     Raises:
         ValueError: an empty or too long text, an unknown name, an option out of its range or that
@@ -160,8 +162,9 @@ def attribute(
                 n = len(read.encoder)
                 x0 = embeddings_of(model, texts.Sequence(pad[:n], pad[n:], 0), scales)
         matrix, deltas, size = _attributed(
-            inputs, scored.of(target), method, reduction, x0, n_steps, batch_size, found[target]
-        )
+            inputs, scored.of(target), method, reduction, x0, n_steps, batch_size, found[target],
+            progress,
+        )  # fmt: skip
     result = Attribution(
         text=text,
         tokens=token_texts(tokenizer, [*read.encoder, *read.decoder[: high - 1]]),
@@ -497,6 +500,7 @@ def _attributed(
     n_steps: int,
     batch_size: int | None,
     values: Tensor,
+    progress: bool,
 ) -> tuple[Tensor, Tensor | None, int]:
     """(matrix [R, T], convergence deltas [T] of a baseline, the rows at once in the end)."""
     exact = torch.float64 if inputs.embeds.dtype == torch.float64 else torch.float32
@@ -511,7 +515,7 @@ def _attributed(
     size = min(jobs, batch_size or inputs.batch_size())
     halved, done = False, 0
     sums: list[Tensor] = []
-    with progress_bar(jobs, 0) as bar:
+    with progress_bar(jobs, 0) if progress else contextlib.nullcontext() as bar:
         while done < jobs:
             job = torch.arange(done, min(done + size, jobs))
             targets, step = job // per_target, job % per_target
@@ -548,7 +552,8 @@ def _attributed(
             sums.append(grads.sum((1, 2)))
             matrix[:n, which[:whole].to(matrix.device)] = _reduced(grads, method, reduction).T
             done += len(job)
-            bar.update(len(job))
+            if bar is not None:
+                bar.update(len(job))
     matrix.masked_fill_(~positions_read(*matrix.shape).to(matrix.device), float("nan"))
     if baseline is None:
         return matrix, None, size
