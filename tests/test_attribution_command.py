@@ -421,10 +421,11 @@ def test_other_weights_under_the_same_name_are_refused(
     assert len(load_all(out)) == 3
 
 
-def test_the_digest_of_weights() -> None:
+def test_the_digest_of_weights(device: str) -> None:
     made = small()
     wanted = weights_digest(made.bfloat16())
-    assert weights_digest(made.float()) == weights_digest(small().bfloat16().double()) == wanted
+    assert weights_digest(made.to(device)) == weights_digest(made.float()) == wanted
+    assert weights_digest(small().bfloat16().double()) == wanted
     for name in ("model.layers.0.input_layernorm.weight", "lm_head.weight"):
         other = small().bfloat16()
         with torch.no_grad():
