@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops._check import check_choice, check_number
@@ -21,7 +20,7 @@ from ..training.hidden_states import without_adapter
 from .bags import Bag, bag_weights
 from .cache import pack, unpack
 from .forward import check_model, materialized, run, soft_inputs, steady
-from .heads import check_fits
+from .heads import check_fits, class_logps
 
 PPLM_BOW, PPLM_DISCRIM, PPLM_BOW_DISCRIM = 1, 2, 3
 SMALL_CONST = 1e-15
@@ -301,10 +300,7 @@ def floored(log_u: Tensor) -> Tensor:
 
 def class_loss(logits: Tensor, label: int) -> Tensor:
     """Cross-entropy of a class per row, [B]; one logit is that of class 1 against class 0."""
-    if logits.shape[-1] == 1:
-        logits = torch.cat([torch.zeros_like(logits), logits], dim=-1)
-    labels = torch.full((len(logits),), label, device=logits.device)
-    return F.cross_entropy(logits, labels, reduction="none")
+    return -class_logps(logits)[:, label]
 
 
 # -- what is asked for ----------------------------------------------------------------------------
