@@ -1,8 +1,8 @@
 """Uber's PPLM written down plainly: one delta a layer, kept by numpy, whole logits, no shortcuts.
 
 What run_pplm.py computes, in its order and with its waste: all tokens are run again without a cache
-for every new one, and each gradient goes through the host. Rows of a batch are coupled as they are
-there.
+for every new one, each gradient goes through the host, and the graph of a token's last forward is
+kept and differentiated once more at the next. Rows of a batch are coupled as they are there.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def perturb_past(
     stepsize: float = 0.01,
     one_hot_bows_vectors: Any = None,
     classifier: Any = None,
-    class_label: int | None = None,
+    class_label: Any = None,
     loss_type: int = 0,
     num_iterations: int = 3,
     horizon_length: int = 1,
@@ -87,7 +87,7 @@ def perturb_past(
                 _, ahead, next_hidden = run(model, ahead, inputs_embeds=soft)
                 hidden_sum = hidden_sum + next_hidden.sum(1)
             prediction = classifier(hidden_sum / (n_past + 1 + horizon_length))
-            wanted = torch.full((len(prediction),), class_label, device=device)
+            wanted = torch.tensor([class_label] * len(prediction), device=device)
             loss = loss + F.cross_entropy(prediction, wanted)
         if kl_scale > 0:
             assert unpert_logits is not None
@@ -109,7 +109,9 @@ def perturb_past(
             for g, n in zip(grads, grad_norms, strict=True)
         ]
         deltas = [d + step for d, step in zip(deltas, steps, strict=True)]
-    moved = [p + torch.from_numpy(d).to(device) for p, d in zip(past, deltas, strict=True)]
+        past = [p.detach() for p in past]  # until here with the graph of the token before
+    leaves = [torch.from_numpy(d).to(device).requires_grad_() for d in deltas]
+    moved = [p + leaf for p, leaf in zip(past, leaves, strict=True)]
     return moved, hidden_sum, grad_norms, losses
 
 
@@ -143,8 +145,8 @@ class Walk:
                 **self.options,
             )
             self.losses.append(losses)
+        logits, self.past, _ = run(model, past, input_ids=last)
         with torch.no_grad():
-            logits, self.past, _ = run(model, past, input_ids=last)
             probs = F.softmax(logits[:, -1] / temperature, dim=-1)
             unpert_probs = F.softmax(unpert_logits[:, -1], dim=-1)
             fused = probs**gm_scale * unpert_probs ** (1 - gm_scale)
