@@ -311,13 +311,34 @@ def test_an_adapter_of_peft_is_in_it() -> None:
     assert not torch.allclose(plainly.matrix, adapted.matrix, equal_nan=True)
 
 
-def test_a_model_that_sees_what_comes_after_is_refused() -> None:
+def bert(kind: Any) -> Any:
     config = hf.BertConfig(
         vocab_size=260, hidden_size=D, num_hidden_layers=1, num_attention_heads=4,
         intermediate_size=48, max_position_embeddings=64, is_decoder=False,
+        attn_implementation="eager",
     )  # fmt: skip
+    return kind(config)
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_model_that_sees_what_comes_after_is_refused(tells: bool) -> None:
+    """Before it runs where it tells so, else by its gradients."""
+    made, runs = bert(hf.BertLMHeadModel), []  # type: Any, list[int]
+    made.register_forward_pre_hook(lambda *_: runs.append(1))
+    if not tells:
+        for module in made.modules():
+            if hasattr(module, "is_causal"):
+                module.is_causal = True
     with pytest.raises(ValueError, match="BertLMHeadModel sees what comes after a token"):
-        attribute(hf.BertLMHeadModel(config), TOKENIZER, TEXT)
+        attribute(made, TOKENIZER, TEXT)
+    assert bool(runs) == (not tells)
+
+
+@pytest.mark.parametrize("kind", [hf.BertModel, hf.GPT2Model])
+def test_a_model_without_a_head_is_refused(kind: Any) -> None:
+    made = bert(kind) if kind is hf.BertModel else gpt2().transformer
+    with pytest.raises(ValueError, match=f"{kind.__name__} has no language-model head"):
+        attribute(made, TOKENIZER, TEXT)
 
 
 def test_bf16_is_near_float32() -> None:
@@ -570,6 +591,12 @@ def test_a_function_of_ones_own_is_a_target() -> None:
     def twice(rows: Tensor, ids: Tensor) -> Tensor:
         return 2 * onepass.vocab_stats(rows, ids, want=("label_logit",)).label_logit
 
+    def plainly(rows: Tensor, ids: Tensor) -> Tensor:
+        return 2 * rows[torch.arange(len(ids)), ids]  # makes them, and warns of nothing
+
+    found = attribute(made, TOKENIZER, TEXT, target=plainly)
+    wanted = attribute(made, TOKENIZER, TEXT, target=twice)
+    torch.testing.assert_close(found.matrix, wanted.matrix, equal_nan=True)
     found = attribute(made, TOKENIZER, TEXT, target=twice)
     wanted = attribute(made, TOKENIZER, TEXT, target="logit")
     torch.testing.assert_close(found.matrix, 2 * wanted.matrix, equal_nan=True)
@@ -722,6 +749,12 @@ def test_what_is_refused(asked: dict[str, Any], told: str) -> None:
 def test_types_are_refused() -> None:
     with pytest.raises(TypeError, match="text and generated must be strings: got list"):
         attribute(gpt2(), TOKENIZER, ["a"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module: got str"):
+        attribute("gpt2", TOKENIZER, TEXT)
+    for words in (None, "gpt2"):
+        kind = type(words).__name__
+        with pytest.raises(TypeError, match=f"tokenizer must be one of transformers.*got {kind}"):
+            attribute(gpt2(), words, TEXT)
     with pytest.raises(TypeError, match="step_scores must be a list"):
         attribute(gpt2(), TOKENIZER, TEXT, step_scores="entropy")
     for name, value in (

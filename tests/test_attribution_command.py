@@ -5,6 +5,7 @@ model that it makes where none is named.
 from __future__ import annotations
 
 import json
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from tqdm import tqdm
 
 from onepass.attribution import Attribution, command, load_all, methods, names
 from onepass.cli import main
 from onepass.cli.errors import Parser
 from onepass.demo.train import one_thread
 from onepass.training import small_model
+from onepass.training.models import weights_digest
+from support.tiny_language_model import model as small
 from support.tiny_language_model import save, tokenizer
 from support.tiny_models import D
 
@@ -264,6 +268,26 @@ def test_finished_texts_are_not_done_again(
     assert out.read_bytes() == whole.read_bytes()
 
 
+def test_dropout_is_seeded_unless_its_seed_is_null(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 260, "n_embd": D, "n_layer": 1, "n_head": 4}
+    hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, resid_pdrop=0.4)).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    line = [*given(tmp_path, *TEXTS[:2]), "--hide", "--step_scores", "mc_dropout_prob_avg", "-o"]
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "x.jsonl"
+    assert main([*line, str(whole)]) == 0
+    out.write_bytes(whole.read_bytes()[:-20])
+    assert main([*line, str(out)]) == 0
+    assert out.read_bytes() == whole.read_bytes()
+    line += [str(out), "--attribution_kwargs"]
+    capsys.readouterr()
+    assert main([*line, '{"seed": 1}']) == 2
+    assert "'seed': 1}, but" in capsys.readouterr().err
+    assert main([*line, '{"seed": null}', "--overwrite"]) == 0
+    assert out.read_bytes() != whole.read_bytes()
+
+
 def test_a_line_cut_short_is_cut_off_only_when_another_follows(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +333,25 @@ def test_a_bad_text_is_told_and_the_others_are_done(
     assert "2 of 2 texts" in capsys.readouterr().err and not (tmp_path / "y.html").exists()
 
 
+@pytest.mark.parametrize("n_texts", [1, 3])
+def test_one_bar_over_all_texts(
+    n_texts: int, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bars = []
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, n_steps: int, done: int) -> None:
+            super().__init__(total=n_steps, file=sys.stderr)
+            bars.append(self)
+
+    for module in (command, methods):
+        monkeypatch.setattr(module, "progress_bar", Bar)
+    assert main(given(files, *TEXTS[:n_texts])) == 0
+    assert [(bar.n, bar.total) for bar in bars] == [(11, 11) if n_texts == 1 else (3, 3)]
+    said = capsys.readouterr()
+    assert said.out.count("saliency of probability") == n_texts and "it/s" not in said.out
+
+
 def test_results_are_not_kept(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[Attribution]] = []
     most, real = [], methods.attribute
@@ -349,7 +392,7 @@ def test_every_setting_must_be_the_same(
     out = tmp_path / "x.jsonl"
     assert main([*given(files), "--hide", "-o", str(out)]) == 0
     row = json.loads(out.read_text())
-    names = set(row["asked"]) - {"generated"}
+    names = set(row["asked"]) - {"generated", "weights"}
     assert len(names) == 17
     for name in names:
         other = row | {"asked": row["asked"] | {name: "another"}}
@@ -357,6 +400,37 @@ def test_every_setting_must_be_the_same(
         capsys.readouterr()
         assert main([*given(files), "--hide", "-o", str(out)]) == 2, name
         assert f"--{name}: got " in capsys.readouterr().err
+
+
+def test_other_weights_under_the_same_name_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, n_layers=2)
+    out = tmp_path / "x.jsonl"
+    assert main([*given(tmp_path), "--hide", "-o", str(out)]) == 0
+    before = out.read_bytes()
+    made = small(2)
+    with torch.no_grad():
+        made.lm_head.weight[3, 5] += 1
+    made.save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    assert main([*given(tmp_path, *TEXTS), "--hide", "-o", str(out)]) == 2
+    assert f"--model: got other weights than those that {str(out)!r}" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert main([*given(tmp_path, *TEXTS), "--hide", "-o", str(out), "--overwrite"]) == 0
+    assert len(load_all(out)) == 3
+
+
+def test_the_digest_of_weights(device: str) -> None:
+    made = small()
+    wanted = weights_digest(made.bfloat16())
+    assert weights_digest(made.to(device)) == weights_digest(made.float()) == wanted
+    assert weights_digest(small().bfloat16().double()) == wanted
+    for name in ("model.layers.0.input_layernorm.weight", "lm_head.weight"):
+        other = small().bfloat16()
+        with torch.no_grad():
+            other.get_parameter(name).flatten()[-1] += 1
+        assert weights_digest(other) != wanted
 
 
 def test_overwrite_begins_anew(files: Path, tmp_path: Path) -> None:
@@ -414,6 +488,9 @@ def test_without_a_model_a_small_one_is_made_once(
         said = capsys.readouterr()
         assert said.out.startswith("saliency of probability") and "'Return" not in said.out[:80]
     assert asked == [(Path("onepass-attribute"), 42, True)] * 2
+    for text in TEXTS[:2]:  # a file of the model made here is gone on with
+        assert main(["attribute", "--fast", "-o", str(files / "x.jsonl"), "--text", text]) == 0
+    assert len(load_all(files / "x.jsonl")) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["onepass-attribute"]
     assert main(["attribute"]) == 2  # the one there was made with --fast
     assert "holds the smaller of the models made here\n  add --fast, or" in capsys.readouterr().err

@@ -129,6 +129,16 @@ def users_know_no_kernels(tree: ast.Module, path: str) -> Found:
             yield line, f"a user file imports {name}: go through ops"
 
 
+SYSTEMS = {"attribution", "circuit_breaker", "dpo", "jigsaw"}
+
+
+def systems_know_no_other(tree: ast.Module, path: str) -> Found:
+    own = set(Path(path).parts) & SYSTEMS
+    for line, name in imports(tree, path):
+        if own and is_below(name, *(f"onepass.{other}" for other in SYSTEMS - own)):
+            yield line, f"a system imports {name}: what several need lies in training/"
+
+
 def absolute_imports(tree: ast.AST) -> Found:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -270,6 +280,7 @@ RULES: list[tuple[Rule, tuple[str, ...], str, str]] = [
     (users_know_no_kernels, ("python",), "python/onepass/a.py", "from . import kernels"),
     (users_know_no_kernels, ("python",), "python/onepass/cli/a.py", "from ..kernels.x import k"),
     (users_know_no_kernels, ("python",), "python/onepass/a.py", "def f():\n    import triton"),
+    (systems_know_no_other, ("python",), "python/onepass/dpo/a.py", "from ..jigsaw.x import y"),
     (own_imports_are_relative, PACKAGE, "ops/a.py", "from onepass.ops import head"),
     (own_imports_are_relative, PACKAGE, "python/onepass/a.py", "import onepass"),
     (nothing_comes_in_twice, EVERYWHERE, "ops/a.py", "import kernels.row_moments"),

@@ -95,7 +95,7 @@ def test_fused_without_nan_where_logits_are_minus_infinity(gm_scale):
     wanted = {0.0: log_u.exp(), 0.5: torch.tensor([[1.0, 0, 0, 0]]), 1.0: log_p.exp()}[gm_scale]
     torch.testing.assert_close(probs, wanted)
     for sample in (top_k_sample, nucleus_sample):
-        assert probs[0, sample(probs, generator=seeded()).item()] > 0
+        assert probs[0, int(sample(probs, generator=seeded()))] > 0
 
 
 def test_fused_where_powers_underflow():

@@ -27,7 +27,7 @@ from onepass.jigsaw.transform_file import find_transform, read_settings
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 from onepass.jigsaw.embedding_layer import find_embeddings, load_embeddings  # noqa: E402
-from onepass.training.token_texts import quoted, token_texts  # noqa: E402
+from onepass.training.token_texts import BYTES, quoted, token_texts  # noqa: E402
 from support.tiny_language_model import CHAT, tokenizer  # noqa: E402
 from support.tiny_models import D, V, tiny  # noqa: E402
 
@@ -435,8 +435,24 @@ def test_tokens_as_text() -> None:
     ids = made("a \u00e9\x1b\n")["input_ids"]
     texts = token_texts(made, [*ids, 999])
     assert texts[:2] == ["a", " "] and texts[-1] == "<999>"
-    assert texts[2].startswith("<") and texts[3].startswith("<")  # halves of a character
+    assert texts[2:4] == ["<0xC3>", "<0xA9>"]  # halves of a character
     assert quoted("\x1b[2J") == "'\\x1b[2J'" and quoted("a" * 99) == repr("a" * 29 + "...")
+
+
+def test_bytes_of_byte_level_tokens_as_text() -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert set(alphabet) == set(BYTES)
+    pieces = [*alphabet, "\u0120\u00c3", "\u0120a", "\u00ef\u00bf\u00bd"]
+    made = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, []))
+    made.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=made)
+    assert token_texts(fast, [256, 257, 258]) == [" <0xC3>", " a", "\ufffd"]
+    for n, piece in enumerate(alphabet):
+        byte = BYTES[piece]
+        assert token_texts(fast, [n]) == [chr(byte) if byte < 128 else f"<0x{byte:02X}>"]
 
 
 # -- where things come from -------------------------------------------------------------------

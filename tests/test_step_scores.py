@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 import onepass
@@ -22,10 +23,12 @@ from onepass.step_functions import (
     get_step_scores,
     is_contrastive_step_function,
     list_step_functions,
+    logit_fn,
+    registry,
     step_scores,
 )
 from onepass.step_functions.text import CPU_SLAB_BYTES
-from support.tiny_models import V, tiny
+from support.tiny_models import D, V, tiny
 
 core = importlib.import_module("onepass.step_functions.core")
 MODELS = ("gpt2_tied", "llama", "t5_encoder_decoder")
@@ -270,12 +273,47 @@ def test_bf16() -> None:
     torch.testing.assert_close(got["crossentropy"].double(), wanted, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_registered_functions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "STEP_SCORES_MAP", dict(registry.STEP_SCORES_MAP))
+    monkeypatch.setattr(importlib.import_module("onepass.step_functions.text"), "ROWS", 5)
+
+    def margin(args: Any, **_: Any) -> Tensor:
+        """Of logits that it makes."""
+        best = args.forward_output.logits[:, -1].topk(2, dim=-1).values
+        return best[:, 0] - best[:, 1] + args.target_ids
+
+    def halved(args: Any, **_: Any) -> Tensor:
+        return 0.5 * logit_fn(args)
+
+    registry.register_step_function(margin, "margin")
+    registry.register_step_function(halved, "logit", overwrite=True)
+    model = model_of(name)
+    mask = torch.tensor([[1] * S, [1] * 4 + [0] * 3])
+    mask_name = "decoder_attention_mask" if name.startswith("t5") else "attention_mask"
+    scores = ["margin", "probability", "logit"]
+    given: dict[str, Any] = {**inputs(name), mask_name: mask}
+    got = step_scores(model, **given, scores=scores)
+    assert list(got) == scores and step_scores(model, **given, scores="margin").keys() == {"margin"}
+    with torch.no_grad():
+        z = model(**given).logits[:, :-1]
+    best = z.topk(2, dim=-1).values
+    counts = mask[:, 1:]
+    wanted = (best[..., 0] - best[..., 1] + TEXT[:, 1:]) * counts
+    torch.testing.assert_close(got["margin"], wanted)
+    own = z.gather(-1, TEXT[:, 1:, None])[..., 0]
+    torch.testing.assert_close(got["logit"], own * 0.5 * counts)
+    registry.register_step_function(lambda args: args.target_ids[0], "first")
+    with pytest.raises(ValueError, match=r"first must give a score a row, \[5\]: got \(\)"):
+        step_scores(model, **given, scores=["first"])
+
+
 # ---------------------------------------------------------------- what is refused
 
 T5: dict[str, Any] = {"model": "t5_encoder_decoder", "decoder_input_ids": TEXT}
 PCXMI = {"scores": ["pcxmi"]}
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "unknown": ({"scores": ["entropi"]}, AttributeError, r"no score 'entropi'.*logit.*top_p_size"),
+    "unknown": ({"scores": ["entropi"]}, AttributeError, r"no step function 'entropi'.*top_p_size"),
     "no_score": ({"scores": []}, ValueError, "no score is asked for"),
     "no_model": ({"model": None}, TypeError, "model must be a torch.nn.Module: got NoneType"),
     "words": ({"input_ids": "text"}, TypeError, "input_ids must be a torch.Tensor: got str"),
@@ -288,6 +326,18 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "a text has 3000 tokens, more than the",
     ),
     "no such token": ({"input_ids": TEXT + 5000}, IndexError, "is 5027: wanted 0 <= label < 97"),
+    "no head": ({"model": hf.GPT2Model}, ValueError, "GPT2Model has no language-model head"),
+    "encoder": ({"model": hf.BertForMaskedLM}, ValueError, "BertForMaskedLM sees what comes after"),
+    "hole": (
+        {"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 1, 1, 0]])},
+        ValueError,
+        "the mask of text 1 is 0 between tokens: wanted padding before or after",
+    ),
+    "hole of the contrast": (
+        {**PCXMI, "contrast_ids": OTHER, "contrast_attention_mask": TEXT != TEXT[0, 2]},
+        ValueError,
+        "the mask of text 0 is 0 between tokens",
+    ),
     "mask": (
         {"attention_mask": TEXT[:, 1:]},
         ValueError,
@@ -333,6 +383,15 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }  # fmt: skip
 
 
+CONFIGS: dict[Any, Any] = {
+    hf.GPT2Model: hf.GPT2Config(n_embd=D, n_layer=1, n_head=4, vocab_size=V),
+    hf.BertForMaskedLM: hf.BertConfig(
+        vocab_size=V, hidden_size=D, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=48,
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_before_the_model_runs(case: str) -> None:
     changed, kind, message = REFUSED[case]
@@ -343,7 +402,8 @@ def test_refused_before_the_model_runs(case: str) -> None:
         **changed,
     }
     if given["model"] is not None:
-        given["model"] = model_of(given["model"])
+        make = given["model"]
+        given["model"] = model_of(make) if isinstance(make, str) else make(CONFIGS[make])
         given["model"].register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(kind, match=message):
         step_scores(**given)

@@ -9,15 +9,24 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import logging
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..cli.errors import Failed, UsageError, one_line, unknown
-from ..dpo.command_line import check_installed, device_of, find_adapter, load_policy
+from ..cli.terminal import above_bar, progress_bar, say
 from ..training.flags import Flags, Help, ModelFlags, RunFlags, check_from
+from ..training.models import (
+    check_folder,
+    check_installed,
+    device_of,
+    find_adapter,
+    load_policy,
+    weights_digest,
+)
 from .names import (
     BASELINES,
     CONTRASTIVE,
@@ -121,7 +130,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Refuse what cannot work, then attribute, write and print; returns the exit code."""
     asked = check(args)
-    before = begun(args, asked)
+    asks = settings(args)
+    before = begun(args, asked, asks)
     folder = None if args.model is not None else small_folder(args)
     check_installed(NEEDED)
     from ..cli.terminal import quiet_libraries
@@ -134,8 +144,13 @@ def run(args: argparse.Namespace) -> int:
 
                 stack.enter_context(one_thread())  # what so small a model runs fastest on
                 args.model = str(small_model(folder, args.fast))
-            work = worker(args)
-        kept, n_new, n_bad = go_through(args, asked, before, work)
+            work, asks["weights"] = worker(args, len(asked) == 1)
+            if before.weights - {asks["weights"]}:
+                raise UsageError(
+                    f"--model: got other weights than those that {args.save_path!r} was begun with",
+                    hint="--overwrite begins anew",
+                )
+        kept, n_new, n_bad = go_through(args, asked, asks, before, work)
     for file in write(args, kept, n_new):
         print(f"wrote {file}", file=sys.stderr)
     if n_bad:
@@ -152,8 +167,6 @@ def check(args: argparse.Namespace) -> list[Asked]:
     Raises:
         UsageError: what can be refused before libraries are loaded and files written.
     """
-    from ..training.models import check_folder
-
     if args.model is not None:
         if not args.model:
             raise UsageError("--model: got an empty name")
@@ -180,6 +193,8 @@ def check(args: argparse.Namespace) -> list[Asked]:
         check_options(args.attribution_kwargs, [args.attributed_fn, *args.step_scores])
     except (TypeError, ValueError) as error:
         raise UsageError(f"--attribution_kwargs: {error}") from error
+    if "mc_dropout_prob_avg" in (args.attributed_fn, *args.step_scores):
+        args.attribution_kwargs.setdefault("seed", 0)  # the same numbers when it goes on
     for name in ("n_steps", "batch_size", "max_new_tokens", "start_pos", "end_pos"):
         if getattr(args, name) is not None:
             check_from(name, getattr(args, name), 1)
@@ -313,14 +328,15 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 @dataclass
 class Begun:
     """What a .jsonl file holds: of each finished text where its line begins; where the next line
-    goes, and what ends the one before it."""
+    goes, and what ends the one before it; the weights that its lines are of."""
 
     done: dict[Asked, int]
     end: int | None = 0  # None: at the file's end
     tail: bytes = b""
+    weights: set[str] = field(default_factory=set)
 
 
-def begun(args: argparse.Namespace, asked: Sequence[Asked]) -> Begun:
+def begun(args: argparse.Namespace, asked: Sequence[Asked], now: dict[str, Any]) -> Begun:
     """Those of the texts that --save_path holds already. A line that a kill cut short is not among
     them, and the next one replaces it.
 
@@ -330,7 +346,7 @@ def begun(args: argparse.Namespace, asked: Sequence[Asked]) -> Begun:
     path, found = Path(args.save_path or ""), Begun({})
     if path.suffix != ".jsonl" or not path.exists() or args.overwrite:
         return found
-    now, wanted, others = settings(args), set(asked), 0
+    wanted, others = set(asked), 0
     try:
         with path.open("rb") as file:
             for line in file:
@@ -342,6 +358,7 @@ def begun(args: argparse.Namespace, asked: Sequence[Asked]) -> Begun:
                         raise
                     break  # cut short
                 one = _asked(path, row, now)
+                found.weights.add(str(row["asked"].get("weights")))
                 others += one not in wanted
                 if one in wanted:
                     found.done[one] = where
@@ -430,8 +447,9 @@ def small_model(folder: RunFolder, fast: bool) -> Path:
 # -- the work -----------------------------------------------------------------------------------
 
 
-def worker(args: argparse.Namespace) -> Callable[[Asked], Attribution]:
-    """Load the model; returns what attributes a text."""
+def worker(args: argparse.Namespace, alone: bool) -> tuple[Callable[[Asked], Attribution], str]:
+    """Load the model; returns what attributes a text, one `alone` with a bar, and the digest of the
+    weights."""
     from . import methods
 
     device = device_of(args.device)
@@ -458,14 +476,29 @@ def worker(args: argparse.Namespace) -> Callable[[Asked], Attribution]:
             n_steps=args.n_steps,
             baseline=args.baseline,
             batch_size=args.batch_size,
+            progress=alone,
         )
 
-    return work
+    return work, weights_digest(model)
+
+
+def _counted(asked: Sequence[Asked]) -> Generator[Asked]:
+    """Each in turn, of several with a bar, above which warnings are told."""
+    if len(asked) == 1:
+        yield asked[0]
+        return
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    with logging_redirect_tqdm([logging.getLogger("onepass")]), progress_bar(len(asked), 0) as bar:
+        for one in asked:
+            yield one
+            bar.update()
 
 
 def go_through(
     args: argparse.Namespace,
     asked: Sequence[Asked],
+    asks: dict[str, Any],
     before: Begun,
     work: Callable[[Asked], Attribution] | None,
 ) -> tuple[list[Attribution], int, int]:
@@ -481,43 +514,47 @@ def go_through(
     save_path = args.save_path or ""
     lines = Path(save_path) if save_path.endswith(".jsonl") else None
     keeps = args.viz_path is not None or save_path.endswith(".json")
-    same = settings(args)
     kept, n_new, n_bad, size = [], 0, 0, None
-    for number, one in enumerate(asked, 1):
-        if one in before.done:
-            assert lines is not None
-            line = line_at(lines, before.done[one])
+    with contextlib.closing(_counted(asked)) as each:
+        for number, one in enumerate(each, 1):
+            if one in before.done:
+                assert lines is not None
+                line = line_at(lines, before.done[one])
+                if keeps:
+                    try:
+                        kept.append(Attribution.from_dict(json.loads(line)))
+                    except ValueError as error:
+                        raise Failed(
+                            f"--save_path: {str(lines)!r}: text {number}: {error}"
+                        ) from error
+                if args.json:
+                    with above_bar():
+                        print(line)
+                continue
+            assert work is not None
+            try:
+                found = work(one)
+            except ValueError as error:
+                if len(asked) == 1:
+                    raise UsageError(one_line(error)) from error
+                n_bad += 1
+                say(f"text {number} of {len(asked)}: {one_line(error)}")
+                continue
             if keeps:
-                try:
-                    kept.append(Attribution.from_dict(json.loads(line)))
-                except ValueError as error:
-                    raise Failed(f"--save_path: {str(lines)!r}: text {number}: {error}") from error
-            if args.json:
-                print(line)
-            continue
-        assert work is not None
-        try:
-            found = work(one)
-        except ValueError as error:
-            if len(asked) == 1:
-                raise UsageError(one_line(error)) from error
-            n_bad += 1
-            print(f"text {number} of {len(asked)}: {one_line(error)}", file=sys.stderr)
-            continue
-        if keeps:
-            kept.append(found)
-        if lines is not None or args.json:
-            asks = same | {"generated": one.generated}
-            line = strict_json(found.as_dict() | {"asked": asks})
-        if lines is not None:
-            add_line(lines, line, before)
-        if args.json:
-            print(line)
-        elif not args.hide:
-            if n_new:
-                print()
-            show(found)
-        n_new, size = n_new + 1, found.batch_size
+                kept.append(found)
+            if lines is not None or args.json:
+                its = asks | {"generated": one.generated}
+                line = strict_json(found.as_dict() | {"asked": its})
+            if lines is not None:
+                add_line(lines, line, before)
+            with above_bar():
+                if args.json:
+                    print(line)
+                elif not args.hide:
+                    if n_new:
+                        print()
+                    show(found)
+            n_new, size = n_new + 1, found.batch_size
     if size is not None:
         print(f"{size} rows at once on {device_of(args.device)}", file=sys.stderr)
     return kept, n_new, n_bad

@@ -21,16 +21,10 @@ from ..cli.terminal import progress_bar
 from ..heads import find_head
 from ..lazy_logits import LazyLogits
 from ..ops._check import check_choice
-from ..step_functions import (
-    StepFunctionDecoderOnlyArgs,
-    functions,
-    get_step_function,
-    list_step_functions,
-    scores,
-)
-from ..step_functions.core import SCORES
+from ..step_functions import list_step_functions, scores
 from ..step_functions.dropout import check_dropout, noisy_runs
-from ..training.hidden_states import lazy_within, training_mode
+from ..step_functions.on_rows import is_own, row_function, score_of_rows
+from ..training.hidden_states import check_language_model, lazy_within, training_mode
 from ..training.token_texts import token_texts
 from . import texts
 from .names import BASELINES, CONTRASTIVE, METHODS, REDUCTIONS, check_options
@@ -68,6 +62,7 @@ def attribute(
     n_steps: int = 50,
     baseline: str = "zeros",
     batch_size: int | None = None,
+    progress: bool = True,
 ) -> Attribution:
     """How much each token that the model read had to do with the score of each token it went on to.
 
@@ -88,6 +83,9 @@ def attribute(
         start, end: the targets' places in the sequence, the first token's being 0; `start` is the
             length of the prompt.
         target: a step function's name, or a function of logits [B, V] and target_ids [B] to [B].
+            The logits are `onepass.LazyLogits` where the head can be lazy: this package's losses
+            and statistics take them as they are, what torch has no statistic for makes them, and
+            `materialize()` gives them plain.
         step_scores: step functions that are told of each target beside it.
         options: of the step functions (base, logprob, top_k, top_p, n_mcd_steps, ...), as
             `onepass.step_functions.scores` has them: perplexity is 1 / p. Functions that were
@@ -100,14 +98,20 @@ def attribute(
         baseline: "zeros", or "pad": the embedding of the padding token.
         batch_size: rows, each a target and a node, at once; None: by the memory there is. It is
             halved once where memory runs out.
+        progress: draw a bar on a terminal.
 
     Raises:
         ValueError: an empty or too long text, an unknown name, an option out of its range or that
             no score reads, a score without a gradient, a model that does more with tokens than to
-            embed them. TypeError: a text that is no string, an option of another type.
+            embed them, has no language-model head or sees what comes after a token. TypeError: a
+            model or tokenizer that is none, a text that is no string, an option of another type.
 
     Sources: Simonyan et al. 1312.6034, Shrikumar et al. 1605.01713, Sundararajan et al. 1703.01365.
     """
+    check_language_model(model)
+    if not callable(tokenizer):
+        kind = type(tokenizer).__name__
+        raise TypeError(f"tokenizer must be one of transformers, loaded: got {kind}")
     reduction = _check(method, target, step_scores, reduction, n_steps, baseline, batch_size)
     how = dict(options or {})
     check_options(how, [target, *step_scores])
@@ -158,8 +162,9 @@ def attribute(
                 n = len(read.encoder)
                 x0 = embeddings_of(model, texts.Sequence(pad[:n], pad[n:], 0), scales)
         matrix, deltas, size = _attributed(
-            inputs, scored.of(target), method, reduction, x0, n_steps, batch_size, found[target]
-        )
+            inputs, scored.of(target), method, reduction, x0, n_steps, batch_size, found[target],
+            progress,
+        )  # fmt: skip
     result = Attribution(
         text=text,
         tokens=token_texts(tokenizer, [*read.encoder, *read.decoder[: high - 1]]),
@@ -450,7 +455,7 @@ class Scores:
 
     def named(self, names: Sequence[Target], rows: Tensor, at: Tensor) -> dict[Target, Tensor]:
         """Each [B], of logits [B, V] of the targets `at` [B]; all that are ours in one call."""
-        ids, own = self.ids[at], [n for n in names if isinstance(n, str) and _is_own(n)]
+        ids, own = self.ids[at], [n for n in names if isinstance(n, str) and is_own(n)]
         found: dict[Target, Tensor] = {}
         if own:
             how = dict(self.options)
@@ -462,30 +467,13 @@ class Scores:
                 how["noisy_logps"] = self.noisy[:, at]
             found.update(scores(rows, ids, own, **how))
         for name in names:
-            if not isinstance(name, str):
-                found[name] = name(rows, ids)
-            elif name not in found:
-                found[name] = get_step_function(name)(self._arguments(rows, ids))
-            value = found[name]
-            if not isinstance(value, Tensor) or value.shape != at.shape:
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{_name(name)} must give a score a row, [{len(at)}]: got {got}")
+            if name not in found:
+                function = row_function(self.model, name) if isinstance(name, str) else name
+                found[name] = score_of_rows(function, _name(name), rows, ids)
         return {name: found[name] for name in names}
 
     def of(self, target: Target) -> Score:
         return lambda rows, at: self.named([target], rows, at)[target]
-
-    def _arguments(self, rows: Tensor, ids: Tensor) -> StepFunctionDecoderOnlyArgs:
-        from transformers.modeling_outputs import CausalLMOutput
-
-        output = CausalLMOutput(logits=rows[:, None])
-        differentiated = torch.is_grad_enabled()
-        return StepFunctionDecoderOnlyArgs(self.model, output, ids, is_attributed_fn=differentiated)
-
-
-def _is_own(name: str) -> bool:
-    """Whether it is a step function of ours that nobody has replaced."""
-    return name in SCORES and get_step_function(name) is getattr(functions, f"{name}_fn")
 
 
 def _name(target: Target) -> str:
@@ -512,6 +500,7 @@ def _attributed(
     n_steps: int,
     batch_size: int | None,
     values: Tensor,
+    progress: bool,
 ) -> tuple[Tensor, Tensor | None, int]:
     """(matrix [R, T], convergence deltas [T] of a baseline, the rows at once in the end)."""
     exact = torch.float64 if inputs.embeds.dtype == torch.float64 else torch.float32
@@ -526,7 +515,7 @@ def _attributed(
     size = min(jobs, batch_size or inputs.batch_size())
     halved, done = False, 0
     sums: list[Tensor] = []
-    with progress_bar(jobs, 0) as bar:
+    with progress_bar(jobs, 0) if progress else contextlib.nullcontext() as bar:
         while done < jobs:
             job = torch.arange(done, min(done + size, jobs))
             targets, step = job // per_target, job % per_target
@@ -563,7 +552,8 @@ def _attributed(
             sums.append(grads.sum((1, 2)))
             matrix[:n, which[:whole].to(matrix.device)] = _reduced(grads, method, reduction).T
             done += len(job)
-            bar.update(len(job))
+            if bar is not None:
+                bar.update(len(job))
     matrix.masked_fill_(~positions_read(*matrix.shape).to(matrix.device), float("nan"))
     if baseline is None:
         return matrix, None, size

@@ -9,6 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 LIBRARIES = ("transformers", "peft", "accelerate", "torch", "matplotlib")
@@ -19,6 +20,14 @@ def say(line: str) -> None:
     from tqdm.auto import tqdm
 
     tqdm.write(line, file=sys.stderr)
+
+
+def above_bar() -> AbstractContextManager[None]:
+    """No bar inside, so that stdout can be written to; again after."""
+    from tqdm.auto import tqdm
+
+    told: AbstractContextManager[None] = tqdm.external_write_mode()
+    return told
 
 
 def progress_bar(n_steps: int, done: int) -> Any:

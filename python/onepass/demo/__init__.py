@@ -11,14 +11,14 @@ This file is the command: it imports nothing heavy before all that can be refuse
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shlex
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cli.errors import Failed, UsageError
+from ..cli.errors import UsageError
+from ..training.models import check_installed
 
 if TYPE_CHECKING:
     import torch
@@ -71,11 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise Failed(
-            f'needs {", ".join(missing)}, not installed here: pip install "onepass[train,viz]"'
-        )
+    check_installed(NEEDED)
     if not args.output:
         raise UsageError("--output: got an empty name, wanted a folder")
     output = Path(args.output)

@@ -5,17 +5,22 @@ losses. Imports nothing heavy before all that can be refused has been.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..cli.errors import Failed, Parser, UsageError, one_line, unknown
 from ..training.flags import Flags, ModelFlags, check_above_0, check_from, flag, parse
+from ..training.models import (
+    check_folder,
+    check_installed,
+    device_of,
+    find_adapter,
+    load_policy,
+)
 from .examples import TextOrTurns, is_conversation
 from .reward import Reward, RewardFlags, Score, parse_reward
 
@@ -157,21 +162,11 @@ def run_tokens(tokens: Sequence[str]) -> int:
         raise
 
 
-def check_installed(needed: Sequence[str] = NEEDED) -> None:
-    """Failed where a library is missing."""
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise Failed(
-            f'needs {", ".join(missing)}, not installed here: pip install "onepass[train,viz]"'
-        )
-
-
 # -- what the actions share -------------------------------------------------------------------
 
 
 def check_model(flags: Flags) -> None:
     """UsageError for a model that is none."""
-    from ..training.models import check_folder
-
     model = flags[ModelFlags]
     if not model.model_name_or_path:
         raise UsageError("--model: got nothing, wanted a folder or the name of a model")
@@ -226,50 +221,6 @@ def check_output(action: ActionFlags, suffixes: Sequence[str], needed: bool) -> 
     if path.exists() and not action.overwrite:
         raise UsageError(f"--output: {name!r} exists", hint="--overwrite replaces it")
     check_writable(path.parent)
-
-
-def device_of(name: str) -> Any:
-    """The torch.device that --device names."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no GPU here", hint="use --device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def find_adapter(name: str) -> Path:
-    """The folder with adapter_config.json: `name`, or adapter/ in the folder of a run.
-
-    Raises:
-        UsageError: there is none.
-    """
-    for folder in (Path(name), Path(name) / "adapter"):
-        if (folder / "adapter_config.json").is_file():
-            return folder
-    raise UsageError(f"--adapter: no adapter_config.json in {name!r}, wanted an adapter of PEFT")
-
-
-def load_policy(
-    model: ModelFlags, adapter: Path | None, device: Any, *, with_encoder: bool = False
-) -> tuple[Any, Any]:
-    """(model, tokenizer) to draw from."""
-    from ..training.models import load_language_model
-
-    args = SimpleNamespace(device=device, bf16=False)
-    made, tokenizer = load_language_model(model, args, with_encoder=with_encoder)
-    if not (model.load_in_4bit or model.load_in_8bit):
-        made = made.to(device)
-    if adapter is not None:
-        from peft import PeftModel
-
-        try:
-            made = PeftModel.from_pretrained(made, str(adapter))
-        except Exception as error:  # PEFT's, torch's and safetensors' own
-            why = one_line(error) or type(error).__name__
-            raise Failed(f"--adapter: {str(adapter)!r} does not fit the model: {why}") from error
-    return made.eval().requires_grad_(False), tokenizer
 
 
 # -- pairs ------------------------------------------------------------------------------------
@@ -329,7 +280,7 @@ def run_pairs(flags: Flags) -> int:
     reward = parse_reward(wanted)
     prompts = read_asked(asked.prompts)
     check_output(action, (".jsonl",), needed=True)
-    check_installed()
+    check_installed(NEEDED)
     from ..cli.files import strict_json
     from ..cli.table import render
     from ..cli.terminal import quiet_libraries
@@ -359,8 +310,6 @@ def run_pairs(flags: Flags) -> int:
 
 def run_evaluate(flags: Flags) -> int:
     """`onepass dpo evaluate`."""
-    from ..training.models import check_folder
-
     asked, action, wanted = flags[SamplingFlags], flags[ActionFlags], flags[RewardFlags]
     others = flags[OtherModels]
     check_model(flags)
@@ -372,7 +321,7 @@ def run_evaluate(flags: Flags) -> int:
     reward = parse_reward(wanted)
     prompts = read_asked(asked.prompts)
     check_output(action, (".json",), needed=False)
-    check_installed()
+    check_installed(NEEDED)
     from ..cli.files import replace_text, strict_json
     from ..cli.table import render
     from ..cli.terminal import quiet_libraries

@@ -29,15 +29,14 @@ from ..training.flags import (
     flag,
     parse,
 )
+from ..training.models import check_installed, load_policy
 from ..training.run_folder import RunFolder, digest, read_run, recorded_flags, tell
 from .command import DEFAULTS, AdapterFlags
 from .command_line import (
     NEEDED,
     PairFlags,
     SamplingFlags,
-    check_installed,
     check_model,
-    load_policy,
     make_pairs,
     read_asked,
     shown,

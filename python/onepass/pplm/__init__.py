@@ -28,16 +28,16 @@ _HOMES = {
     "get_discriminator": ".discriminator",
     "load_head": ".heads",
     "nucleus_sample": ".sampling",
-    "perturb_hidden_bow": ".hidden",
-    "perturb_hidden_discrim": ".hidden",
+    "perturb_hidden_bow": ".adam",
+    "perturb_hidden_discrim": ".adam",
     "perturb_past": ".perturb",
-    "perturb_past_bow": ".past_jl",
-    "perturb_past_discrim": ".past_jl",
-    "perturb_probs": ".hidden",
-    "pplm": ".hidden",
+    "perturb_past_bow": ".adam",
+    "perturb_past_discrim": ".adam",
+    "perturb_probs": ".adam",
+    "pplm": ".settings",
     "run_pplm_example": ".generate",
-    "sample_normal": ".past_jl",
-    "sample_pplm": ".past_jl",
+    "sample_normal": ".sample",
+    "sample_pplm": ".sample",
     "save_discriminator": ".heads",
     "steered": ".decoding",
     "stream_pplm": ".generate",
@@ -88,6 +88,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .adam import (
+        perturb_hidden_bow,
+        perturb_hidden_discrim,
+        perturb_past_bow,
+        perturb_past_discrim,
+        perturb_probs,
+    )
     from .bags import Bag, bag_weights, build_bows_one_hot_vectors, get_bag_of_words_indices
     from .decoding import steered
     from .discriminator import (
@@ -105,10 +112,10 @@ if TYPE_CHECKING:
         load_head,
         save_discriminator,
     )
-    from .hidden import perturb_hidden_bow, perturb_hidden_discrim, perturb_probs, pplm
-    from .past_jl import perturb_past_bow, perturb_past_discrim, sample_normal, sample_pplm
     from .perturb import PPLM_BOW, PPLM_BOW_DISCRIM, PPLM_DISCRIM, perturb_past
+    from .sample import sample_normal, sample_pplm
     from .sampling import fuse, nucleus_sample, temp_softmax, to_var, top_k_filter, top_k_sample
+    from .settings import pplm
 
 
 def __getattr__(name: str) -> Any:

@@ -185,8 +185,10 @@ def get_classifier(
     return head.to(device).eval(), label_id(found, class_label)
 
 
-def label_id(meta: Mapping[str, Any], class_label: str | int | None) -> int:
-    """The number of a class, 0-based; None and -1 are the default.
+def label_id(
+    meta: Mapping[str, Any], class_label: str | int | None, name: str = "class_label"
+) -> int:
+    """The number of a class, 0-based; None and -1 are the default. `name` is the argument's.
 
     Raises:
         ValueError: no such class; none named, and no default.
@@ -201,13 +203,13 @@ def label_id(meta: Mapping[str, Any], class_label: str | int | None) -> int:
             class_label = int(class_label)
     if class_label is None or class_label == -1:
         if meta.get("default_class") is None:
-            raise ValueError(f"class_label: the head has no default class: {wanted}")
+            raise ValueError(f"{name}: the head has no default class: {wanted}")
         return int(meta["default_class"])
     if isinstance(class_label, int) and not isinstance(class_label, bool) and 0 <= class_label < n:
         return class_label
     meant = nearest(class_label, vocab) if isinstance(class_label, str) else None
     mend = f"; did you mean {meant}?" if meant else ""
-    raise ValueError(f"class_label: no class {class_label!r}: {wanted}{mend}")
+    raise ValueError(f"{name}: no class {class_label!r}: {wanted}{mend}")
 
 
 def hidden_size_of(model: nn.Module) -> int:

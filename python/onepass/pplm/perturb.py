@@ -35,6 +35,11 @@ class Goal(NamedTuple):
     classifier: Any = None  # hidden states [B, D] to logits [B, C]
     class_label: int = 0
 
+    def on(self, device: Any) -> Goal:
+        """With the bags there."""
+        bags = (Bag(bag.ids.to(device), bag.weights.to(device)) for bag in self.bags)
+        return self._replace(bags=tuple(bags))
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -173,7 +178,7 @@ def perturb_past(
             model,
             packed,
             last.to(packed.device),
-            goal,
+            goal.on(packed.device),
             how,
             log_u=log_u,
             unpert_past=ahead,
@@ -207,15 +212,16 @@ def perturbed(
     of_past = None if mask is None else mask[:, :n_past]
     n_seen: Any = n_past if of_past is None else of_past.sum(-1, keepdim=True)
     delta = torch.zeros_like(past, dtype=torch.promote_types(past.dtype, torch.float32))
+    moved = past.clone()  # past + delta; its gradient is delta's
     window = window_weights(how, of_past, delta)
     every = (1, 3, 4, 5) if how.per_row else (1, 2, 3, 4, 5)
     keeps_largest = bool(goal.bags) and not with_head
     total: Any = None
     losses = []
     for _ in range(how.num_iterations):
-        delta.requires_grad_()
+        moved.requires_grad_()
         with torch.enable_grad():
-            out = run(model, last, (past + delta).to(past.dtype), mask)
+            out = run(model, last, moved, mask)
             assert out.logits is not None
             stats = steering_stats(out.logits, bags=goal.bags, log_u=log_u, embedding=embedding)
             total = accumulated_hidden + out.hidden.detach().to(delta.dtype).sum(1)
@@ -233,9 +239,10 @@ def perturbed(
             if stats.kl is not None:
                 terms.append(how.kl_scale * (stats.kl if how.per_row else stats.kl.sum()))
             loss = torch.stack(terms).sum(0)
-            (gradient,) = torch.autograd.grad(loss.sum(), delta)
+            (gradient,) = torch.autograd.grad(loss.sum(), moved)
         losses.append(loss.detach())
         with torch.no_grad():
+            gradient = gradient.to(delta.dtype)
             if window is not None:
                 gradient = gradient * window
             norms = torch.linalg.vector_norm(gradient, dim=every, keepdim=True)
@@ -243,9 +250,9 @@ def perturbed(
                 grad_norms = torch.maximum(grad_norms, norms)
             else:
                 grad_norms = norms + SMALL_CONST
-            delta = delta.detach() - gradient * (how.stepsize / grad_norms**how.gamma)
-    moved = (past + delta.detach()).to(past.dtype)
-    return Perturbed(moved, None if total is None else total.detach(), grad_norms, losses)
+            delta.addcmul_(gradient, grad_norms**-how.gamma, value=-how.stepsize)
+            moved.copy_(past + delta)
+    return Perturbed(moved.detach(), None if total is None else total.detach(), grad_norms, losses)
 
 
 def looked_ahead(

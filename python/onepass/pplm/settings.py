@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..ops._check import check_above_0, check_choice, check_number
 from .bags import Bag, bag_weights, get_bag_of_words_indices, read_words, split_names
-from .heads import ClassificationHead, ClassifierHead
+from .heads import ClassificationHead, ClassifierHead, check_fits, label_id
 from .sampling import check_k
 
 METHODS = ("BoW", "Discrim")
@@ -32,8 +31,8 @@ class pplm:
             tokens but the last ("past"), or, with a bag, the probabilities themselves ("probs").
         bow_list: names of bags, or paths of files of a word a line; all are one bag.
         discrim: a discriminator's name, or a `ClassificationHead`.
-        target_class_id: the class, counted from 0 (PPLM.jl: from 1); -1 is the default of the
-            discriminator's metadata. A head of one class takes 0 or 1, its two sides.
+        target_class_id: the class by number, counted from 0 (PPLM.jl: from 1), or by name; -1 is
+            the default of the head's metadata. A head of one class takes 0 or 1, its two sides.
         file_name, path: of the discriminator's file, as of `ClassifierHead`.
         stepsize: Adam's learning rate. num_iterations: its steps for a token.
         max_length: new tokens of `sample_pplm`.
@@ -60,7 +59,7 @@ class pplm:
     bow_list: str | Sequence[str] = ("military",)
     discrim: str | ClassificationHead = "toxicity"
     embed_size: int = 768
-    target_class_id: int = -1
+    target_class_id: int | str = -1
     file_name: str = ""
     path: str = ""
     stepsize: float = 0.01
@@ -93,7 +92,7 @@ class pplm:
             check_number(name, getattr(self, name), 0.0, 1.0)
         check_above_0("temperature", self.temperature)
         least = {"max_length": 1, "num_iterations": 0, "window_length": 0, "embed_size": 1}
-        for name, low in (least | {"target_class_id": -1}).items():
+        for name, low in least.items():
             value = getattr(self, name)
             if type(value) is not int or value < low:
                 raise ValueError(f"{name} must be a whole number from {low}: got {value!r}")
@@ -117,13 +116,8 @@ class pplm:
                 file_name=self.file_name or None,
                 path=self.path or None,
             )
-        n_classes, label = max(2, head.class_size), self.target_class_id
-        if label == -1:
-            label = (meta or {}).get("default_class")
-        if type(label) is not int or not 0 <= label < n_classes:
-            got = "nothing, and the head names no default" if label is None else str(label)
-            raise ValueError(f"target_class_id must be from 0 to {n_classes - 1}: got {got}")
-        self._set("target_class_id", label)
+        found = {"class_size": head.class_size} if meta is None else meta
+        self._set("target_class_id", label_id(found, self.target_class_id, "target_class_id"))
         return head
 
     def bag(self, tokenizer: Any, device: torch.device) -> Bag:
@@ -138,18 +132,9 @@ class pplm:
         bag = kept[1]
         return Bag(bag.ids.to(device), bag.weights.to(device))
 
-    def class_logits(self, pooled: Tensor) -> Tensor:
-        """The head's logits [B, C], fp32, of hidden states [B, D]; its parameters get no gradient.
-
-        Raises:
-            ValueError: a head of another width, or no head.
-        """
+    def head(self, model: torch.nn.Module) -> ClassificationHead:
+        """The head, after checking that it reads the model's hidden states."""
         if self.classifier is None:
             raise ValueError(f'args have method={self.method!r}: wanted method="Discrim"')
-        check_width(self.classifier, pooled.shape[-1])
-        linear = self.classifier.linear_layer
-        weight, bias = (
-            None if p is None else p.detach().to(pooled.device, torch.float32)
-            for p in (linear.weight, linear.bias)
-        )
-        return torch.nn.functional.linear(pooled.float(), weight, bias)  # type: ignore[arg-type]
+        check_fits(self.classifier, model)
+        return self.classifier

@@ -13,16 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._check import IGNORED, check_labels, check_weights, values_checked
-from ..training.hidden_states import lazy_within, training_mode, without_adapter
+from ..training.hidden_states import (
+    check_language_model,
+    lazy_within,
+    training_mode,
+    without_adapter,
+)
 from .contrast import aligned_position
 from .core import PAIRED, SCORES, check_names, check_options
 from .core import scores as scores_of_rows
 from .dropout import check_dropout, noisy_runs
 from .filters import check_filter
+from .on_rows import is_own, row_function, score_of_rows
+from .registry import check_is_step_function
 
 # Of 512 tokens, 50257 logits and 64 hidden features 10 MB at the peak in 199 ms, where whole logits
 # are 98 MB; slabs of 8 MB take 23 MB and 165 ms, of 64 MB 64 MB and 133 ms (one thread).
 CPU_SLAB_BYTES = 4 << 20
+ROWS = 64  # that a registered function is called with
 
 
 def step_scores(
@@ -54,8 +62,9 @@ def step_scores(
     Args:
         model: a causal or encoder-decoder language model of transformers.
         input_ids: [B, S] the text; the source [B, T] of an encoder-decoder model.
-        scores: names of `onepass.step_functions.scores`.
-        attention_mask: of `input_ids`; 0 for padding, on either side.
+        scores: names of `onepass.step_functions.scores`, or of functions that were registered,
+            which are called with a forward_output and target_ids alone.
+        attention_mask: of `input_ids`; 0 for padding, on either side of a text.
         decoder_input_ids, decoder_attention_mask: [B, S] the text of an encoder-decoder model, with
             the token that it starts from.
         contrast_ids, contrast_attention_mask: [B, S'] a contrastive text: the scores of a token
@@ -75,12 +84,17 @@ def step_scores(
 
     Raises:
         AttributeError: a name that is no score. ValueError: shapes or numbers that do not fit,
-        a contrast that is missing, a model without dropout. IndexError: a contrastive text that is
-        too short. TypeError: not a model.
+        padding within a text, a contrast that is missing, a model without dropout, without a
+        language-model head or whose tokens see those after them. IndexError: a contrastive text
+        that is too short. TypeError: not a model.
     """
-    names = check_names(scores)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
+    asked = dict.fromkeys([scores] if isinstance(scores, str) else scores)
+    for name in asked:
+        check_is_step_function(name)
+    names = [name for name in asked if is_own(name)]
+    if not asked:
+        check_names(names)
+    check_language_model(model)
     text = _text(model, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
     needs = {fact for name in names for fact in SCORES[name].needs}
     paired = [name for name in names if PAIRED & set(SCORES[name].needs)]
@@ -102,7 +116,7 @@ def step_scores(
 
     for each in (text, contrast):
         if each is not None:
-            each.check_range(model)
+            each.check(model)
     labels = text.labels()
     options: dict[str, Any] = {
         "base": base, "logprob": logprob, "top_k": top_k, "top_p": top_p,
@@ -123,7 +137,21 @@ def step_scores(
                 options["contrast_logits"] = contrast.rows(model)
         if "noisy" in needs:
             options["noisy_logps"] = noisy_runs(model, noisy, n_mcd_steps, seed, False)
-        return scores_of_rows(rows, labels, names, **options)
+        found = scores_of_rows(rows, labels, names, **options) if names else {}
+        for name in asked:
+            if name not in found:
+                found[name] = _registered(model, name, rows, labels)
+        return {name: found[name] for name in asked}
+
+
+def _registered(model: nn.Module, name: str, rows: Tensor, labels: Tensor) -> Tensor:
+    """Its scores [B, S - 1] of logits [B, S - 1, V], some rows at a time."""
+    ids = labels.clamp_min(0).flatten().split(ROWS)
+    found = [
+        score_of_rows(row_function(model, name), name, *part)
+        for part in zip(rows.flatten(0, 1).split(ROWS), ids, strict=True)
+    ]
+    return torch.where(labels != IGNORED, torch.cat(found).view(labels.shape), 0)
 
 
 @dataclass
@@ -163,8 +191,16 @@ class Text:
             source = source_ids, _whole(source_mask)
         return Text(ids, _whole(mask), source, torch.tensor(positions, device=ids.device))
 
-    def check_range(self, model: nn.Module) -> None:
-        """Raises where the text has more tokens than the model takes, or tokens that it has not."""
+    def check(self, model: nn.Module) -> None:
+        """Raises where the text has more tokens than the model takes, tokens that it has not, or
+        padding within, which some models count as positions and others do not."""
+        if self.mask is not None:
+            parts = (self.mask.diff(dim=1, prepend=torch.zeros_like(self.mask[:, :1])) == 1).sum(1)
+            if bool((parts > 1).any()):
+                raise ValueError(
+                    f"the mask of text {int(parts.argmax())} is 0 between tokens: wanted padding"
+                    " before or after a text only"
+                )
         config: Any = getattr(without_adapter(model), "config", None)
         decoder = config.get_text_config() if hasattr(config, "get_text_config") else config
         positions = getattr(decoder, "max_position_embeddings", None)

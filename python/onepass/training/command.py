@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import importlib.util
 import os
 import shlex
 import sys
@@ -18,8 +17,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from ..cli.errors import Failed, Parser, UsageError, nearest, unknown
+from ..cli.errors import Parser, UsageError, nearest, unknown
 from .flags import Flags, RunFlags, check_run_flags, parse
+from .models import check_installed
 from .run_folder import RunFolder, is_main_process, latest_checkpoint, recorded_flags, tell
 
 
@@ -118,11 +118,7 @@ def _train(name: str, tokens: Sequence[str]) -> int:
     except UsageError as error:
         error.prog = prog
         raise
-    missing = [needed for needed in NEEDED if importlib.util.find_spec(needed) is None]
-    if missing:
-        raise Failed(
-            f'needs {", ".join(missing)}, not installed here: pip install "onepass[train,viz]"'
-        )
+    check_installed(NEEDED)
     if launch is not None:
         again = ["-m", "onepass", "train", name, *flags.tokens, "--accelerate_config=none"]
         command = [sys.executable, "-m", "accelerate.commands.launch", *launch, *again]

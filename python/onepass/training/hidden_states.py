@@ -59,6 +59,27 @@ def without_adapter(model: nn.Module) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
+def check_language_model(model: object) -> None:
+    """Raises for what cannot say the next token, as far as a model tells.
+
+    Raises:
+        TypeError: not a model. ValueError: one without a language-model head, or whose attention
+        sees what comes after a token.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}")
+    inner = without_adapter(model)
+    kind = type(inner).__name__
+    if getattr(inner, "get_output_embeddings", lambda: inner)() is None:
+        raise ValueError(
+            f"{kind} has no language-model head: wanted one as AutoModelForCausalLM loads it"
+        )
+    seen = {m.is_causal for m in inner.modules() if hasattr(m, "is_causal")}
+    sees_all = seen == {False} or (not seen and kind.endswith("ForMaskedLM"))
+    if sees_all and not hasattr(getattr(inner, "config", None), "vision_config"):
+        raise ValueError(f"{kind} sees what comes after a token: wanted a causal model")
+
+
 def make_lazy(model: nn.Module) -> None:
     """Let the head make no logits; where it cannot, a line that says why they are made."""
     base = without_adapter(model)

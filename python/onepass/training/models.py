@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ..cli.errors import Failed, UsageError, one_line
 from .flags import ModelFlags
+from .run_folder import digest
 
 
 def check_folder(name: str, flag: str = "--model") -> None:
@@ -23,6 +27,37 @@ def check_folder(name: str, flag: str = "--model") -> None:
         if (path / "adapter_config.json").is_file():
             raise UsageError(f"{flag}: {name!r} is an adapter, wanted the model it is of")
         raise UsageError(f"{flag}: no config.json in {name!r}, wanted a model of transformers")
+
+
+def check_installed(needed: Iterable[str]) -> None:
+    """Failed where a library is missing."""
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise Failed(
+            f'needs {", ".join(missing)}, not installed here: pip install "onepass[train,viz]"'
+        )
+
+
+def find_adapter(name: str) -> Path:
+    """The folder with adapter_config.json: `name`, or adapter/ in the folder of a run.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for folder in (Path(name), Path(name) / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    raise UsageError(f"--adapter: no adapter_config.json in {name!r}, wanted an adapter of PEFT")
+
+
+def device_of(name: str) -> Any:
+    """The torch.device that --device names."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU here", hint="use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def _why(error: Exception) -> str:
@@ -92,3 +127,36 @@ def load_language_model(
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model, tokenizer
+
+
+def load_policy(
+    model: ModelFlags, adapter: Path | None, device: Any, *, with_encoder: bool = False
+) -> tuple[Any, Any]:
+    """(model, tokenizer) to draw from."""
+    args = SimpleNamespace(device=device, bf16=False)
+    made, tokenizer = load_language_model(model, args, with_encoder=with_encoder)
+    if not (model.load_in_4bit or model.load_in_8bit):
+        made = made.to(device)
+    if adapter is not None:
+        from peft import PeftModel
+
+        try:
+            made = PeftModel.from_pretrained(made, str(adapter))
+        except Exception as error:  # PEFT's, torch's and safetensors' own
+            raise Failed(
+                f"--adapter: {str(adapter)!r} does not fit the model: {_why(error)}"
+            ) from error
+    return made.eval().requires_grad_(False), tokenizer
+
+
+def weights_digest(model: Any) -> str:
+    """What tells a model's weights apart: of matrices the xor of each row, which is the same on
+    every device, and where they are cast to a wider dtype."""
+    import torch
+
+    parts = []
+    for name, value in model.state_dict().items():
+        rows = value.view(torch.uint8) if value.element_size() == 1 else value
+        rows = rows.double() if rows.dim() < 2 else torch.hash_tensor(rows, dim=-1)
+        parts.append(name.encode() + rows.cpu().numpy().tobytes())
+    return digest(b"".join(parts))
