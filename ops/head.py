@@ -87,7 +87,13 @@ class Head(NamedTuple):
         """The logits themselves, [..., V]: the definition."""
         self.check_weights()
         rows = [states.reshape(-1, states.shape[-1]) for states in self.hidden]
-        whole = self.cap.logits(head_product(rows, self.weight, self.bias))
+        given = [t for t in (*rows, *self.weight, self.bias) if t is not None]
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+        if len(rows) == 1 and not learns and serves_onednn(*given):
+            product = onednn_product(rows[0], self.weight[0], self.bias)
+        else:
+            product = head_product(rows, self.weight, self.bias)
+        whole = self.cap.logits(product)
         return whole.view(*self.hidden[0].shape[:-1], whole.shape[-1])
 
     @property

@@ -96,7 +96,8 @@ def test_names_of_several(gpt2: Any, tmp_path: Path) -> None:
     joined = bags.get_bag_of_words_indices(f"{paths[0]}; {paths[1]};", gpt2)
     assert joined == bags.get_bag_of_words_indices(paths, gpt2) and len(joined) == 2
     assert bags.build_bows_one_hot_vectors(None, gpt2) is None
-    for nothing in ("", " ; ", []):
+    unnamed: list[Any] = ["", " ; ", []]
+    for nothing in unnamed:
         with pytest.raises(ValueError, match="no bag of words is named"):
             bags.get_bag_of_words_indices(nothing, gpt2)
     with pytest.raises(TypeError, match="got int"):

@@ -176,7 +176,7 @@ def tensors(name: str = "x.safetensors", config: str | None = None, **state: Any
 
 
 W, B = torch.ones(2, 6), torch.zeros(2)
-LAYER = {"weight": W, "bias": B}
+LAYER: Any = {"weight": W, "bias": B}
 REFUSED: list[tuple[str, Callable[[], Path], str]] = [
     ("pickle", lambda: written("x.pt", pickle.dumps(Hostile())), "refused"),
     ("pickle inside", lambda: keep({"weight": W, "bias": Hostile()}), "refused"),

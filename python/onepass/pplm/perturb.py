@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops._check import check_choice, check_number
@@ -21,7 +20,7 @@ from ..training.hidden_states import without_adapter
 from .bags import Bag, bag_weights
 from .cache import pack, unpack
 from .forward import check_model, materialized, run, soft_inputs, steady
-from .heads import check_fits
+from .heads import check_fits, class_logps
 
 PPLM_BOW, PPLM_DISCRIM, PPLM_BOW_DISCRIM = 1, 2, 3
 SMALL_CONST = 1e-15
@@ -212,15 +211,16 @@ def perturbed(
     of_past = None if mask is None else mask[:, :n_past]
     n_seen: Any = n_past if of_past is None else of_past.sum(-1, keepdim=True)
     delta = torch.zeros_like(past, dtype=torch.promote_types(past.dtype, torch.float32))
+    moved = past.clone()  # past + delta; its gradient is delta's
     window = window_weights(how, of_past, delta)
     every = (1, 3, 4, 5) if how.per_row else (1, 2, 3, 4, 5)
     keeps_largest = bool(goal.bags) and not with_head
     total: Any = None
     losses = []
     for _ in range(how.num_iterations):
-        delta.requires_grad_()
+        moved.requires_grad_()
         with torch.enable_grad():
-            out = run(model, last, (past + delta).to(past.dtype), mask)
+            out = run(model, last, moved, mask)
             assert out.logits is not None
             stats = steering_stats(out.logits, bags=goal.bags, log_u=log_u, embedding=embedding)
             total = accumulated_hidden + out.hidden.detach().to(delta.dtype).sum(1)
@@ -238,9 +238,10 @@ def perturbed(
             if stats.kl is not None:
                 terms.append(how.kl_scale * (stats.kl if how.per_row else stats.kl.sum()))
             loss = torch.stack(terms).sum(0)
-            (gradient,) = torch.autograd.grad(loss.sum(), delta)
+            (gradient,) = torch.autograd.grad(loss.sum(), moved)
         losses.append(loss.detach())
         with torch.no_grad():
+            gradient = gradient.to(delta.dtype)
             if window is not None:
                 gradient = gradient * window
             norms = torch.linalg.vector_norm(gradient, dim=every, keepdim=True)
@@ -248,9 +249,9 @@ def perturbed(
                 grad_norms = torch.maximum(grad_norms, norms)
             else:
                 grad_norms = norms + SMALL_CONST
-            delta = delta.detach() - gradient * (how.stepsize / grad_norms**how.gamma)
-    moved = (past + delta.detach()).to(past.dtype)
-    return Perturbed(moved, None if total is None else total.detach(), grad_norms, losses)
+            delta.addcmul_(gradient, grad_norms**-how.gamma, value=-how.stepsize)
+            moved.copy_(past + delta)
+    return Perturbed(moved.detach(), None if total is None else total.detach(), grad_norms, losses)
 
 
 def looked_ahead(
@@ -299,10 +300,7 @@ def floored(log_u: Tensor) -> Tensor:
 
 def class_loss(logits: Tensor, label: int) -> Tensor:
     """Cross-entropy of a class per row, [B]; one logit is that of class 1 against class 0."""
-    if logits.shape[-1] == 1:
-        logits = torch.cat([torch.zeros_like(logits), logits], dim=-1)
-    labels = torch.full((len(logits),), label, device=logits.device)
-    return F.cross_entropy(logits, labels, reduction="none")
+    return -class_logps(logits)[:, label]
 
 
 # -- what is asked for ----------------------------------------------------------------------------
