@@ -76,6 +76,7 @@ def test_round_trip_is_bitwise(dtype: torch.dtype) -> None:
     made = head(2).to(dtype)
     file = heads.save_discriminator(made, file_name="x.safetensors", path="new/folder", args=META)
     assert sorted(p.name for p in file.parent.iterdir()) == ["x.json", "x.safetensors"]
+    assert file.read_bytes() == heads.save_discriminator(made, path="b", args=META).read_bytes()
     read, meta = heads.load_head(file)
     assert same(made, read) and meta == META | {"class_size": 2, "embed_size": 6}
     assert json.loads(file.with_suffix(".json").read_text()) == meta
@@ -170,7 +171,7 @@ def written(name: str, raw: bytes) -> Path:
 
 
 def tensors(name: str = "x.safetensors", config: str | None = None, **state: Any) -> Path:
-    metadata = None if config is None else {"kind": heads.FORMAT, "config": config}
+    metadata = None if config is None else {heads.FORMAT: config}
     save_file(state, name, metadata=metadata)
     return Path(name)
 

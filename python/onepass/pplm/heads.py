@@ -268,9 +268,8 @@ def save_discriminator(
     told = asdict(args) if is_dataclass(args) and not isinstance(args, type) else dict(args or {})
     meta = checked_meta(own | told, head, "args")
     config = strict_json(meta, indent=1)
-    header = {"format": "pt", "kind": FORMAT, "config": config}
     tensors = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
-    raw = save(tensors, header)
+    raw = save(tensors, {FORMAT: config})  # one entry: of several the order changes from run to run
     file.parent.mkdir(parents=True, exist_ok=True)
     replace(file, lambda new: new.write_bytes(raw))
     replace_text(file.with_suffix(".json"), config + "\n")
@@ -367,8 +366,8 @@ def _safetensors(file: Path) -> tuple[dict[str, Any], Meta]:
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{file}: no safetensors, or damaged: {one_line(error, 120)}") from error
     try:
-        return tensors, _object(header["config"]) if header.get("kind") == FORMAT else {}
-    except (KeyError, ValueError) as error:
+        return tensors, _object(header[FORMAT]) if FORMAT in header else {}
+    except ValueError as error:
         raise ValueError(f"{file}: its metadata are damaged: {one_line(error)}") from error
 
 
