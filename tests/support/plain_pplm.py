@@ -31,7 +31,7 @@ def run(model: Any, past: list[Tensor] | None, **inputs: Any) -> tuple[Tensor, l
 
 
 def window(like: Tensor, length: int, decay: bool, side: str = "first") -> Tensor:
-    """Ones where the past is perturbed, [T, 1]; upstream's side is the first, its help says last."""
+    """Ones where the past is perturbed, [T, 1]; upstream's side is "first", its help says last."""
     n_past = like.shape[-2]
     if not 0 < length < n_past:
         return torch.ones(n_past, 1, device=like.device)

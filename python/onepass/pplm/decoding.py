@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .generate import chosen, goal_by_name
+from .generate import Ends, chosen, goal_by_name
 from .sampling import draw
 from .walk import Walk
 
@@ -63,16 +63,12 @@ def steered(
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        from transformers import StoppingCriteriaList, StopStringCriteria
         from transformers.generation import GenerateDecoderOnlyOutput
 
         if generation_config.num_beams > 1:
             raise ValueError("num_beams must be 1: a beam has no past of its own to perturb")
         if model_kwargs.get("inputs_embeds") is not None or not input_ids.shape[1]:
             raise ValueError("steering needs ids: got inputs_embeds, or no token")
-        criteria = StoppingCriteriaList(stopping_criteria)
-        if stop_strings:
-            criteria.append(StopStringCriteria(tokenizer, stop_strings))
         if streamer is None and own is not None:
             streamer = own
             streamer.put(input_ids.cpu())
@@ -85,6 +81,7 @@ def steered(
         if padding is None:
             ends = generation_config.eos_token_id
             padding = (ends[0] if isinstance(ends, list) else ends) or 0
+        ends = Ends(tokenizer, len(input_ids), None, stop_strings)
         running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         scores: list[Tensor] = []
         raw: list[Tensor] = []
@@ -103,7 +100,10 @@ def steered(
             walk.append(tokens)
             if streamer is not None:
                 streamer.put(tokens.cpu())
-            running = running & ~criteria(walk.ids, tuple(scores))
+            running = running & ~stopping_criteria(walk.ids, tuple(scores))
+            if stop_strings:
+                ends.take(tokens)
+                running = running & ~tokens.new_tensor(ends.ended, dtype=torch.bool)
         if streamer is not None:
             streamer.end()
         if not generation_config.return_dict_in_generate:

@@ -142,13 +142,14 @@ def perturb_past(
     Formula: loss = sum_bags -log(sum_v w_v p_v) + CE(classifier(hidden / (T + 1 + horizon)), label)
     + kl_scale KL(p || u); delta_l -= stepsize g_l / |g_l|^gamma with g_l = window * dloss/ddelta_l.
     """
-    goal = goal_of(loss_type, one_hot_bows_vectors, classifier, class_label)
+    with torch.inference_mode(False):  # tensors that autograd may keep
+        goal = goal_of(loss_type, one_hot_bows_vectors, classifier, class_label)
     how = Steps(
         stepsize, num_iterations, horizon_length, window_length, decay, gamma, kl_scale,
         window_side, per_row,
     )  # fmt: skip
     check_goal(goal, model)
-    with torch.inference_mode(False):  # copies that autograd may keep
+    with torch.inference_mode(False):
         packed = pack(past)
         ahead = None if goal.classifier is None or unpert_past is None else pack(unpert_past)
     n_past, rows = packed.shape[-2], packed.shape[2]
