@@ -62,7 +62,8 @@ def package_files() -> set[str]:
     expected = {"onepass/py.typed"}
     for where, _, names in os.walk(ROOT / "python" / "onepass", followlinks=False):
         inside = Path(where).relative_to(ROOT / "python")
-        expected |= {(inside / name).as_posix() for name in names if name.endswith(".py")}
+        shipped = (".py", ".txt")  # the lists of words of pplm/bags
+        expected |= {(inside / name).as_posix() for name in names if name.endswith(shipped)}
     for folder in ("kernels", "ops", "bench"):
         found = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.py")}
         assert found, f"{folder}/ holds no Python file"

@@ -60,6 +60,11 @@ COMMANDS = {
         "make preference pairs, judge a model's answers, compare losses",
         "Preferences from a reward, and what training on them brings.",
     ),
+    "pplm": Command(
+        ".pplm.train_command",
+        "train heads that generation is steered by",
+        "Steering of generation by heads and bags of words.",
+    ),
     "attribute": Command(
         ".attribution.command",
         "show which tokens a model's next-token scores come from",

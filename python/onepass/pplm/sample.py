@@ -1,0 +1,271 @@
+"""PPLM.jl's two ways to a text: `sample_pplm`, steered, and `sample_normal`, not.
+
+A cache holds the unperturbed past; upstream runs the model on all tokens for each new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops._check import check_choice, check_number
+from ..training.generation import padding_of
+from .adam import Aim, head_logits, logits_over, perturb_probs, steer_hidden, steer_past
+from .forward import Forward, check_model, run, steady
+from .sampling import check_k, fuse, nucleus_sample, top_k_sample
+from .settings import pplm
+
+SAMPLERS = ("top_k", "nucleus")
+
+
+def sample_pplm(
+    args: pplm,
+    *,
+    tokenizer: Any = None,
+    model: Any = None,
+    prompt: str | Sequence[str] = "I hate the customs",
+    sample_method: str = "top_k",
+    add_eos_start: bool = True,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Any:
+    """The prompt and what the steered model goes on with, args.max_length tokens.
+
+    Args:
+        tokenizer, model: of transformers; None is GPT-2, the medium one for heads of its size.
+        prompt: a text, or several, which are drawn as one batch, each steered as if alone.
+        sample_method: "top_k", with args.top_k, or "nucleus", with args.top_p.
+        add_eos_start: begin with the EOS token, which the text then is without.
+        seed: of the draws; or a `generator` on the model's device. None: torch's global state.
+
+    Returns: the text, or a list of them. An EOS token in it ends nothing, as upstream.
+
+    Raises:
+        ValueError: a prompt without tokens or with more than the model takes, a model without a
+        plain cache, a head or bag that does not fit it.
+    """
+    if tokenizer is None or model is None:
+        medium = args.embed_size == 1024 or args.discrim in ("sentiment", "clickbait")
+        tokenizer, model = _gpt2("gpt2-medium" if medium else "gpt2")
+    if args.cuda is not None and args.cuda[0]:
+        model.to(torch.device("cuda", args.cuda[1]))
+    pick = _sampler(sample_method, args.top_k, args.top_p)
+    return _texts(
+        Walk(model, args.temperature, args, tokenizer),
+        tokenizer, prompt, args.max_length, pick, add_eos_start, seed, generator,
+    )  # fmt: skip
+
+
+def sample_normal(
+    *,
+    prompt: str | Sequence[str] = "I hate the customs",
+    tokenizer: Any = None,
+    model: Any = None,
+    max_length: int = 100,
+    method: str = "top_k",
+    k: int = 50,
+    t: float = 1.2,
+    p: float = 0.5,
+    add_eos_start: bool = True,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Any:
+    """The prompt and what the model goes on with, unsteered: `max_length` tokens of top-`k` or
+    nucleus sampling (`p`) at temperature `t`. Else as `sample_pplm`."""
+    if tokenizer is None or model is None:
+        tokenizer, model = _gpt2("gpt2")
+    pick = _sampler(method, k, p)
+    walk = Walk(model, t)
+    return _texts(walk, tokenizer, prompt, max_length, pick, add_eos_start, seed, generator)
+
+
+class Walk:
+    """A batch of texts, token by token: `start`, then `step` with each drawn token."""
+
+    def __init__(
+        self, model: nn.Module, temperature: float, args: pplm | None = None, tokenizer: Any = None
+    ) -> None:
+        check_model(model)
+        self.model, self.temperature, self.args = model, temperature, args
+        self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore
+        self.aim = Aim()
+        if args is not None and args.method == "BoW":
+            self.aim = Aim(bag=args.bag(tokenizer, self.device))
+        elif args is not None:
+            self.aim = Aim(head=args.head(model))
+        self.tokenizer = tokenizer
+        self.past: Tensor | None = None  # [L, 2, B, H, T, d], unperturbed
+        self.mask: Tensor | None = None  # [B, T], where rows are padded
+        self.pooled: tuple[Tensor, Tensor] | None = None  # sum and number of hidden states so far
+        self.before: Tensor | None = None  # what seed_compat_offset takes the KL to
+
+    @property
+    def perturbs(self) -> str | None:
+        return None if self.args is None else self.args.perturb
+
+    def start(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """log-probabilities [B, V] of what follows tokens [B, S], padded on the left where the mask
+        [B, S] is 0."""
+        self.mask = mask
+        if self.perturbs != "past" or tokens.shape[1] == 1:
+            return self._next(tokens)
+        offset = self.args is not None and self.args.seed_compat_offset
+        early = None if mask is None else mask[:, :-1]
+        out = run(self.model, tokens[:, :-1], None, early, logits=offset)
+        self.past = out.past()
+        if offset:
+            self.before = logits_over(out, self.temperature)
+        return self._next(tokens[:, -1:])
+
+    def step(self, token: Tensor) -> Tensor:
+        """log-probabilities [B, V] of what follows the token [B, 1]."""
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        return self._next(token)
+
+    def _next(self, tokens: Tensor) -> Tensor:
+        args = self.args
+        if args is not None and args.perturb == "past" and self.past is not None:
+            return self._with_past(tokens, args)
+        out = run(self.model, tokens, self.past, self.mask)
+        if args is not None and args.perturb == "hidden":
+            log_p, log_u = self._with_hidden(out, args)
+        else:
+            log_p = log_u = logits_over(out, self.temperature)
+            if args is not None and args.perturb == "probs":
+                probs = perturb_probs(log_u.softmax(-1), self.tokenizer, args, per_row=True)
+                log_p = probs.log()
+        self.past, self.before = out.past(), log_u
+        return fuse(log_p, log_u, 0.0 if args is None else args.fusion_gm_scale)
+
+    def _with_hidden(self, out: Forward, args: pplm) -> tuple[Tensor, Tensor]:
+        hidden = out.hidden.float()
+        counts = torch.ones_like(hidden[..., :1])
+        if self.mask is not None:
+            counts = self.mask[:, -hidden.shape[1] :].unsqueeze(-1).to(hidden)
+        total, n = self.pooled or (0.0, 0.0)
+        rest = (
+            total + (hidden * counts)[:, :-1].sum(1),
+            n + counts[:, :-1].sum(1),
+        )
+        last = out.hidden[:, -1]
+        self.pooled = rest[0] + hidden[:, -1], rest[1] + 1
+        logits_of = logits_like(out, self.model)
+        of_head = None if self.aim.head is None else rest
+        moved = steer_hidden(last, logits_of, self.aim, args, of_head, per_row=True)
+        log_p = logits_of(moved.last).float() / self.temperature
+        return log_p, log_p if moved.log_u is None else moved.log_u
+
+    def _with_past(self, token: Tensor, args: pplm) -> Tensor:
+        assert self.past is not None
+        target = self.before if args.seed_compat_offset else None
+        moved = steer_past(
+            self.model, token, self.past, self.aim, args, self.mask, target, per_row=True
+        )
+        out = run(self.model, token, moved.past, self.mask)
+        log_p = logits_over(out, self.temperature)
+        log_u = log_p if moved.log_u is None else moved.log_u
+        self.past = out.past() if moved.unperturbed is None else moved.unperturbed
+        self.before = log_u
+        return fuse(log_p, log_u, args.fusion_gm_scale)
+
+
+def logits_like(out: Forward, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """From hidden states [B, D] to logits as the model made `out.logits` of its own: by its head,
+    and the cap and scale that follow it, where these are known."""
+    head = getattr(out.logits, "onepass_head", None)
+    if head is None or len(head.hidden) > 1:  # several: an adapter on the head
+        return head_logits(model)
+    return lambda last: head._replace(hidden=(last,), states=()).logits()  # type: ignore[no-any-return]
+
+
+def new_tokens(
+    walk: Walk, rows: Sequence[list[int]], n_new: int, pick: Callable[[Tensor], Tensor], pad: int
+) -> Iterator[Tensor]:
+    """`n_new` tokens [B, 1], one by one, after these, which are padded on the left."""
+    width = max(map(len, rows))
+    padded = [[pad] * (width - len(row)) + row for row in rows]
+    tokens = torch.tensor(padded, device=walk.device)
+    mask = None
+    if any(len(row) < width for row in rows):
+        places = torch.arange(width, device=walk.device)
+        mask = places >= width - torch.tensor([[len(row)] for row in rows], device=walk.device)
+        mask = mask.long()
+    token = tokens
+    with steady(walk.model):
+        for n in range(n_new):
+            log_probs = walk.step(token) if n else walk.start(tokens, mask)
+            token = pick(log_probs.exp())
+            yield token
+
+
+def _texts(
+    walk: Walk,
+    tokenizer: Any,
+    prompt: str | Sequence[str],
+    n_new: int,
+    pick: Callable[..., Tensor],
+    add_eos_start: bool,
+    seed: int | None,
+    generator: torch.Generator | None,
+) -> Any:
+    if seed is not None:
+        if generator is not None:
+            raise ValueError("seed and generator exclude each other")
+        generator = torch.Generator(walk.device).manual_seed(seed)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    rows = prompt_rows(walk.model, tokenizer, prompts, add_eos_start, n_new)
+    pad = padding_of(tokenizer)
+    drawn = new_tokens(walk, rows, n_new, lambda probs: pick(probs, generator=generator), pad)
+    new = torch.cat(list(drawn), 1).tolist()
+    texts = [
+        tokenizer.decode([*row, *more][add_eos_start:], clean_up_tokenization_spaces=False)
+        for row, more in zip(rows, new, strict=True)
+    ]
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+def prompt_rows(
+    model: Any, tokenizer: Any, prompts: Sequence[str], add_eos_start: bool, n_new: int
+) -> list[list[int]]:
+    """Tokens of each prompt.
+
+    Raises:
+        ValueError: no prompt, one without tokens, or one that leaves no room for `n_new`.
+    """
+    first = [tokenizer.eos_token_id] if add_eos_start else []
+    if first == [None]:
+        raise ValueError("add_eos_start: the tokenizer has no EOS token: wanted False")
+    if not prompts:
+        raise ValueError("prompt: got no text, wanted at least one")
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    rows = []
+    for text in prompts:
+        row = first + tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not row:
+            raise ValueError("prompt: the text has no tokens")
+        if isinstance(most, int) and len(row) + n_new > most:
+            raise ValueError(
+                f"prompt: {text[:40]!r} has {len(row)} tokens, which with {n_new} new ones is more"
+                f" than the {most} that the model takes"
+            )
+        rows.append(row)
+    return rows
+
+
+def _sampler(method: str, k: int, p: float) -> Callable[..., Tensor]:
+    check_choice("sample_method", method, SAMPLERS)
+    check_k(k)
+    check_number("p", p, 0.0, 1.0)
+    if method == "top_k":
+        return lambda probs, generator: top_k_sample(probs, k, generator)
+    return lambda probs, generator: nucleus_sample(probs, p, generator)
+
+
+def _gpt2(name: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
