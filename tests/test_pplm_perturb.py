@@ -10,8 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
+from onepass.bench import plain_pplm as plain
 from onepass.pplm import PPLM_BOW, PPLM_BOW_DISCRIM, PPLM_DISCRIM, ClassificationHead, perturb_past
-from support import plain_pplm as plain
 from support.tiny_models import D, V, tiny
 
 LOSSES = {"bow": PPLM_BOW, "discrim": PPLM_DISCRIM, "both": PPLM_BOW_DISCRIM}
