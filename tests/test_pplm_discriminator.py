@@ -211,7 +211,10 @@ def test_an_interruption_leaves_the_model_usable(llama: Any, bytes_: Any) -> Non
     assert llama(torch.tensor([[5, 6]])).logits.shape == (1, 2, 260)
 
 
-def test_names_and_hyperparams(llama: Any, bytes_: Any) -> None:
+def test_names_and_hyperparams(
+    llama: Any, bytes_: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     texts, labels = task(30)
     names = [("good", "bad")[y] for y in labels]
     asked = d.HyperParams(batchsize=4, epochs=1, lr=1e-3, target_class=1)
@@ -231,6 +234,9 @@ def test_names_and_hyperparams(llama: Any, bytes_: Any) -> None:
     assert every.report is not None and every.report.accuracy is None and every.pool == "sum"
     again = d.train_discriminator(texts, labels, model=llama, tokenizer=bytes_, discrim=every)
     assert again is every
+    file = heads.save_discriminator(every)
+    same = d.get_discriminator(llama, load_from_pretrained=True, path=file)
+    assert same.pool == "sum" == same.metadata["pool"]
 
 
 def test_versions(llama: Any) -> None:

@@ -76,6 +76,7 @@ def test_round_trip_is_bitwise(dtype: torch.dtype) -> None:
     made = head(2).to(dtype)
     file = heads.save_discriminator(made, file_name="x.safetensors", path="new/folder", args=META)
     assert sorted(p.name for p in file.parent.iterdir()) == ["x.json", "x.safetensors"]
+    assert file.read_bytes() == heads.save_discriminator(made, path="b", args=META).read_bytes()
     read, meta = heads.load_head(file)
     assert same(made, read) and meta == META | {"class_size": 2, "embed_size": 6}
     assert json.loads(file.with_suffix(".json").read_text()) == meta
@@ -170,7 +171,7 @@ def written(name: str, raw: bytes) -> Path:
 
 
 def tensors(name: str = "x.safetensors", config: str | None = None, **state: Any) -> Path:
-    metadata = None if config is None else {"kind": heads.FORMAT, "config": config}
+    metadata = None if config is None else {heads.FORMAT: config}
     save_file(state, name, metadata=metadata)
     return Path(name)
 
@@ -195,8 +196,8 @@ REFUSED: list[tuple[str, Callable[[], Path], str]] = [
     ("a tensor", lambda: keep(W), "got a Tensor, wanted a state_dict"),
     ("numbers as names", lambda: keep({0: W, 1: B}), "wanted a state_dict"),
     ("nothing", lambda: keep({}), "has nothing, wanted one linear layer"),
-    ("no bias", lambda: tensors(weight=W), "has weight, wanted one linear layer"),
-    ("more", lambda: tensors(more=B + 1, **LAYER), "has bias, more, weight, wanted one"),
+    ("no bias", lambda: tensors(weight=W), "has 'weight', wanted one linear layer"),
+    ("more", lambda: tensors(more=B + 1, **LAYER), "has 'bias', 'more', 'weight', wanted"),
     ("two layers", lambda: keep({f"{a}.{k}": v for a in "ab" for k, v in LAYER.items()}), "..."),
     ("two ends", lambda: keep({"a.weight": W, "b.weight": W, "a.bias": B}), "wanted one linear"),
     ("a vector", lambda: tensors(weight=W[0], bias=B), r"weight is float32 \[6\], wanted floats"),

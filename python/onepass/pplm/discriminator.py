@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..training.generation import padding_of
 from ..training.hidden_states import blocks_of, capture, no_logits, training_mode
+from ..training.token_texts import quoted
 from .heads import ClassificationHead, ClassifierHead, check_fits, class_logps, hidden_size_of
 
 logger = logging.getLogger("onepass")
@@ -142,17 +143,17 @@ def get_discriminator(
     discrim: str | None = None,
     file_name: str | None = None,
     path: str | Path | None = None,
-    version: int = 2,
+    version: int | None = None,
     class_size: int = 1,
     embed_size: int | None = None,
 ) -> DiscriminatorV2:
     """A discriminator on `model`, of random weights or of a file; see `ClassifierHead`.
 
     Args:
-        version: 1 pools by the sum, 2 by the mean.
+        version: 1 pools by the sum, 2 by the mean; where None, as the file says, else 2.
         embed_size: where None, the model's.
     """
-    if version not in (1, 2):
+    if version not in (None, 1, 2):
         raise ValueError(f"version must be 1 or 2: got {version!r}")
     head, meta = ClassifierHead(
         class_size,
@@ -163,8 +164,9 @@ def get_discriminator(
         path=path,
     )
     check_fits(head, model, meta)
-    made = (DiscriminatorV1 if version == 1 else DiscriminatorV2)(head, model)
-    made.metadata |= meta or {}
+    pool = (meta or {}).get("pool") if version is None else {1: "sum", 2: "mean"}[version]
+    made = (DiscriminatorV1 if pool == "sum" else DiscriminatorV2)(head, model)
+    made.metadata = (meta or {}) | made.metadata
     return made
 
 
@@ -229,17 +231,12 @@ def token_ids(
         elif most is not None and len(ids) > most:
             raise ValueError(f"{name} {number}: {len(ids)} tokens, the model takes {most}")
         if not ids:
-            raise ValueError(f"{name} {number}: has no tokens: {text_start(texts[number - 1])}")
+            raise ValueError(f"{name} {number}: has no tokens: {quoted(texts[number - 1])}")
         found.append(ids)
     if n_cut:
         told = "%d of %d texts have more than %d tokens and lose their end"
         logger.warning(told, n_cut, len(found), at_most)
     return found
-
-
-def text_start(text: str) -> str:
-    """Its beginning, for an error."""
-    return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
 def representations(

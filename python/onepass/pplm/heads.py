@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..cli.errors import nearest, one_line
+from ..cli.errors import MAX_LISTED, nearest, one_line
 from ..cli.files import replace, replace_text, strict_json
 
 FOLDER = "pretrained_discriminators"  # PPLM.jl's, in the working directory
@@ -194,7 +194,8 @@ def label_id(
         ValueError: no such class; none named, and no default.
     """
     vocab, n = meta.get("class_vocab") or {}, max(int(meta["class_size"]), 2)
-    named = [f"{word} ({number})" for word, number in vocab.items()]
+    named = [one_line(f"{word} ({number})", 60) for word, number in [*vocab.items()][:MAX_LISTED]]
+    named += ["..."] if len(vocab) > MAX_LISTED else []
     wanted = f"wanted {', '.join([*named, f'a number from 0 to {n - 1}'])}"
     if isinstance(class_label, str):
         if class_label in vocab:
@@ -227,7 +228,7 @@ def check_fits(head: ClassificationHead, model: nn.Module, meta: Meta | None = N
     size = hidden_size_of(model)
     if head.embed_size != size:
         own = (meta or {}).get("pretrained_model")
-        of = f", those of {own}" if own else ""
+        of = f", those of {one_line(own, 100)}" if own else ""
         raise ValueError(
             f"the head reads hidden states of {head.embed_size} numbers{of}, but the model's have"
             f" {size}: wanted a head trained on this model ({TRAIN})"
@@ -268,9 +269,8 @@ def save_discriminator(
     told = asdict(args) if is_dataclass(args) and not isinstance(args, type) else dict(args or {})
     meta = checked_meta(own | told, head, "args")
     config = strict_json(meta, indent=1)
-    header = {"format": "pt", "kind": FORMAT, "config": config}
     tensors = {k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}
-    raw = save(tensors, header)
+    raw = save(tensors, {FORMAT: config})  # one entry: of several the order changes from run to run
     file.parent.mkdir(parents=True, exist_ok=True)
     replace(file, lambda new: new.write_bytes(raw))
     replace_text(file.with_suffix(".json"), config + "\n")
@@ -367,8 +367,8 @@ def _safetensors(file: Path) -> tuple[dict[str, Any], Meta]:
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{file}: no safetensors, or damaged: {one_line(error, 120)}") from error
     try:
-        return tensors, _object(header["config"]) if header.get("kind") == FORMAT else {}
-    except (KeyError, ValueError) as error:
+        return tensors, _object(header[FORMAT]) if FORMAT in header else {}
+    except ValueError as error:
         raise ValueError(f"{file}: its metadata are damaged: {one_line(error)}") from error
 
 
@@ -396,7 +396,7 @@ def _layer(file: Path, tensors: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """(weight [C, D], bias [C]) in at least fp32, checked."""
     by_end = {name.rpartition(".")[2]: value for name, value in tensors.items()}
     if sorted(by_end) != ["bias", "weight"] or len(tensors) != 2:
-        names = ", ".join(sorted(tensors)[:4]) or "nothing"
+        names = one_line(", ".join(map(repr, sorted(tensors)[:4])), 120) or "nothing"
         more = ", ..." if len(tensors) > 4 else ""
         raise ValueError(f"{file}: has {names}{more}, wanted one linear layer: weight and bias")
     made = []

@@ -332,17 +332,20 @@ def _run(flags: Flags, folder: RunFolder, rows: tuple[Rows, Rows | None] | None)
     data, own = flags[DataFlags], flags[OutputFlags]
     files = {"data": data.data, "val": data.val}
     digests = {name: digest(Path(f).expanduser().read_bytes()) for name, f in files.items() if f}
+    made = (HEAD, f"{Path(HEAD).stem}.json", small_model.MODEL, small_model.DATA)
+    early = rows is None or folder.resumes
     if folder.resumes:
         folder.go_on(digests)
-    else:
-        made = (small_model.MODEL, small_model.DATA)
-        folder.begin(digests, writes=(HEAD, Path(HEAD).with_suffix(".json").name, *made))
+    elif early:
+        folder.begin(digests, writes=made)
     if rows is None:
         model = small_model.small_language_model(folder, flags[TrainFlags].seed, fast=True)
         flags[ModelFlags].model_name_or_path = str(model)
         rows = small_rows(folder.path)
     started = time.monotonic()
     discrim = train(flags, *rows)
+    if not early:  # an earlier head stays until there is another
+        folder.begin(digests, writes=made)
     facts = write(flags, folder, discrim)
     if own.json:
         from ..cli.files import strict_json

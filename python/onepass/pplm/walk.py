@@ -40,7 +40,7 @@ class Choice:
         check_k(self.top_k)
 
     def fused(self, found: Next) -> Tensor:
-        """log of P^gm_scale U^(1 - gm_scale), normalised, [B, V]; of P alone where nothing steers."""
+        """log of P^gm_scale U^(1 - gm_scale), normalised, [B, V]; where nothing steers of P alone."""
         log_p = (found.logits / self.temperature).log_softmax(-1)
         return log_p if found.log_u is None else fuse(log_p, found.log_u, self.gm_scale)
 
@@ -66,12 +66,14 @@ class Walk:
     Args:
         ids: [B, S], S at least 1.
         goal: None steers to nothing.
+        length: tokens that are to come; there must be positions for them.
         mask: [B, S], 0 where a row is padded on the left.
         grad_length: tokens after which the past is perturbed no more.
         past: perturbed already, [L, 2, B, H, S - 1, d]; None where it is not.
 
     Raises:
-        ValueError: a goal or a model that does not fit, a mask or past of another shape.
+        ValueError: a goal or a model that does not fit, a mask or past of another shape, a model
+            of too few positions.
     """
 
     def __init__(
@@ -80,11 +82,13 @@ class Walk:
         ids: Tensor,
         goal: Goal | None,
         how: Steps,
+        length: int,
         *,
         mask: Tensor | None = None,
         grad_length: int = 10000,
         past: Tensor | None = None,
     ) -> None:
+        check_count("length", length, 0)
         check_count("grad_length", grad_length, 0)
         if ids.dim() != 2 or not ids.shape[1]:
             raise ValueError(f"ids must be [B, S] with at least a token: got {tuple(ids.shape)}")
@@ -97,6 +101,14 @@ class Walk:
             raise ValueError(
                 f"past holds {past.shape[-2]} tokens: wanted all but the last of {ids.shape[1]}"
             )
+        n_ahead = 0 if goal is None or goal.classifier is None else how.horizon_length
+        n_places = ids.shape[1] + max(0, length - 1) + n_ahead
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(limit, int) and n_places > limit:
+            raise ValueError(
+                f"{ids.shape[1]} tokens and {length} new ones need {n_places} positions: the model"
+                f" has {limit}"
+            )
         device = model.device
         if goal is None:
             check_model(model)
@@ -104,6 +116,7 @@ class Walk:
             check_goal(goal, model)
             goal = goal.on(device)
         self.model, self.goal, self.how = model, goal, replace(how, per_row=True)
+        self.length = length
         self.steps_left = grad_length if how.num_iterations and how.stepsize else 0
         with torch.inference_mode(False):
             self.ids = ids.to(device).clone()
