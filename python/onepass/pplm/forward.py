@@ -57,10 +57,10 @@ def check_model(model: Any) -> None:
     kind = type(inner).__name__
     wanted = "wanted a causal language model of transformers with attention in all its layers"
     config = getattr(inner, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{kind} is an encoder-decoder: {wanted}")
     if config is None or getattr(inner, "base_model", inner) is inner:
         raise ValueError(f"{kind} has no base model that gives hidden states: {wanted}")
-    if config.is_encoder_decoder:
-        raise ValueError(f"{kind} is an encoder-decoder: {wanted}")
     for n, layer in enumerate(DynamicCache(config=config).layers):
         if hasattr(layer, "conv_states") or not hasattr(layer, "keys"):
             raise ValueError(f"{kind}: layer {n} keeps no keys and values: {wanted}")

@@ -163,7 +163,7 @@ def full_text_generation(
     if len(ids) > 1:
         raise ValueError(f"context must be one text, which num_samples repeats: got {len(ids)}")
     of_head = (discrim, class_label, discrim_weights, discrim_meta)
-    goal = goal_by_name(model, tokenizer, bag_of_words, *of_head)
+    goal = goal_by_name(model.device, tokenizer, bag_of_words, *of_head)
     plain = Ends(tokenizer, 1, eos_token_id, stop_strings)
     unsteered = Walk(model, ids, None, how, length)
     for _ in grow(unsteered, Choice(sample=sample), plain, generator):
@@ -313,7 +313,7 @@ def stream_pplm(
     goal = None
     if bag_of_words or discrim is not None:
         of_head = (discrim, class_label, discrim_weights, discrim_meta)
-        goal = goal_by_name(model, tokenizer, bag_of_words, *of_head)
+        goal = goal_by_name(model.device, tokenizer, bag_of_words, *of_head)
     if eos_token_id is None:
         eos_token_id = model.generation_config.eos_token_id
     ends = Ends(tokenizer, len(ids), eos_token_id, stop_strings)
@@ -418,7 +418,7 @@ def padded(
 
 
 def goal_by_name(
-    model: Any,
+    device: Any,
     tokenizer: Any,
     bag_of_words: Stops | None,
     discrim: Any,
@@ -433,7 +433,7 @@ def goal_by_name(
     """
     bags = get_bag_of_words_indices(bag_of_words, tokenizer) if bag_of_words else []
     of_files: Any = {"weights": discrim_weights, "meta": discrim_meta}
-    classifier, label = get_classifier(discrim, class_label, model.device, **of_files)
+    classifier, label = get_classifier(discrim, class_label, device, **of_files)
     return goal_of(0, [bag_weights(bag) for bag in bags], classifier, label)
 
 

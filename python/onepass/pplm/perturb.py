@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops._check import check_choice, check_number
@@ -21,7 +20,7 @@ from ..training.hidden_states import without_adapter
 from .bags import Bag, bag_weights
 from .cache import pack, unpack
 from .forward import check_model, materialized, run, soft_inputs, steady
-from .heads import check_fits
+from .heads import check_fits, class_logps
 
 PPLM_BOW, PPLM_DISCRIM, PPLM_BOW_DISCRIM = 1, 2, 3
 SMALL_CONST = 1e-15
@@ -143,13 +142,14 @@ def perturb_past(
     Formula: loss = sum_bags -log(sum_v w_v p_v) + CE(classifier(hidden / (T + 1 + horizon)), label)
     + kl_scale KL(p || u); delta_l -= stepsize g_l / |g_l|^gamma with g_l = window * dloss/ddelta_l.
     """
-    goal = goal_of(loss_type, one_hot_bows_vectors, classifier, class_label)
+    with torch.inference_mode(False):  # tensors that autograd may keep
+        goal = goal_of(loss_type, one_hot_bows_vectors, classifier, class_label)
     how = Steps(
         stepsize, num_iterations, horizon_length, window_length, decay, gamma, kl_scale,
         window_side, per_row,
     )  # fmt: skip
     check_goal(goal, model)
-    with torch.inference_mode(False):  # copies that autograd may keep
+    with torch.inference_mode(False):
         packed = pack(past)
         ahead = None if goal.classifier is None or unpert_past is None else pack(unpert_past)
     n_past, rows = packed.shape[-2], packed.shape[2]
@@ -301,10 +301,7 @@ def floored(log_u: Tensor) -> Tensor:
 
 def class_loss(logits: Tensor, label: int) -> Tensor:
     """Cross-entropy of a class per row, [B]; one logit is that of class 1 against class 0."""
-    if logits.shape[-1] == 1:
-        logits = torch.cat([torch.zeros_like(logits), logits], dim=-1)
-    labels = torch.full((len(logits),), label, device=logits.device)
-    return F.cross_entropy(logits, labels, reduction="none")
+    return -class_logps(logits)[:, label]
 
 
 # -- what is asked for ----------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class Choice:
         check_k(self.top_k)
 
     def fused(self, found: Next) -> Tensor:
-        """log of P^gm_scale U^(1 - gm_scale), normalised, [B, V]; where nothing steers of P alone."""
+        """log of P^gm_scale U^(1 - gm_scale), [B, V]; where nothing steers of P alone."""
         log_p = (found.logits / self.temperature).log_softmax(-1)
         return log_p if found.log_u is None else fuse(log_p, found.log_u, self.gm_scale)
 
