@@ -332,24 +332,22 @@ def test_probabilities_of_0_make_no_nan(tokenizer, bags, device):
 
 
 @pytest.mark.parametrize("n_classes", [None, 3])
-def test_masked_vocabulary_makes_no_nan(gpt2, tokenizer, bags, device, n_classes):
-    class Masked(torch.nn.Module):
+def test_masked_vocabulary_makes_no_nan(tokenizer, bags, device, n_classes):
+    class Masked(torch.nn.Linear):
         """A head whose last tokens have logits of -inf."""
 
-        weight = gpt2.lm_head.weight
-
         def forward(self, hidden: Tensor) -> Tensor:
-            logits = gpt2.lm_head(hidden)
-            inside = torch.arange(V, device=logits.device) < V - 9
-            return torch.where(inside, logits, -float("inf"))
+            inside = torch.arange(V, device=hidden.device) < V - 9
+            return torch.where(inside, super().forward(hidden), -float("inf"))
 
-    class Model(torch.nn.Module):
-        def get_output_embeddings(self) -> Any:
-            return Masked()
-
-    hidden = gpt2(ids_of(2, 5, device), output_hidden_states=True).hidden_states[-1].detach()
-    args = settings(bags, n_classes)
-    assert perturbed(hidden, Model(), tokenizer, args).isfinite().all()
+    masked = tiny_pplm.model("gpt2_tied", device)
+    masked.lm_head = Masked(32, V, bias=False).to(device)
+    ids, args = ids_of(2, 5, device), settings(bags, n_classes)
+    out = masked(ids, output_hidden_states=True, use_cache=True)
+    got = perturbed(out.hidden_states[-1], masked, tokenizer, args)
+    assert got.isfinite().all() and not torch.equal(got, out.hidden_states[-1])
+    past = perturbed_past(masked, ids[:, -1:], out.past_key_values, None, tokenizer, args)
+    assert pack(past).isfinite().all()
 
 
 # -- what it is for -----------------------------------------------------------------------------
@@ -445,9 +443,9 @@ def test_settings_of_a_head(tmp_path):
 
 def test_settings_of_the_other_method_are_refused(gpt2, tokenizer, bags, device):
     hidden = torch.zeros(1, 3, 32, device=device)
-    with pytest.raises(ValueError, match='wanted method="BoW"'):
+    with pytest.raises(ValueError, match="wanted method='BoW'"):
         PPLM.perturb_hidden_bow(hidden, gpt2, tokenizer, settings(bags, 3))
-    with pytest.raises(ValueError, match='wanted method="Discrim"'):
+    with pytest.raises(ValueError, match="wanted method='Discrim'"):
         PPLM.perturb_hidden_discrim(hidden, gpt2, tokenizer, settings(bags, None))
 
 

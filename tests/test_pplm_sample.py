@@ -14,7 +14,7 @@ import torch
 
 import onepass.pplm as PPLM
 from onepass.pplm.forward import steady
-from onepass.pplm.sample import Walk
+from onepass.pplm.sample import AdamWalk
 from support import tiny_pplm
 from support.tiny_models import tiny
 from support.tiny_pplm import BAG
@@ -142,7 +142,7 @@ def test_steps_over_the_past_equal_the_loop_without_a_cache(
     how = {"perturb": "past", "seed_compat_offset": offset, "fusion_kl_scale": 0.5}
     args = steered(bag if of == "bag" else None, **how)
     ids = tokenizer(PROMPT)["input_ids"]
-    walk, found, wanted = Walk(model, args.temperature, args, tokenizer), [], []
+    walk, found, wanted = AdamWalk(model, args.temperature, args, tokenizer), [], []
     with steady(model):
         found.append(walk.start(torch.tensor([ids[:3]], device=device), None))
         found += [walk.step(torch.tensor([[token]], device=device)) for token in ids[3:]]
@@ -179,11 +179,11 @@ def test_a_row_in_a_batch_is_the_row_alone(model, tokenizer, bag, device, of, pe
         tokens[row, 9 - len(ids) :] = torch.tensor(ids)
         mask[row, 9 - len(ids) :] = 1
     with steady(model):
-        walk = Walk(model, args.temperature, args, tokenizer)
+        walk = AdamWalk(model, args.temperature, args, tokenizer)
         batch = [walk.start(tokens.to(device), mask.to(device))]
         batch += [walk.step(torch.full((3, 1), n, device=device)) for n in (20, 21)]
         for row, ids in enumerate(rows):
-            walk = Walk(model, args.temperature, args, tokenizer)
+            walk = AdamWalk(model, args.temperature, args, tokenizer)
             single = [walk.start(torch.tensor([ids], device=device), None)]
             single += [walk.step(torch.full((1, 1), n, device=device)) for n in (20, 21)]
             for one, of_batch in zip(single, batch, strict=True):
@@ -212,7 +212,7 @@ def test_caps_and_scales_after_the_head_count(tokenizer, device, family):
     args = steered(None, num_iterations=0, fusion_gm_scale=1.0)
     tokens = torch.tensor([tokenizer(PROMPT)["input_ids"]], device=device)
     with steady(model):
-        found = Walk(model, args.temperature, args, tokenizer).start(tokens, None)
+        found = AdamWalk(model, args.temperature, args, tokenizer).start(tokens, None)
     wanted = (model(tokens).logits[:, -1] / args.temperature).log_softmax(-1)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 

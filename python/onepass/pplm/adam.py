@@ -13,23 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..ops.vocab_pair_stats import vocab_pair_stats
-from .bags import Bag
 from .cache import pack, unpack
 from .forward import Forward, materialized, run, steady
-from .heads import ClassificationHead
+from .perturb import Goal, class_loss
 from .settings import pplm
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Flux's and torch's defaults
-
-
-class Aim(NamedTuple):
-    """What the loss raises: the probability of a bag, or of a head's class."""
-
-    bag: Bag | None = None
-    head: ClassificationHead | None = None
 
 
 def perturb_hidden_bow(
@@ -46,10 +37,10 @@ def perturb_hidden_bow(
 
     Only the last position moves, as only it has a gradient.
     """
-    aim = Aim(bag=args.bag(tokenizer, hidden.device))
+    goal = args.goal("BoW", model, tokenizer)
     with torch.inference_mode(False):
         new = hidden.detach().clone()
-        moved = steer_hidden(new[:, -1], head_logits(model), aim, args, per_row=per_row)
+        moved = steer_hidden(new[:, -1], head_logits(model), goal, args, per_row=per_row)
         new[:, -1] = moved.last
     return new
 
@@ -73,13 +64,13 @@ def perturb_hidden_discrim(
     The loss is cross-entropy, of a head of one class binary, its mean over the batch. All positions
     but the last have one gradient, and move alike.
     """
-    aim = Aim(head=args.head(model))
+    goal = args.goal("Discrim", model)
     with torch.inference_mode(False):
         new = hidden.detach().clone()
         before = new.new_ones(new.shape[:2]) if attention_mask is None else attention_mask.to(new)
         before = before[:, :-1].unsqueeze(-1)
         rest = (new[:, :-1].float() * before).sum(1), before.float().sum(1)
-        moved = steer_hidden(new[:, -1], head_logits(model), aim, args, rest, per_row=per_row)
+        moved = steer_hidden(new[:, -1], head_logits(model), goal, args, rest, per_row=per_row)
         assert moved.shift is not None
         new[:, :-1] += before * moved.shift.to(new.dtype).unsqueeze(1)
         new[:, -1] = moved.last
@@ -97,7 +88,7 @@ def perturb_probs(probs: Tensor, tokenizer: Any, args: pplm, *, per_row: bool = 
     with torch.inference_mode(False):
         start = probs.detach().clone()
         rows = start.float().reshape(-1, start.shape[-1])
-        bag = args.bag(tokenizer, start.device)
+        (bag,) = args.goal("BoW", None, tokenizer).on(start.device).bags
 
         def loss(leaf: Tensor) -> Tensor:
             tiny = torch.finfo(leaf.dtype).tiny  # a mass of 0 has no finite gradient
@@ -134,8 +125,8 @@ def perturb_past_bow(
         per_row: as of `perturb_hidden_bow`.
         attention_mask: [B, T + 1], of a batch padded on the left.
     """
-    aim = Aim(bag=args.bag(tokenizer, prev.device))
-    return _perturb_past(model, prev, past, original_probs, aim, args, per_row, attention_mask)
+    goal = args.goal("BoW", model, tokenizer)
+    return _perturb_past(model, prev, past, original_probs, goal, args, per_row, attention_mask)
 
 
 def perturb_past_discrim(
@@ -150,8 +141,8 @@ def perturb_past_discrim(
 ) -> Any:
     """The past, moved so that the discriminator sees the target class rather in the hidden state of
     `prev`. Arguments as of `perturb_past_bow`."""
-    aim = Aim(head=args.head(model))
-    return _perturb_past(model, prev, past, original_probs, aim, args, per_row, attention_mask)
+    goal = args.goal("Discrim", model)
+    return _perturb_past(model, prev, past, original_probs, goal, args, per_row, attention_mask)
 
 
 def _perturb_past(
@@ -159,7 +150,7 @@ def _perturb_past(
     prev: Tensor,
     past: Any,
     original_probs: Tensor | None,
-    aim: Aim,
+    goal: Goal,
     args: pplm,
     per_row: bool,
     mask: Tensor | None,
@@ -170,7 +161,7 @@ def _perturb_past(
             raise ValueError("seed_compat_offset: wanted original_probs, got None")
         log_u = original_probs.detach().reshape(len(prev), -1).float().log()
     with steady(model):
-        moved = steer_past(model, prev, pack(past), aim, args, mask, log_u, per_row=per_row)
+        moved = steer_past(model, prev, pack(past), goal, args, mask, log_u, per_row=per_row)
     return unpack(moved.past, past)
 
 
@@ -192,7 +183,7 @@ class MovedPast(NamedTuple):
 def steer_hidden(
     last: Tensor,  # [B, D]
     logits_of: Callable[[Tensor], Tensor],  # [B, D] to [B, V]
-    aim: Aim,
+    goal: Goal,
     args: pplm,
     rest: tuple[Tensor, Tensor] | None = None,  # sum [B, D] fp32 and number [B, 1] of those before
     *,
@@ -212,7 +203,7 @@ def steer_hidden(
             moved = rest[1] * shift.detach() + (shift - shift.detach())
             pooled = rest[0] + moved + leaf[-1]
             pooled = pooled / (rest[1] + 1) if args.pool == "mean" else pooled
-        return steering_loss(logits, known[0], aim, pooled, args, per_row)
+        return steering_loss(logits, known[0], goal, pooled, args, per_row)
 
     start = last.float().unsqueeze(0)
     if rest is not None:
@@ -226,7 +217,7 @@ def steer_past(
     model: nn.Module,
     prev: Tensor,
     past: Tensor,
-    aim: Aim,
+    goal: Goal,
     args: pplm,
     mask: Tensor | None,
     log_u: Tensor | None = None,  # None: the unperturbed ones of the same position
@@ -244,14 +235,14 @@ def steer_past(
             known.extend((logits.detach(), out.past()))
         target = known[0] if log_u is None else log_u
         pooled = out.hidden.float().sum(1)
-        return steering_loss(logits, target, aim, pooled, args, per_row)
+        return steering_loss(logits, target, goal, pooled, args, per_row)
 
     moved = adam(past, loss, args).to(past.dtype)
     return MovedPast(moved, *(known or (None, None)))
 
 
 def steering_loss(
-    logits: Tensor, log_u: Tensor, aim: Aim, pooled: Tensor | None, args: pplm, per_row: bool
+    logits: Tensor, log_u: Tensor, goal: Goal, pooled: Tensor | None, args: pplm, per_row: bool
 ) -> Tensor:
     """The loss of logits [B, V] fp32 over the temperature and of hidden states [B, D] for a head.
 
@@ -259,31 +250,16 @@ def steering_loss(
     gradient its own.
     """
     told = vocab_pair_stats(logits, log_u, want=("lse", "kl"))
-    if aim.bag is not None:
-        log_mass = logits[:, aim.bag.ids] - told.lse.unsqueeze(1) + aim.bag.weights.log()
+    if goal.bags:
+        ids, weights = goal.bags[0]
+        log_mass = logits[:, ids] - told.lse.unsqueeze(1) + weights.log()
         loss = -log_mass.logsumexp(1).sum() if per_row else -log_mass.flatten().logsumexp(0)
     else:
-        assert pooled is not None and aim.head is not None
-        loss = class_loss(aim.head, pooled, args.target_class_id, "sum" if per_row else "mean")
+        losses = class_loss(goal.classifier(pooled), goal.class_label)
+        loss = losses.sum() if per_row else losses.mean()
     if args.fusion_kl_scale:
         loss = loss + args.fusion_kl_scale * (told.kl.sum() if per_row else told.kl.mean())
     return loss
-
-
-def class_loss(
-    head: ClassificationHead, pooled: Tensor, label: int | str, reduction: str
-) -> Tensor:
-    """Cross-entropy of the class `label`, fp32; a head of one class is a logit of class 1. The head
-    gets no gradient and stays on its device."""
-    assert isinstance(label, int)
-    linear = head.linear_layer
-    weight, bias = (p.detach().to(pooled.device, pooled.dtype) for p in linear.parameters())
-    logits = functional.linear(pooled, weight, bias)
-    if head.class_size == 1:
-        target = torch.full_like(logits, label)
-        return functional.binary_cross_entropy_with_logits(logits, target, reduction=reduction)
-    labels = torch.full_like(logits[:, 0], label, dtype=torch.int64)
-    return functional.cross_entropy(logits, labels, reduction=reduction)
 
 
 def adam(start: Tensor, loss: Callable[[Tensor], Tensor], args: pplm) -> Tensor:

@@ -120,6 +120,17 @@ def ClassifierHead(
     return load_head(where / file_name if file_name else where, defaults=_classes(discrim))
 
 
+def head_by_name(
+    name: str,
+    weights: str | Path | None = None,
+    meta: str | Path | Mapping[str, Any] | None = None,
+) -> tuple[ClassificationHead, Meta]:
+    """(head, metadata). Arguments and errors as of `get_classifier`."""
+    if weights is None and name == "generic":
+        raise ValueError("the head 'generic': wanted weights with it (--discrim_weights)")
+    return load_head(find_head(name) if weights is None else weights, meta, defaults=_classes(name))
+
+
 def find_head(name: str) -> Path:
     """The file of a head: `name` as a path, or a file in ./pretrained_discriminators called so.
 
@@ -177,11 +188,8 @@ def get_classifier(
         return None, None
     if isinstance(name, ClassificationHead):
         head, found = name, checked_meta(read_meta(meta), name, "the head")
-    elif weights is None and name == "generic":
-        raise ValueError("the head 'generic': wanted weights with it (--discrim_weights)")
     else:
-        file = find_head(name) if weights is None else weights
-        head, found = load_head(file, meta, defaults=_classes(name))
+        head, found = head_by_name(name, weights, meta)
     return head.to(device).eval(), label_id(found, class_label)
 
 

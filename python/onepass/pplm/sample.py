@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..ops._check import check_choice, check_number
 from ..training.generation import padding_of
-from .adam import Aim, head_logits, logits_over, perturb_probs, steer_hidden, steer_past
+from .adam import head_logits, logits_over, perturb_probs, steer_hidden, steer_past
 from .forward import Forward, check_model, run, steady
+from .perturb import Goal
 from .sampling import check_k, fuse, nucleus_sample, top_k_sample
 from .settings import pplm
 
@@ -54,7 +55,7 @@ def sample_pplm(
         model.to(torch.device("cuda", args.cuda[1]))
     pick = _sampler(sample_method, args.top_k, args.top_p)
     return _texts(
-        Walk(model, args.temperature, args, tokenizer),
+        AdamWalk(model, args.temperature, args, tokenizer),
         tokenizer, prompt, args.max_length, pick, add_eos_start, seed, generator,
     )  # fmt: skip
 
@@ -78,11 +79,11 @@ def sample_normal(
     if tokenizer is None or model is None:
         tokenizer, model = _gpt2("gpt2")
     pick = _sampler(method, k, p)
-    walk = Walk(model, t)
+    walk = AdamWalk(model, t)
     return _texts(walk, tokenizer, prompt, max_length, pick, add_eos_start, seed, generator)
 
 
-class Walk:
+class AdamWalk:
     """A batch of texts, token by token: `start`, then `step` with each drawn token."""
 
     def __init__(
@@ -91,11 +92,9 @@ class Walk:
         check_model(model)
         self.model, self.temperature, self.args = model, temperature, args
         self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore
-        self.aim = Aim()
-        if args is not None and args.method == "BoW":
-            self.aim = Aim(bag=args.bag(tokenizer, self.device))
-        elif args is not None:
-            self.aim = Aim(head=args.head(model))
+        self.goal = Goal()
+        if args is not None:
+            self.goal = args.goal(args.method, model, tokenizer)
         self.tokenizer = tokenizer
         self.past: Tensor | None = None  # [L, 2, B, H, T, d], unperturbed
         self.mask: Tensor | None = None  # [B, T], where rows are padded
@@ -154,8 +153,8 @@ class Walk:
         last = out.hidden[:, -1]
         self.pooled = rest[0] + hidden[:, -1], rest[1] + 1
         logits_of = logits_like(out, self.model)
-        of_head = None if self.aim.head is None else rest
-        moved = steer_hidden(last, logits_of, self.aim, args, of_head, per_row=True)
+        of_head = None if self.goal.bags else rest
+        moved = steer_hidden(last, logits_of, self.goal, args, of_head, per_row=True)
         log_p = logits_of(moved.last).float() / self.temperature
         return log_p, log_p if moved.log_u is None else moved.log_u
 
@@ -163,7 +162,7 @@ class Walk:
         assert self.past is not None
         target = self.before if args.seed_compat_offset else None
         moved = steer_past(
-            self.model, token, self.past, self.aim, args, self.mask, target, per_row=True
+            self.model, token, self.past, self.goal, args, self.mask, target, per_row=True
         )
         out = run(self.model, token, moved.past, self.mask)
         log_p = logits_over(out, self.temperature)
@@ -183,7 +182,11 @@ def logits_like(out: Forward, model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def new_tokens(
-    walk: Walk, rows: Sequence[list[int]], n_new: int, pick: Callable[[Tensor], Tensor], pad: int
+    walk: AdamWalk,
+    rows: Sequence[list[int]],
+    n_new: int,
+    pick: Callable[[Tensor], Tensor],
+    pad: int,
 ) -> Iterator[Tensor]:
     """`n_new` tokens [B, 1], one by one, after these, which are padded on the left."""
     width = max(map(len, rows))
@@ -203,7 +206,7 @@ def new_tokens(
 
 
 def _texts(
-    walk: Walk,
+    walk: AdamWalk,
     tokenizer: Any,
     prompt: str | Sequence[str],
     n_new: int,

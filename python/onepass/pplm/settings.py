@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from torch import nn
 
 from ..ops._check import check_above_0, check_choice, check_number
 from .bags import Bag, bag_weights, get_bag_of_words_indices, read_words, split_names
-from .heads import ClassificationHead, ClassifierHead, check_fits, label_id
+from .heads import ClassificationHead, ClassifierHead, label_id
+from .perturb import Goal, check_goal
 from .sampling import check_k
 
 METHODS = ("BoW", "Discrim")
@@ -120,21 +121,31 @@ class pplm:
         self._set("target_class_id", label_id(found, self.target_class_id, "target_class_id"))
         return head
 
-    def bag(self, tokenizer: Any, device: torch.device) -> Bag:
-        """All bags as one, in the tokens of this tokenizer."""
-        if self.method != "BoW":
-            raise ValueError(f'args have method={self.method!r}: wanted method="BoW"')
+    def goal(self, method: str, model: nn.Module | None, tokenizer: Any = None) -> Goal:
+        """What the model is steered to: all bags as one, in the tokens of the tokenizer, or the
+        head's class. Parts are on the model's device.
+
+        Raises:
+            ValueError: args of the other method; a bag or head that does not fit the model.
+        """
+        if self.method != method:
+            raise ValueError(f"args have method={self.method!r}: wanted method={method!r}")
+        if self.classifier is not None:
+            goal = Goal((), self.classifier, int(self.target_class_id))
+        else:
+            goal = Goal((self._bag(tokenizer),))
+        if model is not None:
+            check_goal(goal, model)
+            device = next(model.parameters()).device
+            goal = goal.on(device)
+            if self.classifier is not None:
+                self.classifier.to(device)
+        return goal
+
+    def _bag(self, tokenizer: Any) -> Bag:
         kept = self._bags.get(id(tokenizer))
         if kept is None:
             bags = get_bag_of_words_indices(self.bow_list, tokenizer)
             kept = tokenizer, bag_weights([word for bag in bags for word in bag])
             self._bags[id(tokenizer)] = kept  # with the tokenizer, so that no other gets its id
-        bag = kept[1]
-        return Bag(bag.ids.to(device), bag.weights.to(device))
-
-    def head(self, model: torch.nn.Module) -> ClassificationHead:
-        """The head, after checking that it reads the model's hidden states."""
-        if self.classifier is None:
-            raise ValueError(f'args have method={self.method!r}: wanted method="Discrim"')
-        check_fits(self.classifier, model)
-        return self.classifier
+        return kept[1]
