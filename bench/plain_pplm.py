@@ -31,7 +31,7 @@ def run(model: Any, past: list[Tensor] | None, **inputs: Any) -> tuple[Tensor, l
 
 
 def window(like: Tensor, length: int, decay: bool, side: str = "first") -> Tensor:
-    """Ones where the past is perturbed, [T, 1]; upstream's side is "first", its help says last."""
+    """Ones where the past moves, [T, 1]; upstream's side is the first, its help says last."""
     n_past = like.shape[-2]
     if not 0 < length < n_past:
         return torch.ones(n_past, 1, device=like.device)
@@ -70,7 +70,7 @@ def perturb_past(
     losses = []
     for _ in range(num_iterations):
         leaves = [torch.from_numpy(d).to(device).requires_grad_() for d in deltas]
-        moved = [p + leaf for p, leaf in zip(past, leaves, strict=True)]
+        moved = [(p + leaf).to(p.dtype) for p, leaf in zip(past, leaves, strict=True)]
         logits, _, hidden = run(model, moved, input_ids=last)
         hidden_sum = so_far + hidden.sum(1).detach()
         probs = F.softmax(logits[:, -1, :], dim=-1)
@@ -111,20 +111,22 @@ def perturb_past(
         deltas = [d + step for d, step in zip(deltas, steps, strict=True)]
         past = [p.detach() for p in past]  # until here with the graph of the token before
     leaves = [torch.from_numpy(d).to(device).requires_grad_() for d in deltas]
-    moved = [p + leaf for p, leaf in zip(past, leaves, strict=True)]
+    moved = [(p + leaf).to(p.dtype) for p, leaf in zip(past, leaves, strict=True)]
     return moved, hidden_sum, grad_norms, losses
 
 
 class Walk:
     """generate_text_pplm's loop, a token at a time: what it keeps from one to the next."""
 
-    def __init__(self, model: Any, ids: Tensor, **options: Any) -> None:
+    def __init__(
+        self, model: Any, ids: Tensor, *, past: list[Tensor] | None = None, **options: Any
+    ) -> None:
         self.model, self.ids, self.options = model, ids, options
-        self.past: list[Tensor] | None = None
+        self.past = past
         self.grad_norms: list[Tensor] | None = None
         self.losses: list[list[Any]] = []
         with torch.no_grad():
-            if ids.shape[1] > 1:
+            if past is None and ids.shape[1] > 1:
                 _, self.past, _ = run(model, None, input_ids=ids[:, :-1])
 
     def step(self, *, top_k: int = 10, gm_scale: float = 0.9, temperature: float = 1.0) -> Tensor:
