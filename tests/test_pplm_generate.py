@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from onepass.pplm import (
     build_bows_one_hot_vectors,
     full_text_generation,
     generate_text_pplm,
+    load_head,
     run_pplm_example,
     save_discriminator,
     stream_pplm,
+    train_discriminator,
 )
 from onepass.pplm.generate import chosen
 from support import tiny_pplm
@@ -310,3 +313,30 @@ def test_what_is_refused() -> None:
         full_text_generation(model, tokenizer, prompt(), discrim="sentiment")
     with pytest.raises(ValueError, match="context must be one text"):
         full_text_generation(model, tokenizer, [[5], [6]], bag_of_words="military")
+
+
+def test_a_trained_head_steers(tmp_path: Path) -> None:
+    """A head for texts of two halves of the vocabulary, saved, read again, over 32 draws."""
+    model, tokenizer = setting()
+    draw = random.Random(0)
+    labels = [n % 2 for n in range(400)]
+    texts = [" ".join(f"w{2 * draw.randrange(10) + side}" for _ in range(12)) for side in labels]
+    made = train_discriminator(
+        texts, labels, model=model, tokenizer=tokenizer, lr=0.05, epochs=20, train_size=0.5
+    )
+    assert made.report is not None and (made.report.accuracy or 0) > 0.9
+    file = save_discriminator(made, path=tmp_path, file_name="side.safetensors")
+    head, _ = load_head(file)
+    assert torch.equal(head.mlp.weight, made.cl_head.mlp.weight)
+
+    def probability(**how: Any) -> Tensor:
+        """Of the class, of what was written, by the head's own measure of a text."""
+        how |= {"discrim": head, "class_label": 1, "sample": True, "num_samples": 32}
+        steps = list(stream_pplm(model, tokenizer, "the", length=16, seed=0, **how))
+        ids = [step.ids for step in steps]
+        written = [tokenizer.decode(row) for row in torch.stack(ids, 1)]
+        return made.predict(written, tokenizer)[:, 1]
+
+    steered, unsteered = probability(stepsize=0.1, gm_scale=0.95), probability(num_iterations=0)
+    assert steered.mean() > unsteered.mean() + 0.1
+    assert (steered > unsteered).sum() >= 24

@@ -251,14 +251,17 @@ def test_rows_of_a_padded_batch_are_as_alone(name: str, loss: str, case: str, si
     with torch.no_grad(), steady(model):
         before = run(model, ids[:, :-1], None, mask[:, :-1], logits=False)
         whole = run(model, ids, None, mask)
+        assert whole.logits is not None
+        logits = materialized(whole.logits)[:, None]
     hidden = (before.hidden * mask[:, :-1, None]).sum(1)
     options |= {"past": list(before.past()), "unpert_past": list(whole.past())}
-    options |= {"unpert_logits": materialized(whole.logits)[:, None], "accumulated_hidden": hidden}
+    options |= {"unpert_logits": logits, "accumulated_hidden": hidden}
     got = perturb_past(**options, attention_mask=mask)
     for row, (past, total, norms, losses) in enumerate(alone):
         length = rows[row].shape[1] - 1
         for mine, theirs in zip(got[0], past, strict=True):
             close(mine[:, row, :, -length:], theirs[:, 0])
+        assert got[1] is not None and total is not None
         close(got[1][row], total[0])
         close(got[2][:, row], norms[:, 0], 1e-4)
         close(torch.stack(got[3])[:, row], torch.stack(losses)[:, 0])
@@ -300,9 +303,12 @@ def test_no_logits_of_all_positions() -> None:
 def test_bf16_steps_are_taken_in_fp32() -> None:
     model, ids = made("gpt2_tied")
     wanted = perturb_past(**inputs(model, ids))
-    got = perturb_past(**inputs(model.bfloat16(), ids))
+    options = inputs(model.bfloat16(), ids)
+    got = perturb_past(**options)
     assert got[0][0].dtype == torch.bfloat16 and got[2].dtype == torch.float32
     torch.testing.assert_close(got[0][0].float(), wanted[0][0], rtol=0.05, atol=0.05)
+    options["classifier"] = torch.nn.Linear(D, 3).bfloat16()  # anybody's
+    assert torch.stack(perturb_past(**options)[3]).isfinite().all()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

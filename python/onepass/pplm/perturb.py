@@ -34,6 +34,14 @@ class Goal(NamedTuple):
     classifier: Any = None  # hidden states [B, D] to logits [B, C]
     class_label: int = 0
 
+    def class_loss(self, mean_hidden: Tensor) -> Tensor:
+        """The class's cross-entropy per row, [B], of mean hidden states [B, D]; of a head of one
+        logit that of class 1 against class 0."""
+        weight = next(iter(getattr(self.classifier, "parameters", tuple)()), mean_hidden)
+        return -class_logps(self.classifier(mean_hidden.to(weight.dtype)).float())[
+            :, self.class_label
+        ]
+
     def on(self, device: Any) -> Goal:
         """With the bags there."""
         bags = (Bag(bag.ids.to(device), bag.weights.to(device)) for bag in self.bags)
@@ -234,7 +242,7 @@ def perturbed(
                     model, stats.soft_embedding, unpert_past, how.horizon_length, mask
                 )
                 mean = total / (n_seen + 1 + how.horizon_length)
-                wrong = class_loss(goal.classifier(mean), goal.class_label)
+                wrong = goal.class_loss(mean)
                 terms.append(wrong if how.per_row else wrong.mean())
             if stats.kl is not None:
                 terms.append(how.kl_scale * (stats.kl if how.per_row else stats.kl.sum()))
@@ -297,11 +305,6 @@ def floored(log_u: Tensor) -> Tensor:
     """log U for the KL, with the floor that Uber's code gives to probabilities near 0."""
     u = log_u.exp()
     return (u + SMALL_CONST * (u <= SMALL_CONST)).log()
-
-
-def class_loss(logits: Tensor, label: int) -> Tensor:
-    """Cross-entropy of a class per row, [B]; one logit is that of class 1 against class 0."""
-    return -class_logps(logits)[:, label]
 
 
 # -- what is asked for ----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..ops._check import check_above_0, check_number
 from .forward import check_model, materialized, run, steady
-from .perturb import Goal, Steps, check_count, check_goal, class_loss, perturbed
+from .perturb import Goal, Steps, check_count, check_goal, perturbed
 from .sampling import check_k, draw, fuse, top_k_filter
 
 
@@ -173,7 +173,7 @@ class Walk:
                 if self.mask is not None:
                     n_tokens = self.mask.sum(-1, keepdim=True)
                 mean = self.hidden_sum / n_tokens
-                self.class_losses = class_loss(goal.classifier(mean), goal.class_label)
+                self.class_losses = goal.class_loss(mean)
         return Next(logits, log_u, losses)
 
     def append(self, tokens: Tensor) -> None:
