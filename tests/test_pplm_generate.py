@@ -176,6 +176,18 @@ def test_texts_of_a_batch_are_each_as_alone(family: str) -> None:
         )  # fmt: skip
 
 
+def test_within_inference_mode() -> None:
+    model, tokenizer = setting()
+    texts = [prompt(n)[0].tolist() for n in (5, 3)]
+    how = goal(loss_type=3, length=3)
+    wanted, _, _ = generate_text_pplm(model, tokenizer, texts, **how)
+    with torch.inference_mode():
+        mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
+        ids = torch.tensor([texts[0], [0, 0, *texts[1]]])
+        got, _, _ = generate_text_pplm(model, tokenizer, ids, attention_mask=mask, **how)
+    assert got.tolist() == wanted.tolist()
+
+
 def test_a_past_that_is_given() -> None:
     model, tokenizer = setting()
     how = goal(loss_type=2)

@@ -141,6 +141,19 @@ def test_no_iteration_changes_nothing() -> None:
     assert hidden is None and norms is None and losses == []
 
 
+def test_a_bag_without_any_probability_moves_nothing() -> None:
+    model, ids = made("gpt2_tied")
+    options = inputs(model, ids) | {"loss_type": 1, "kl_scale": 0.0}
+    with torch.no_grad():  # the head's bias, as it were: exp(-1000) is 0 in fp32
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.copy_(-model.lm_head.weight[5])
+        model.transformer.ln_f.bias.mul_(1000 / model.lm_head.weight[5].square().sum())
+    rows = torch.nn.functional.one_hot(torch.tensor([5]), V).float()
+    past, _, _, losses = perturb_past(**options | {"one_hot_bows_vectors": [rows]})
+    assert all(map(torch.equal, past, options["past"]))
+    assert torch.stack(losses).isfinite().all()
+
+
 def test_every_spelling_of_a_past_comes_back_as_it_came() -> None:
     model, ids = made("llama")
     options = inputs(model, ids)

@@ -7,8 +7,9 @@ Left padding is told by a mask over past and new tokens, from which positions ar
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -94,14 +95,14 @@ def run(
     inputs |= {"use_cache": True, "return_dict": True}
     if mask is not None:
         inputs["attention_mask"] = mask
-        if _takes(inner, "position_ids"):
+        if _takes(type(inner).forward, "position_ids"):
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
     if not logits:
         out = inner.base_model(**inputs)
         return Forward(out.last_hidden_state, None, out.past_key_values)
-    if _takes(inner, "output_router_logits"):
+    if _takes(type(inner).forward, "output_router_logits"):
         inputs["output_router_logits"] = False  # their loss fails on a mask longer than the tokens
-    if _takes(inner, "logits_to_keep"):
+    if _takes(type(inner).forward, "logits_to_keep"):
         inputs["logits_to_keep"] = 1
     found: list[Tensor] = []
     hook = inner.base_model.register_forward_hook(
@@ -127,5 +128,6 @@ def soft_inputs(model: Any, soft_embedding: Tensor) -> Tensor:
     return (soft_embedding * scale).to(layer.weight.dtype)[:, None]
 
 
-def _takes(model: nn.Module, name: str) -> bool:
-    return name in inspect.signature(type(model).forward).parameters
+@functools.cache
+def _takes(forward: Callable[..., Any], name: str) -> bool:
+    return name in inspect.signature(forward).parameters

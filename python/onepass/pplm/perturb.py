@@ -35,16 +35,14 @@ class Goal(NamedTuple):
     class_label: int = 0
 
     def class_loss(self, mean_hidden: Tensor) -> Tensor:
-        """The class's cross-entropy per row, [B], of mean hidden states [B, D]; of a head of one
-        logit that of class 1 against class 0."""
+        """The class's cross-entropy per row, [B], of mean hidden states [B, D]."""
         weight = next(iter(getattr(self.classifier, "parameters", tuple)()), mean_hidden)
-        return -class_logps(self.classifier(mean_hidden.to(weight.dtype)).float())[
-            :, self.class_label
-        ]
+        return class_loss(self.classifier(mean_hidden.to(weight.dtype)), self.class_label)
 
     def on(self, device: Any) -> Goal:
-        """With the bags there."""
-        bags = (Bag(bag.ids.to(device), bag.weights.to(device)) for bag in self.bags)
+        """With a copy of the bags there, which autograd may keep."""
+        with torch.inference_mode(False):
+            bags = [Bag(*(each.to(device, copy=True) for each in bag)) for bag in self.bags]
         return self._replace(bags=tuple(bags))
 
 
@@ -159,6 +157,7 @@ def perturb_past(
     check_goal(goal, model)
     with torch.inference_mode(False):
         packed = pack(past)
+        mask = None if attention_mask is None else attention_mask.to(packed.device, copy=True)
         ahead = None if goal.classifier is None or unpert_past is None else pack(unpert_past)
     n_past, rows = packed.shape[-2], packed.shape[2]
     if last.shape != (rows, 1):
@@ -192,7 +191,7 @@ def perturb_past(
             unpert_past=ahead,
             accumulated_hidden=0 if accumulated_hidden is None else accumulated_hidden.detach(),
             grad_norms=before,
-            mask=attention_mask,
+            mask=mask,
         )
     norms = found.grad_norms
     if norms is not None:
@@ -235,7 +234,9 @@ def perturbed(
             total = accumulated_hidden + out.hidden.detach().to(delta.dtype).sum(1)
             terms = []  # [B], or numbers
             if goal.bags:
-                terms.append(-(stats.masses if how.per_row else stats.masses.sum(0)).log().sum(-1))
+                masses = stats.masses if how.per_row else stats.masses.sum(0)
+                least = torch.finfo(masses.dtype).tiny  # log 0 would make the whole past NaN
+                terms.append(-masses.clamp(min=least).log().sum(-1))
             if stats.soft_embedding is not None:
                 assert unpert_past is not None
                 total = total + looked_ahead(
@@ -305,6 +306,11 @@ def floored(log_u: Tensor) -> Tensor:
     """log U for the KL, with the floor that Uber's code gives to probabilities near 0."""
     u = log_u.exp()
     return (u + SMALL_CONST * (u <= SMALL_CONST)).log()
+
+
+def class_loss(logits: Tensor, label: int) -> Tensor:
+    """Cross-entropy of a class per row, [B]; one logit is that of class 1 against class 0."""
+    return -class_logps(logits.float())[:, label]
 
 
 # -- what is asked for ----------------------------------------------------------------------------

@@ -114,13 +114,15 @@ class Walk:
             check_model(model)
         else:
             check_goal(goal, model)
-            goal = goal.on(device)
-        self.model, self.goal, self.how = model, goal, replace(how, per_row=True)
+        self.model, self.how = model, replace(how, per_row=True)
         self.length = length
         self.steps_left = grad_length if how.num_iterations and how.stepsize else 0
-        with torch.inference_mode(False):
-            self.ids = ids.to(device).clone()
-            self.mask = None if mask is None or bool(mask.all()) else mask.to(device).long()
+        if mask is not None and bool(mask.all()):
+            mask = None
+        with torch.inference_mode(False):  # copies that autograd may keep
+            self.goal = None if goal is None else goal.on(device)
+            self.ids = ids.to(device, copy=True)
+            self.mask = None if mask is None else mask.to(device, torch.int64, copy=True)
         self.past = past  # None while it is the unperturbed one
         self.unpert_past: Tensor | None = None
         self.hidden_sum: Any = 0  # [B, D], over the tokens of unpert_past
@@ -178,6 +180,7 @@ class Walk:
 
     def append(self, tokens: Tensor) -> None:
         """The tokens [B] that were chosen."""
-        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
-        if self.mask is not None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        with torch.inference_mode(False):  # autograd may keep them
+            self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
+            if self.mask is not None:
+                self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
