@@ -3,6 +3,7 @@ word for word, give the same texts; limits, batches, seeds, the seed's offset.""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("tokenizers")
 import torch
 
 import onepass.pplm as PPLM
+from onepass.demo.train import one_thread
 from onepass.pplm.forward import steady
 from onepass.pplm.sample import AdamWalk
 from support import tiny_pplm
@@ -20,6 +22,12 @@ from support.tiny_models import tiny
 from support.tiny_pplm import BAG
 
 PROMPT = "the w1 w2 war w3 w4"
+
+
+@pytest.fixture(autouse=True)
+def one_core() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -161,11 +169,11 @@ def test_steps_over_the_past_equal_the_loop_without_a_cache(
     torch.testing.assert_close(torch.cat(found), torch.cat(wanted), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("perturb", ["hidden", "past", "probs"])
-@pytest.mark.parametrize("of", ["bag", "head"])
+@pytest.mark.parametrize(
+    ("of", "perturb"),
+    [("bag", "hidden"), ("bag", "past"), ("bag", "probs"), ("head", "hidden"), ("head", "past")],
+)
 def test_a_row_in_a_batch_is_the_row_alone(model, tokenizer, bag, device, of, perturb):
-    if (of, perturb) == ("head", "probs"):
-        pytest.skip("a head sees no probabilities")
     args = steered(bag if of == "bag" else None, perturb=perturb, top_k=1)
     prompts = [PROMPT, "w5", "w6 w7 w8 w9 w10 w11 w12 w13 w14"]
     how = {"tokenizer": tokenizer, "model": model}

@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from ..ops._check import check_above_0, check_choice, check_number
-from .bags import Bag, bag_weights, get_bag_of_words_indices, read_words, split_names
+from .bags import Bag, bag_weights, get_bag_of_words_indices
 from .heads import ClassificationHead, ClassifierHead, label_id
+from .names import read_words, split_names
 from .perturb import Goal, check_goal
 from .sampling import check_k
 
