@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
+from onepass.bench import plain_pplm as plain
 from onepass.demo.train import one_thread
 from onepass.pplm import (
     build_bows_one_hot_vectors,
@@ -22,7 +23,6 @@ from onepass.pplm import (
     stream_pplm,
 )
 from onepass.pplm.generate import chosen
-from support import plain_pplm as plain
 from support import tiny_pplm
 from support.tiny_models import V
 

@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers")
 
+from onepass.bench import plain_pplm as plain
 from onepass.demo.train import one_thread
 from onepass.pplm import PPLM_BOW, PPLM_BOW_DISCRIM, PPLM_DISCRIM, ClassificationHead, perturb_past
 from onepass.pplm.cache import as_cache, pack
 from onepass.pplm.forward import materialized, run, steady
 from onepass.pplm.perturb import Steps, goal_of
 from onepass.pplm.walk import Choice, Walk
-from support import plain_pplm as plain
 from support import tiny_pplm
 from support.tiny_models import D, V, tiny
 

@@ -1,8 +1,8 @@
 """Uber's PPLM written down plainly: one delta a layer, kept by numpy, whole logits, no shortcuts.
 
 What run_pplm.py computes, in its order and with its waste: all tokens are run again without a cache
-for every new one, and each gradient goes through the host. Rows of a batch are coupled as they are
-there.
+for every new one, each gradient goes through the host, and the graph of a token's last forward is
+kept and differentiated once more at the next. Rows of a batch are coupled as they are there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def run(model: Any, past: list[Tensor] | None, **inputs: Any) -> tuple[Tensor, l
 
 
 def window(like: Tensor, length: int, decay: bool, side: str = "first") -> Tensor:
-    """Ones where the past is perturbed, [T, 1]; upstream's side is "first", its help says last."""
+    """Ones where the past moves, [T, 1]; upstream's side is the first, its help says last."""
     n_past = like.shape[-2]
     if not 0 < length < n_past:
         return torch.ones(n_past, 1, device=like.device)
@@ -52,7 +52,7 @@ def perturb_past(
     stepsize: float = 0.01,
     one_hot_bows_vectors: Any = None,
     classifier: Any = None,
-    class_label: int | None = None,
+    class_label: Any = None,
     loss_type: int = 0,
     num_iterations: int = 3,
     horizon_length: int = 1,
@@ -70,7 +70,7 @@ def perturb_past(
     losses = []
     for _ in range(num_iterations):
         leaves = [torch.from_numpy(d).to(device).requires_grad_() for d in deltas]
-        moved = [p + leaf for p, leaf in zip(past, leaves, strict=True)]
+        moved = [(p + leaf).to(p.dtype) for p, leaf in zip(past, leaves, strict=True)]
         logits, _, hidden = run(model, moved, input_ids=last)
         hidden_sum = so_far + hidden.sum(1).detach()
         probs = F.softmax(logits[:, -1, :], dim=-1)
@@ -87,7 +87,7 @@ def perturb_past(
                 _, ahead, next_hidden = run(model, ahead, inputs_embeds=soft)
                 hidden_sum = hidden_sum + next_hidden.sum(1)
             prediction = classifier(hidden_sum / (n_past + 1 + horizon_length))
-            wanted = torch.full((len(prediction),), class_label, device=device)
+            wanted = torch.tensor([class_label] * len(prediction), device=device)
             loss = loss + F.cross_entropy(prediction, wanted)
         if kl_scale > 0:
             assert unpert_logits is not None
@@ -109,20 +109,24 @@ def perturb_past(
             for g, n in zip(grads, grad_norms, strict=True)
         ]
         deltas = [d + step for d, step in zip(deltas, steps, strict=True)]
-    moved = [p + torch.from_numpy(d).to(device) for p, d in zip(past, deltas, strict=True)]
+        past = [p.detach() for p in past]  # until here with the graph of the token before
+    leaves = [torch.from_numpy(d).to(device).requires_grad_() for d in deltas]
+    moved = [(p + leaf).to(p.dtype) for p, leaf in zip(past, leaves, strict=True)]
     return moved, hidden_sum, grad_norms, losses
 
 
 class Walk:
     """generate_text_pplm's loop, a token at a time: what it keeps from one to the next."""
 
-    def __init__(self, model: Any, ids: Tensor, **options: Any) -> None:
+    def __init__(
+        self, model: Any, ids: Tensor, *, past: list[Tensor] | None = None, **options: Any
+    ) -> None:
         self.model, self.ids, self.options = model, ids, options
-        self.past: list[Tensor] | None = None
+        self.past = past
         self.grad_norms: list[Tensor] | None = None
         self.losses: list[list[Any]] = []
         with torch.no_grad():
-            if ids.shape[1] > 1:
+            if past is None and ids.shape[1] > 1:
                 _, self.past, _ = run(model, None, input_ids=ids[:, :-1])
 
     def step(self, *, top_k: int = 10, gm_scale: float = 0.9, temperature: float = 1.0) -> Tensor:
@@ -143,8 +147,8 @@ class Walk:
                 **self.options,
             )
             self.losses.append(losses)
+        logits, self.past, _ = run(model, past, input_ids=last)
         with torch.no_grad():
-            logits, self.past, _ = run(model, past, input_ids=last)
             probs = F.softmax(logits[:, -1] / temperature, dim=-1)
             unpert_probs = F.softmax(unpert_logits[:, -1], dim=-1)
             fused = probs**gm_scale * unpert_probs ** (1 - gm_scale)
