@@ -58,6 +58,10 @@ def seeded(device: str) -> torch.Generator:
     return torch.Generator(device).manual_seed(7)
 
 
+def walk_of(model, args, tokenizer) -> AdamWalk:
+    return AdamWalk(model, args.temperature, args, args.goal(args.method, model, tokenizer))
+
+
 def steered(bag, **options: Any) -> Any:
     """Arguments of a bag, or, bag None, of a head."""
     how = {"stepsize": 0.05, "max_length": 6, **options}
@@ -150,7 +154,7 @@ def test_steps_over_the_past_equal_the_loop_without_a_cache(
     how = {"perturb": "past", "seed_compat_offset": offset, "fusion_kl_scale": 0.5}
     args = steered(bag if of == "bag" else None, **how)
     ids = tokenizer(PROMPT)["input_ids"]
-    walk, found, wanted = AdamWalk(model, args.temperature, args, tokenizer), [], []
+    walk, found, wanted = walk_of(model, args, tokenizer), [], []
     with steady(model):
         found.append(walk.start(torch.tensor([ids[:3]], device=device), None))
         found += [walk.step(torch.tensor([[token]], device=device)) for token in ids[3:]]
@@ -187,11 +191,11 @@ def test_a_row_in_a_batch_is_the_row_alone(model, tokenizer, bag, device, of, pe
         tokens[row, 9 - len(ids) :] = torch.tensor(ids)
         mask[row, 9 - len(ids) :] = 1
     with steady(model):
-        walk = AdamWalk(model, args.temperature, args, tokenizer)
+        walk = walk_of(model, args, tokenizer)
         batch = [walk.start(tokens.to(device), mask.to(device))]
         batch += [walk.step(torch.full((3, 1), n, device=device)) for n in (20, 21)]
         for row, ids in enumerate(rows):
-            walk = AdamWalk(model, args.temperature, args, tokenizer)
+            walk = walk_of(model, args, tokenizer)
             single = [walk.start(torch.tensor([ids], device=device), None)]
             single += [walk.step(torch.full((1, 1), n, device=device)) for n in (20, 21)]
             for one, of_batch in zip(single, batch, strict=True):
@@ -220,7 +224,7 @@ def test_caps_and_scales_after_the_head_count(tokenizer, device, family):
     args = steered(None, num_iterations=0, fusion_gm_scale=1.0)
     tokens = torch.tensor([tokenizer(PROMPT)["input_ids"]], device=device)
     with steady(model):
-        found = AdamWalk(model, args.temperature, args, tokenizer).start(tokens, None)
+        found = walk_of(model, args, tokenizer).start(tokens, None)
     wanted = (model(tokens).logits[:, -1] / args.temperature).log_softmax(-1)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..cli.errors import Failed, Parser, UsageError, one_line, unknown
+from ..cli.folder import check_writable
 from ..dpo.command_line import check_model, check_output
 from ..training.flags import Flags, ModelFlags, check_above_0, check_from, flag, parse
 from ..training.models import check_installed, device_of, find_adapter, load_policy
@@ -204,6 +205,8 @@ def check(flags: Flags) -> list[str]:
                 "got neither -B (a bag of words) nor -D (a discriminator), wanted one of them"
             )
     check_names(steer)
+    if flags[ModelFlags].model_name_or_path is None and steer.discrim is None:
+        check_writable(Path(own.output_dir), "--output_dir")
     check_output(own, (".json",), needed=False)  # type: ignore[arg-type]
     return read_prompts(text)
 
@@ -369,7 +372,8 @@ def write_texts(flags: Flags, prompts: list[str], head: Head | None, device: Any
         module = None if head is None else head.module.to(device).eval()
         goal = Goal(bags, module, 0 if head is None else head.label)
         check_goal(goal, model)
-        rows = prompt_rows(tokenizer, prompts or [text.prompt or PROMPT])
+        prompts = prompts or [text.prompt or PROMPT]
+        rows = prompt_rows(tokenizer, prompts)
     except ValueError as error:
         raise UsageError(one_line(error, 1000)) from error
     if text.num_samples > 1 and not text.sample:
@@ -392,7 +396,7 @@ def write_texts(flags: Flags, prompts: list[str], head: Head | None, device: Any
             "unsteered": [as_dict(each) for each in texts[0][n * at : n * at + n]],
             "steered": [as_dict(each) for each in texts[1][n * at : n * at + n]],
         }
-        for at, prompt in enumerate(prompts or [text.prompt or PROMPT])
+        for at, prompt in enumerate(prompts)
     ]
     kept = ("prompt", "prompts", "output", "overwrite", "json", "config")
     return {
@@ -497,6 +501,7 @@ def by_jl(
     """The same, by PPLM.jl's way, which tells no losses."""
     import torch
 
+    from .perturb import Goal
     from .sample import AdamWalk, new_tokens
     from .sampling import top_k_sample
     from .settings import pplm
@@ -527,7 +532,7 @@ def by_jl(
             tokens = probs.argmax(-1)
         return ends.take(tokens).unsqueeze(1)  # type: ignore[no-any-return]
 
-    walk = AdamWalk(model, text.temperature, args, tokenizer)
+    walk = AdamWalk(model, text.temperature, args, goal or Goal())
     for _ in new_tokens(walk, rows, text.length, pick, ends.padding):
         yield [[]] * len(rows)
         if all(ends.ended):
