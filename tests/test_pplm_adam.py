@@ -3,6 +3,7 @@ states, of all keys and values, of the probabilities, with whole logits."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,11 +17,18 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import onepass.pplm as PPLM
+from onepass.demo.train import one_thread
 from onepass.pplm.cache import as_cache, pack
 from support import tiny_pplm
 from support.tiny_pplm import BAG, OTHER, V
 
 FAMILIES = ("gpt2_tied", "llama")
+
+
+@pytest.fixture(autouse=True)
+def one_core() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

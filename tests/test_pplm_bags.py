@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from onepass.pplm import bags
+from onepass.pplm import bags, names
 
 WORDS = ["army", "navy", "ship", "armada"]
 CORPUS = ["the army the navy the ship"] * 8
@@ -105,10 +105,10 @@ def test_names_of_several(gpt2: Any, tmp_path: Path) -> None:
 
 
 def test_bags_of_the_package() -> None:
-    assert {"military", "science", "space", "computers", "legal"} <= set(bags.bag_names())
-    assert len(bags.bag_names()) >= 6
-    for name in bags.bag_names():
-        words = bags.read_words(name)
+    assert {"military", "science", "space", "computers", "legal"} <= set(names.bag_names())
+    assert len(names.bag_names()) >= 6
+    for name in names.bag_names():
+        words = names.read_words(name)
         assert 50 <= len(words) == len(set(words)) and words == sorted(words)
         assert all(w.isalpha() and w == w.lower() and w.isascii() for w in words), name
 

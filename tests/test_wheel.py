@@ -106,7 +106,7 @@ logits = torch.tensor([[0.0, 3.0], [1.0, -1.0]])
 loss = onepass.cross_entropy(logits, torch.tensor([1, 0]))
 torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, torch.tensor([1, 0])))
 from onepass.cli import main
-from onepass.pplm.bags import read_words
+from onepass.pplm.names import read_words
 assert "orbit" in read_words("space")
 """
     run(sys.executable, "-I", "-c", code, cwd=tmp_path)

@@ -87,18 +87,9 @@ def perturb_probs(probs: Tensor, tokenizer: Any, args: pplm, *, per_row: bool = 
     """
     with torch.inference_mode(False):
         start = probs.detach().clone()
+        goal = args.goal("BoW", None, tokenizer).on(start.device)
         rows = start.float().reshape(-1, start.shape[-1])
-        (bag,) = args.goal("BoW", None, tokenizer).on(start.device).bags
-
-        def loss(leaf: Tensor) -> Tensor:
-            tiny = torch.finfo(leaf.dtype).tiny  # a mass of 0 has no finite gradient
-            mass = (leaf[:, bag.ids] * bag.weights).sum(-1)
-            total = mass if per_row else mass.sum()
-            kl = (rows.xlogy(rows) - rows.xlogy(leaf.clamp_min(tiny))).sum(-1)
-            kl = kl.sum() if per_row else kl.mean()
-            return -total.clamp_min(tiny).log().sum() + args.fusion_kl_scale * kl
-
-        moved = adam(rows, loss, args).clamp_min(0)
+        moved = steer_probs(rows, goal, args, per_row=per_row)
     return moved.reshape(start.shape).to(start.dtype)
 
 
@@ -241,6 +232,26 @@ def steer_past(
     return MovedPast(moved, *(known or (None, None)))
 
 
+def steer_probs(probs: Tensor, goal: Goal, args: pplm, *, per_row: bool) -> Tensor:
+    """Adam on probabilities [B, V] fp32 themselves."""
+    ids, weights = all_bags(goal)
+    tiny = torch.finfo(probs.dtype).tiny  # below it neither log has a finite gradient
+
+    def loss(leaf: Tensor) -> Tensor:
+        mass = (leaf[:, ids] * weights).sum(-1)
+        mass = mass if per_row else mass.sum()
+        kl = (probs.xlogy(probs) - probs.xlogy(leaf.clamp_min(tiny))).sum(-1)
+        kl = kl.sum() if per_row else kl.mean()
+        return -mass.clamp_min(tiny).log().sum() + args.fusion_kl_scale * kl
+
+    return adam(probs, loss, args).clamp_min(0)
+
+
+def all_bags(goal: Goal) -> tuple[Tensor, Tensor]:
+    """Ids and weights of all bags' words, which are one bag here."""
+    return torch.cat([bag.ids for bag in goal.bags]), torch.cat([bag.weights for bag in goal.bags])
+
+
 def steering_loss(
     logits: Tensor, log_u: Tensor, goal: Goal, pooled: Tensor | None, args: pplm, per_row: bool
 ) -> Tensor:
@@ -251,7 +262,7 @@ def steering_loss(
     """
     told = vocab_pair_stats(logits, log_u, want=("lse", "kl"))
     if goal.bags:
-        ids, weights = goal.bags[0]
+        ids, weights = all_bags(goal)
         log_mass = logits[:, ids] - told.lse.unsqueeze(1) + weights.log()
         loss = -log_mass.logsumexp(1).sum() if per_row else -log_mass.flatten().logsumexp(0)
     else:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..cli.errors import nearest
-from ..training.prompts import utf8_text
+from .names import read_words, split_names
 
 logger = logging.getLogger("onepass")
 MAX_TOLD = 12  # words named in a warning
@@ -27,52 +24,6 @@ class Bag(NamedTuple):
 
     ids: Tensor  # [n] int64, each token once
     weights: Tensor  # [n] fp32, how often it stands in the bag
-
-
-def bag_names() -> list[str]:
-    """The bags of this package."""
-    return sorted(
-        file.name.removesuffix(".txt") for file in (files(__package__) / "bags").iterdir()
-    )
-
-
-def split_names(bags: str | Sequence[str]) -> list[str]:
-    """Names or paths from a list of them, or from one string as Uber's `-B` takes it, "a;b".
-
-    Raises:
-        ValueError: none is named.
-    """
-    words = bags.split(";") if isinstance(bags, str) else list(bags)
-    for word in words:
-        if not isinstance(word, str):
-            raise TypeError(f"bags of words are names or paths: got {type(word).__name__}")
-    if not (names := [word.strip() for word in words if word.strip()]):
-        raise ValueError(f"no bag of words is named: wanted {_wanted()}")
-    return names
-
-
-def read_words(name_or_path: str) -> list[str]:
-    """The words of a bag of this package or of a UTF-8 file with a word a line, blank lines left
-    out.
-
-    Raises:
-        FileNotFoundError: neither such a bag nor such a file.
-        ValueError: a folder, or no UTF-8.
-    """
-    path = Path(name_or_path).expanduser()
-    if name_or_path in bag_names():
-        text = (files(__package__) / "bags" / f"{name_or_path}.txt").read_text(encoding="utf-8")
-    elif path.is_dir():
-        raise ValueError(f"bag of words {name_or_path!r} is a folder: wanted {_wanted()}")
-    elif path.is_file():
-        text = utf8_text(path)
-    else:
-        meant = nearest(name_or_path, bag_names())
-        mend = f"; did you mean {meant}?" if meant else ""
-        raise FileNotFoundError(
-            f"no bag of words and no file is called {name_or_path!r}: wanted {_wanted()}{mend}"
-        )
-    return [word for line in text.splitlines() if (word := line.strip())]
 
 
 def get_bag_of_words_indices(
@@ -140,10 +91,6 @@ def bag_weights(one_hot_or_indices: Tensor | Sequence[Sequence[int]], device: An
     words = [word[0] for word in one_hot_or_indices if len(word) == 1]
     ids, counts = torch.tensor(words, dtype=torch.int64).unique(return_counts=True)
     return Bag(ids.to(device=device), counts.float().to(device=device))
-
-
-def _wanted() -> str:
-    return f"{', '.join(bag_names())}, or a file of a word a line"
 
 
 def _encoded(word: str, tokenizer: Any) -> list[int]:

@@ -17,20 +17,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..cli.errors import Failed, Parser, UsageError, one_line, unknown
+from ..cli.folder import check_writable
 from ..dpo.command_line import check_model, check_output
 from ..training.flags import Flags, ModelFlags, check_above_0, check_from, flag, parse
 from ..training.models import check_installed, device_of, find_adapter, load_policy
 from ..training.run_folder import tell, versions
+from .names import HEAD, find_head, read_words, split_names
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .bags import Bag
     from .perturb import Goal
 
 PROGRAM, SCHEMA = "onepass generate", 1
 METHODS = {"pplm": "steered by a bag of words (-B) or by a discriminator (-D)"}
 NEEDED = ("transformers", "tokenizers", "safetensors", "tqdm")
-FOLDER = "onepass-discriminator"  # of the small model and its head, as `onepass pplm` has it
+FOLDER = "onepass-discriminator"  # that of `onepass pplm train-discriminator`
 PROMPT = "The lake"  # Uber's
 SPELT = {
     "-B": "--bag_of_words",
@@ -44,7 +47,8 @@ VARIANTS = ("uber", "hidden", "past", "probs")
 JL: dict[str, Any] = {"stepsize": 0.01, "num_iterations": 2, "top_k": 50, "temperature": 1.1}
 UBER = ("grad_length", "horizon_length", "window_length", "window_side", "decay", "gamma")
 # What suits the small model, where nothing else is said.
-SMALL: dict[str, Any] = {"prompt": "The", "length": 40, "class_label": "code"}
+SMALL: dict[str, Any] = {"length": 40, "sample": True, "num_samples": 3, "stepsize": 0.3}
+SMALL_PROMPT, SMALL_CLASS = "The", "code"
 
 
 @dataclass
@@ -150,13 +154,13 @@ def run(prog: str, tokens: Sequence[str]) -> int:
     with quiet_libraries(), contextlib.ExitStack() as stack:
         started = time.monotonic()
         device = device_of(flags[OutputFlags].device)
-        head = find_parts(flags)
+        head = read_head(flags)
         if flags[ModelFlags].model_name_or_path is None:
             from ..demo.train import one_thread
 
             stack.enter_context(one_thread())  # what so small a model runs fastest on
             make_small(flags)
-            head = find_parts(flags)
+            head = read_head(flags)
         facts = write_texts(flags, prompts, head, device)
         facts["seconds"] = time.monotonic() - started
     own = flags[OutputFlags]
@@ -200,8 +204,27 @@ def check(flags: Flags) -> list[str]:
             raise UsageError(
                 "got neither -B (a bag of words) nor -D (a discriminator), wanted one of them"
             )
+    check_names(steer)
+    if flags[ModelFlags].model_name_or_path is None and steer.discrim is None:
+        check_writable(Path(own.output_dir), "--output_dir")
     check_output(own, (".json",), needed=False)  # type: ignore[arg-type]
     return read_prompts(text)
+
+
+def check_names(steer: SteerFlags) -> None:
+    """UsageError for bags and heads that are not there."""
+    try:
+        for name in [] if steer.bag_of_words is None else split_names(steer.bag_of_words):
+            read_words(name)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"--bag_of_words: {one_line(error, 1000)}") from error
+    try:
+        if steer.discrim is not None and steer.discrim_weights is None:
+            if steer.discrim == "generic":
+                raise ValueError("generic: wanted --discrim_weights with it")
+            find_head(steer.discrim)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"--discrim: {one_line(error, 1000)}") from error
 
 
 def check_numbers(text: TextFlags, steer: SteerFlags) -> None:
@@ -258,31 +281,26 @@ class Head(NamedTuple):
         return next((word for word, n in vocab.items() if n == self.label), str(self.label))
 
 
-def find_parts(flags: Flags) -> Head | None:
-    """The head where one is asked for, after looking whether the bags are there. A head brings the
-    model that it was trained on where none is named.
+def read_head(flags: Flags) -> Head | None:
+    """The head where one is asked for; it brings the model that it was trained on where none is
+    named.
 
     Raises:
-        UsageError: no such bag or head, no class of it.
+        UsageError: a file that is no head, no class of it.
     """
-    from .bags import read_words, split_names
     from .heads import head_by_name, label_id
 
     steer, named = flags[SteerFlags], flags[ModelFlags]
-    try:
-        for name in split_names(steer.bag_of_words) if steer.bag_of_words is not None else ():
-            read_words(name)
-    except (ValueError, OSError) as error:
-        raise UsageError(f"--bag_of_words: {one_line(error, 1000)}") from error
     if steer.discrim is None:
         return None
     try:
         head, meta = head_by_name(steer.discrim, steer.discrim_weights, steer.discrim_meta)
-        label = label_id(meta, steer.class_label, "--class_label")
     except (ValueError, OSError) as error:
-        told = one_line(error, 1000)
-        where = "" if told.startswith("--class_label") else "--discrim: "
-        raise UsageError(f"{where}{told}") from error
+        raise UsageError(f"--discrim: {one_line(error, 1000)}") from error
+    try:
+        label = label_id(meta, steer.class_label, "--class_label")
+    except ValueError as error:
+        raise UsageError(one_line(error, 1000)) from error
     if named.model_name_or_path is None:
         named.model_name_or_path = meta.get("pretrained_model")
         if named.model_name_or_path is None:
@@ -299,13 +317,21 @@ def make_small(flags: Flags) -> None:
     from . import train_command
 
     steer, where = flags[SteerFlags], Path(flags[OutputFlags].output_dir)
-    flags.prefer({name: value for name, value in SMALL.items() if name != "class_label"})
-    with contextlib.redirect_stdout(sys.stderr):
-        train_command.run("onepass pplm train-discriminator", ["--output_dir", str(where)])
+    flags.prefer(SMALL if steer.variant == "uber" else SMALL | {"stepsize": 0.1})
+    flags.prefer({"prompt": SMALL_PROMPT})
+    has_model, has_head = (where / MODEL).is_dir(), (where / HEAD).is_file()
+    if has_head and not has_model:
+        raise UsageError(
+            f"--output_dir: the head in {str(where)!r} is of another model than the small one",
+            hint=f"steer by it with -D {where}, or name another folder with --output_dir DIR",
+        )
+    if not has_model or not (has_head or steer.bag_of_words is not None):
+        with contextlib.redirect_stdout(sys.stderr):
+            train_command.run("onepass pplm train-discriminator", ["--output_dir", str(where)])
     flags[ModelFlags].model_name_or_path = str(where / MODEL)
     if steer.bag_of_words is None:
         steer.discrim = str(where)
-        steer.class_label = steer.class_label or SMALL["class_label"]
+        steer.class_label = steer.class_label or SMALL_CLASS
 
 
 # -- the work -----------------------------------------------------------------------------------
@@ -338,7 +364,7 @@ def write_texts(flags: Flags, prompts: list[str], head: Head | None, device: Any
     adapter = None if own.adapter is None else find_adapter(own.adapter)
     model, tokenizer = load_policy(flags[ModelFlags], adapter, device)
     try:
-        bags = ()
+        bags: tuple[Bag, ...] = ()
         if steer.bag_of_words is not None:
             indices = get_bag_of_words_indices(steer.bag_of_words, tokenizer)
             found = (bag_weights(words, device) for words in indices)
@@ -346,7 +372,8 @@ def write_texts(flags: Flags, prompts: list[str], head: Head | None, device: Any
         module = None if head is None else head.module.to(device).eval()
         goal = Goal(bags, module, 0 if head is None else head.label)
         check_goal(goal, model)
-        rows = prompt_rows(tokenizer, prompts or [text.prompt or PROMPT])
+        prompts = prompts or [text.prompt or PROMPT]
+        rows = prompt_rows(tokenizer, prompts)
     except ValueError as error:
         raise UsageError(one_line(error, 1000)) from error
     if text.num_samples > 1 and not text.sample:
@@ -369,7 +396,7 @@ def write_texts(flags: Flags, prompts: list[str], head: Head | None, device: Any
             "unsteered": [as_dict(each) for each in texts[0][n * at : n * at + n]],
             "steered": [as_dict(each) for each in texts[1][n * at : n * at + n]],
         }
-        for at, prompt in enumerate(prompts or [text.prompt or PROMPT])
+        for at, prompt in enumerate(prompts)
     ]
     kept = ("prompt", "prompts", "output", "overwrite", "json", "config")
     return {
@@ -421,14 +448,14 @@ def write(
         eos = tokenizer.eos_token_id
     ends = Ends(tokenizer, len(rows), eos, text.stop_strings)
     steps = by_uber if flags[SteerFlags].variant == "uber" else by_jl
-    losses: list[list[list[float]]] = [[] for _ in rows]
+    losses: list[list[list[float]]] = [[] for _ in rows]  # of each text, of each step
     with progress_bar(text.length, 0) as bar:
         bar.set_description(f"{name:>9}")
         bar.unit = " tokens"
         for of_step in steps(flags, model, tokenizer, rows, goal, ends):
             bar.update(1)
-            for row, values in enumerate(of_step):
-                losses[row].append(values)
+            for of_text, values in zip(losses, of_step, strict=True):
+                of_text.append(values)
     found = []
     for row, new, of_row in zip(rows, ends.new, losses, strict=True):
         spans = spans_of(tokenizer, row[-1], new, measured)
@@ -474,6 +501,7 @@ def by_jl(
     """The same, by PPLM.jl's way, which tells no losses."""
     import torch
 
+    from .perturb import Goal
     from .sample import AdamWalk, new_tokens
     from .sampling import top_k_sample
     from .settings import pplm
@@ -504,7 +532,7 @@ def by_jl(
             tokens = probs.argmax(-1)
         return ends.take(tokens).unsqueeze(1)  # type: ignore[no-any-return]
 
-    walk = AdamWalk(model, text.temperature, args, tokenizer)
+    walk = AdamWalk(model, text.temperature, args, goal or Goal())
     for _ in new_tokens(walk, rows, text.length, pick, ends.padding):
         yield [[]] * len(rows)
         if all(ends.ended):
@@ -606,7 +634,7 @@ def show(facts: dict[str, Any]) -> None:
             f"after {printable(entry['prompt'])}" if entry["prompt"] else "from nothing", file=out
         )
         for pair in zip(entry["unsteered"], entry["steered"], strict=True):
-            texts = [Marked(each["text"].strip("\n"), each["spans"]) for each in pair]
+            texts = [Marked(each["text"].rstrip(), each["spans"]) for each in pair]
             for line in side_by_side(("unsteered", steered), texts, width, colours(out)):
                 print(encodable(line, out), file=out)
             print(file=out)

@@ -16,7 +16,8 @@ from ..cli.errors import nearest
 from ..training.generation import padding_of
 from .bags import bag_weights, get_bag_of_words_indices
 from .cache import pack
-from .heads import KNOWN, get_classifier, read_meta
+from .heads import get_classifier, read_meta
+from .names import KNOWN
 from .perturb import Goal, Steps, check_count, goal_of
 from .walk import Choice, Next, Walk
 

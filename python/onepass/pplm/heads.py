@@ -19,36 +19,9 @@ from torch import Tensor, nn
 
 from ..cli.errors import MAX_LISTED, nearest, one_line
 from ..cli.files import replace, replace_text, strict_json
+from .names import FOLDER, HEAD, KNOWN, TORCH, TRAIN, find_head
 
-FOLDER = "pretrained_discriminators"  # PPLM.jl's, in the working directory
-HEAD = "head.safetensors"  # its name in the folder of `onepass pplm train-discriminator`
 FORMAT = "onepass.pplm.ClassificationHead/1"
-TORCH = (".pt", ".pth", ".bin")
-TRAIN = "onepass pplm train-discriminator --model M --data FILE --output_dir DIR"
-# What Uber's run_pplm.py says of the heads that it downloads; nothing is downloaded here.
-KNOWN: dict[str, dict[str, Any]] = {
-    "clickbait": {
-        "class_size": 2,
-        "embed_size": 1024,
-        "class_vocab": {"non_clickbait": 0, "clickbait": 1},
-        "default_class": 1,
-        "pretrained_model": "gpt2-medium",
-    },
-    "sentiment": {
-        "class_size": 5,
-        "embed_size": 1024,
-        "class_vocab": {"very_positive": 2, "very_negative": 3},
-        "default_class": 3,
-        "pretrained_model": "gpt2-medium",
-    },
-    "toxicity": {
-        "class_size": 2,
-        "embed_size": 1024,
-        "class_vocab": {"non_toxic": 0, "toxic": 1},
-        "default_class": 0,
-        "pretrained_model": "gpt2-medium",
-    },
-}
 Meta = dict[str, Any]
 
 
@@ -129,31 +102,6 @@ def head_by_name(
     if weights is None and name == "generic":
         raise ValueError("the head 'generic': wanted weights with it (--discrim_weights)")
     return load_head(find_head(name) if weights is None else weights, meta, defaults=_classes(name))
-
-
-def find_head(name: str) -> Path:
-    """The file of a head: `name` as a path, or a file in ./pretrained_discriminators called so.
-
-    Raises:
-        FileNotFoundError: neither, with what to do.
-    """
-    path = Path(name).expanduser()
-    if name not in KNOWN and path.exists():
-        return path
-    for suffix in ("", ".safetensors", *TORCH):
-        found = Path(FOLDER) / f"{name}{suffix}"
-        if found.is_file():
-            return found
-    if name in KNOWN:
-        raise FileNotFoundError(
-            f"the head {name!r} is not here, and none is downloaded: train one ({TRAIN}) and give"
-            f" its folder, or give the file of one for {KNOWN[name]['pretrained_model']} as"
-            f" path= (--discrim_weights)"
-        )
-    raise FileNotFoundError(
-        f"no head {name!r}: wanted the folder or the file of one, or of {', '.join(KNOWN)} with"
-        f" its file; to train one: {TRAIN}"
-    )
 
 
 def _classes(name: str | None) -> Meta:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops._check import check_choice, check_number
 from ..training.generation import padding_of
-from .adam import head_logits, logits_over, perturb_probs, steer_hidden, steer_past
+from .adam import head_logits, logits_over, steer_hidden, steer_past, steer_probs
 from .forward import Forward, check_model, run, steady
 from .perturb import Goal
 from .sampling import check_k, fuse, nucleus_sample, top_k_sample
@@ -55,7 +55,7 @@ def sample_pplm(
         model.to(torch.device("cuda", args.cuda[1]))
     pick = _sampler(sample_method, args.top_k, args.top_p)
     return _texts(
-        AdamWalk(model, args.temperature, args, tokenizer),
+        AdamWalk(model, args.temperature, args, args.goal(args.method, model, tokenizer)),
         tokenizer, prompt, args.max_length, pick, add_eos_start, seed, generator,
     )  # fmt: skip
 
@@ -87,15 +87,15 @@ class AdamWalk:
     """A batch of texts, token by token: `start`, then `step` with each drawn token."""
 
     def __init__(
-        self, model: nn.Module, temperature: float, args: pplm | None = None, tokenizer: Any = None
+        self,
+        model: Any,
+        temperature: float,
+        args: pplm | None = None,
+        goal: Goal = Goal(),  # noqa: B008
     ) -> None:
         check_model(model)
-        self.model, self.temperature, self.args = model, temperature, args
-        self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore
-        self.goal = Goal()
-        if args is not None:
-            self.goal = args.goal(args.method, model, tokenizer)
-        self.tokenizer = tokenizer
+        self.model, self.temperature, self.args, self.goal = model, temperature, args, goal
+        self.device: torch.device = model.get_input_embeddings().weight.device
         self.past: Tensor | None = None  # [L, 2, B, H, T, d], unperturbed
         self.mask: Tensor | None = None  # [B, T], where rows are padded
         self.pooled: tuple[Tensor, Tensor] | None = None  # sum and number of hidden states so far
@@ -135,7 +135,7 @@ class AdamWalk:
         else:
             log_p = log_u = logits_over(out, self.temperature)
             if args is not None and args.perturb == "probs":
-                probs = perturb_probs(log_u.softmax(-1), self.tokenizer, args, per_row=True)
+                probs = steer_probs(log_u.softmax(-1), self.goal, args, per_row=True)
                 log_p = probs.log()
         self.past, self.before = out.past(), log_u
         return fuse(log_p, log_u, 0.0 if args is None else args.fusion_gm_scale)

@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from ..ops._check import check_above_0, check_choice, check_number
-from .bags import Bag, bag_weights, get_bag_of_words_indices, read_words, split_names
+from .bags import Bag, bag_weights, get_bag_of_words_indices
 from .heads import ClassificationHead, ClassifierHead, label_id
+from .names import read_words, split_names
 from .perturb import Goal, check_goal
 from .sampling import check_k
 
@@ -77,7 +78,7 @@ class pplm:
     pool: str = "sum"
     seed_compat_offset: bool = False
     classifier: ClassificationHead | None = field(default=None, init=False, repr=False)
-    _bags: dict[int, tuple[Any, Bag]] = field(
+    _bags: dict[int, tuple[Any, tuple[Bag, ...]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -122,8 +123,8 @@ class pplm:
         return head
 
     def goal(self, method: str, model: nn.Module | None, tokenizer: Any = None) -> Goal:
-        """What the model is steered to: all bags as one, in the tokens of the tokenizer, or the
-        head's class. Parts are on the model's device.
+        """What the model is steered to: the bags in the tokens of the tokenizer, or the head's
+        class. Parts are on the model's device.
 
         Raises:
             ValueError: args of the other method; a bag or head that does not fit the model.
@@ -133,7 +134,7 @@ class pplm:
         if self.classifier is not None:
             goal = Goal((), self.classifier, int(self.target_class_id))
         else:
-            goal = Goal((self._bag(tokenizer),))
+            goal = Goal(self._bags_of(tokenizer))
         if model is not None:
             check_goal(goal, model)
             device = next(model.parameters()).device
@@ -142,10 +143,11 @@ class pplm:
                 self.classifier.to(device)
         return goal
 
-    def _bag(self, tokenizer: Any) -> Bag:
+    def _bags_of(self, tokenizer: Any) -> tuple[Bag, ...]:
         kept = self._bags.get(id(tokenizer))
         if kept is None:
-            bags = get_bag_of_words_indices(self.bow_list, tokenizer)
-            kept = tokenizer, bag_weights([word for bag in bags for word in bag])
-            self._bags[id(tokenizer)] = kept  # with the tokenizer, so that no other gets its id
+            indices = get_bag_of_words_indices(self.bow_list, tokenizer)
+            bags = tuple(bag for bag in map(bag_weights, indices) if len(bag.ids))
+            kept = tokenizer, bags  # with the tokenizer, so that no other gets its id
+            self._bags[id(tokenizer)] = kept
         return kept[1]

@@ -31,12 +31,12 @@ from ..training.run_folder import (
     tell,
     versions,
 )
+from .names import HEAD
 
 if TYPE_CHECKING:
     from .discriminator import DiscriminatorV2
 
 PROGRAM, SCHEMA, SYSTEM = "onepass pplm", 1, "pplm-discriminator"
-HEAD = "head.safetensors"
 NEEDED = ("transformers", "tokenizers", "safetensors", "tqdm", "matplotlib")
 TABLES = {".csv": ",", ".tsv": "\t"}
 LINES = (".jsonl", ".ndjson", ".json")
