@@ -349,13 +349,15 @@ def test_without_a_model_a_small_one_is_made_once(tmp_path, monkeypatch, capsys)
     own = ["generate", "pplm", "--output_dir", str(tmp_path / "own"), "--length", "5"]
     facts = facts_of(capsys, *own)
     assert facts["class"] == "code" and len(facts["texts"][0]["steered"]) == 3
+    assert facts["settings"]["variant"] == "past"
+    assert facts_of(capsys, *own, "--gamma", "1")["settings"]["variant"] == "uber"
     assert facts["texts"][0]["prompt"] == "The"
     prose = facts_of(capsys, *own, "--class_label", "prose")
     assert prose["class"] == "prose" and len(calls) == 1
     words = tmp_path / "war.txt"
     words.write_text("war", encoding="utf-8")
     facts = facts_of(capsys, *own, "-B", str(words), "--variant", "past", "--prompt", "w1")
-    assert facts["class"] is None and facts["settings"]["stepsize"] == 0.1
+    assert facts["class"] is None and facts["settings"]["stepsize"] == 0.2
     other = tmp_path / "other"
     PPLM.save_discriminator(tiny_pplm.head(2), path=other, file_name="head.safetensors")
     assert main(["generate", "pplm", "--output_dir", str(other)]) == 2
