@@ -96,6 +96,8 @@ WRONG: list[tuple[str, Callable[[Path], list[str]], str]] = [
      "--prompts"),
     ("length", lambda f: asked(f, *bag(f), "--length", "0"), "--length: got 0"),
     ("long", lambda f: asked(f, *bag(f), "--length", "100"), "the model has 64"),
+    ("long for PPLM.jl", lambda f: asked(f, *bag(f), "--length", "100", "--variant", "hidden"),
+     "the model has 64"),
     ("top_k", lambda f: asked(f, *bag(f), "--top_k", "-1"), "--top_k: got -1"),
     ("gm_scale", lambda f: asked(f, *bag(f), "--gm_scale", "2"), "--gm_scale: got 2.0"),
     ("temperature", lambda f: asked(f, *bag(f), "--temperature", "0"), "--temperature: got 0.0"),
@@ -367,3 +369,15 @@ def test_the_page_names_every_flag():
     for kind in command.FLAGS[1:]:
         for name in kind.__dataclass_fields__:
             assert f"`--{name}" in section, name
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers deprecated
+@pytest.mark.parametrize("variant", ["uber", "hidden"])
+def test_an_adapter(files, tmp_path, capsys, variant):
+    peft = pytest.importorskip("peft")
+    how = {"fan_in_fan_out": True, "init_lora_weights": False}
+    config = peft.LoraConfig(r=4, target_modules=["c_attn"], **how)
+    peft.get_peft_model(tiny_pplm.model(), config).save_pretrained(tmp_path)
+    flags = asked(files, *bag(files), "--variant", variant)
+    plain = facts_of(capsys, *flags)["texts"]
+    assert facts_of(capsys, *flags, "--adapter", str(tmp_path))["texts"] != plain

@@ -229,6 +229,40 @@ def test_caps_and_scales_after_the_head_count(tokenizer, device, family):
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers deprecated
+@pytest.mark.parametrize("target", ["lm_head", "q_proj"])
+def test_an_adapter_counts(tokenizer, device, target):
+    peft = pytest.importorskip("peft")
+    base = tiny_pplm.model("llama", device)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=[target]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.05)
+    model.eval()
+    tokens = torch.tensor([tokenizer(PROMPT)["input_ids"]], device=device)
+    wanted = model(input_ids=tokens).logits[:, -1]
+    for perturb in ("hidden", "past"):
+        args = steered(None, perturb=perturb, num_iterations=0, fusion_gm_scale=1.0)
+        with steady(model):
+            found = walk_of(model, args, tokenizer).start(tokens, None)
+        log_p = (wanted / args.temperature).log_softmax(-1)
+        torch.testing.assert_close(found, log_p, atol=1e-5, rtol=1e-5)
+        args = steered(None, perturb=perturb, max_length=2)
+        PPLM.sample_pplm(args, tokenizer=tokenizer, model=model, prompt=PROMPT, seed=0)
+
+
+@pytest.mark.parametrize("perturb", ["hidden", "past", "probs"])
+def test_half_precision_stays(tokenizer, bag, device, perturb):
+    model = tiny_pplm.model("llama", device).bfloat16()
+    args = steered(bag, perturb=perturb, stepsize=0.1)
+    how = {"tokenizer": tokenizer, "model": model, "prompt": [PROMPT, "w5"], "seed": 0}
+    assert PPLM.sample_pplm(args, **how) != PPLM.sample_normal(max_length=6, t=1.1, **how)
+    if perturb != "probs":
+        head = steered(None, perturb=perturb, stepsize=0.1)
+        assert len(PPLM.sample_pplm(head, **how)) == 2
+
+
 def test_bags_are_drawn_more_often(model, tokenizer, bag):
     how = {"tokenizer": tokenizer, "model": model, "prompt": ["w5 w6"] * 32, "seed": 3}
     plain = PPLM.sample_normal(max_length=10, t=1.1, **how)
@@ -273,8 +307,8 @@ def test_refusals(model, tokenizer, bag):
     args = steered(bag)
     for call, told in (
         ({"prompt": []}, "got no text"),
-        ({"prompt": "", "add_eos_start": False}, "no tokens"),
-        ({"prompt": "w1 " * 60}, "more than the 64"),
+        ({"prompt": "", "add_eos_start": False}, "at least a token"),
+        ({"prompt": "w1 " * 60}, "61 tokens and 6 new ones need 66 positions: the model has 64"),
         ({"sample_method": "beam"}, "sample_method must be one of top_k, nucleus"),
         ({"seed": 1, "generator": torch.Generator()}, "exclude each other"),
     ):

@@ -38,6 +38,7 @@ def perturb_hidden_bow(
     Only the last position moves, as only it has a gradient.
     """
     goal = args.goal("BoW", model, tokenizer)
+    check_hidden(hidden)
     with torch.inference_mode(False):
         new = hidden.detach().clone()
         moved = steer_hidden(new[:, -1], head_logits(model), goal, args, per_row=per_row)
@@ -65,6 +66,7 @@ def perturb_hidden_discrim(
     but the last have one gradient, and move alike.
     """
     goal = args.goal("Discrim", model)
+    check_hidden(hidden)
     with torch.inference_mode(False):
         new = hidden.detach().clone()
         before = new.new_ones(new.shape[:2]) if attention_mask is None else attention_mask.to(new)
@@ -154,6 +156,11 @@ def _perturb_past(
     with steady(model):
         moved = steer_past(model, prev, pack(past), goal, args, mask, log_u, per_row=per_row)
     return unpack(moved.past, past)
+
+
+def check_hidden(hidden: Tensor) -> None:
+    if hidden.dim() != 3 or not hidden.shape[1]:
+        raise ValueError(f"hidden must be [B, S, D] with S from 1: got {tuple(hidden.shape)}")
 
 
 # -- what the functions above and `sample_pplm` share -------------------------------------------

@@ -501,6 +501,8 @@ def by_jl(
     """The same, by PPLM.jl's way, which tells no losses."""
     import torch
 
+    from .forward import check_places
+    from .generate import padded
     from .perturb import Goal
     from .sample import AdamWalk, new_tokens
     from .sampling import top_k_sample
@@ -532,8 +534,10 @@ def by_jl(
             tokens = probs.argmax(-1)
         return ends.take(tokens).unsqueeze(1)  # type: ignore[no-any-return]
 
+    ids, mask = padded(tokenizer, rows)
+    check_places(model, ids.shape[1], text.length)
     walk = AdamWalk(model, text.temperature, args, goal or Goal())
-    for _ in new_tokens(walk, rows, text.length, pick, ends.padding):
+    for _ in new_tokens(walk, ids, mask, text.length, pick):
         yield [[]] * len(rows)
         if all(ends.ended):
             return

@@ -69,6 +69,18 @@ def check_model(model: Any) -> None:
             raise ValueError(f"{kind}: layer {n} keeps no keys and values: {wanted}")
 
 
+def check_places(model: Any, n_tokens: int, n_new: int, n_ahead: int = 0) -> None:
+    """ValueError where the model has not as many positions: the last new token takes none, what is
+    looked ahead at does."""
+    n_places = n_tokens + max(0, n_new - 1) + n_ahead
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and n_places > limit:
+        raise ValueError(
+            f"{n_tokens} tokens and {n_new} new ones need {n_places} positions: the model has"
+            f" {limit}"
+        )
+
+
 def run(
     model: Any,
     tokens: Tensor,

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._check import check_choice, check_number
-from ..training.generation import padding_of
+from ..training.flags import ModelFlags
+from ..training.models import load_policy
 from .adam import head_logits, logits_over, steer_hidden, steer_past, steer_probs
-from .forward import Forward, check_model, run, steady
+from .forward import Forward, check_model, check_places, run, steady
+from .generate import padded
 from .perturb import Goal
 from .sampling import check_k, fuse, nucleus_sample, top_k_sample
 from .settings import pplm
@@ -141,22 +143,24 @@ class AdamWalk:
         return fuse(log_p, log_u, 0.0 if args is None else args.fusion_gm_scale)
 
     def _with_hidden(self, out: Forward, args: pplm) -> tuple[Tensor, Tensor]:
-        hidden = out.hidden.float()
+        logits_of = logits_like(out, self.model)
+        rest = None if self.goal.bags else self._pool(out.hidden.float())
+        last = out.hidden[:, -1]
+        moved = steer_hidden(last, logits_of, self.goal, args, rest, per_row=True)
+        log_p = logits_of(moved.last).float() / self.temperature
+        return log_p, log_p if moved.log_u is None else moved.log_u
+
+    def _pool(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum [B, D] and number [B, 1] of the hidden states before the last [B, S, D], with those
+        of earlier steps."""
         counts = torch.ones_like(hidden[..., :1])
         if self.mask is not None:
             counts = self.mask[:, -hidden.shape[1] :].unsqueeze(-1).to(hidden)
+            hidden = hidden.masked_fill(counts == 0, 0.0)
         total, n = self.pooled or (0.0, 0.0)
-        rest = (
-            total + (hidden * counts)[:, :-1].sum(1),
-            n + counts[:, :-1].sum(1),
-        )
-        last = out.hidden[:, -1]
+        rest = total + hidden[:, :-1].sum(1), n + counts[:, :-1].sum(1)
         self.pooled = rest[0] + hidden[:, -1], rest[1] + 1
-        logits_of = logits_like(out, self.model)
-        of_head = None if self.goal.bags else rest
-        moved = steer_hidden(last, logits_of, self.goal, args, of_head, per_row=True)
-        log_p = logits_of(moved.last).float() / self.temperature
-        return log_p, log_p if moved.log_u is None else moved.log_u
+        return rest
 
     def _with_past(self, token: Tensor, args: pplm) -> Tensor:
         assert self.past is not None
@@ -182,25 +186,14 @@ def logits_like(out: Forward, model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def new_tokens(
-    walk: AdamWalk,
-    rows: Sequence[list[int]],
-    n_new: int,
-    pick: Callable[[Tensor], Tensor],
-    pad: int,
+    walk: AdamWalk, ids: Tensor, mask: Tensor | None, n_new: int, pick: Callable[[Tensor], Tensor]
 ) -> Iterator[Tensor]:
-    """`n_new` tokens [B, 1], one by one, after these, which are padded on the left."""
-    width = max(map(len, rows))
-    padded = [[pad] * (width - len(row)) + row for row in rows]
-    tokens = torch.tensor(padded, device=walk.device)
-    mask = None
-    if any(len(row) < width for row in rows):
-        places = torch.arange(width, device=walk.device)
-        mask = places >= width - torch.tensor([[len(row)] for row in rows], device=walk.device)
-        mask = mask.long()
-    token = tokens
+    """`n_new` tokens [B, 1], one by one, after ids [B, S]; mask [B, S] is 0 where they are padded
+    on the left."""
+    token, places = ids.to(walk.device), None if mask is None else mask.to(walk.device)
     with steady(walk.model):
         for n in range(n_new):
-            log_probs = walk.step(token) if n else walk.start(tokens, mask)
+            log_probs = walk.step(token) if n else walk.start(token, places)
             token = pick(log_probs.exp())
             yield token
 
@@ -220,9 +213,10 @@ def _texts(
             raise ValueError("seed and generator exclude each other")
         generator = torch.Generator(walk.device).manual_seed(seed)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    rows = prompt_rows(walk.model, tokenizer, prompts, add_eos_start, n_new)
-    pad = padding_of(tokenizer)
-    drawn = new_tokens(walk, rows, n_new, lambda probs: pick(probs, generator=generator), pad)
+    rows = prompt_rows(tokenizer, prompts, add_eos_start)
+    ids, mask = padded(tokenizer, rows)
+    check_places(walk.model, ids.shape[1], n_new)
+    drawn = new_tokens(walk, ids, mask, n_new, lambda probs: pick(probs, generator=generator))
     new = torch.cat(list(drawn), 1).tolist()
     texts = [
         tokenizer.decode([*row, *more][add_eos_start:], clean_up_tokenization_spaces=False)
@@ -231,31 +225,18 @@ def _texts(
     return texts[0] if isinstance(prompt, str) else texts
 
 
-def prompt_rows(
-    model: Any, tokenizer: Any, prompts: Sequence[str], add_eos_start: bool, n_new: int
-) -> list[list[int]]:
+def prompt_rows(tokenizer: Any, prompts: Sequence[str], add_eos_start: bool) -> list[list[int]]:
     """Tokens of each prompt.
 
     Raises:
-        ValueError: no prompt, one without tokens, or one that leaves no room for `n_new`.
+        ValueError: no prompt, or one without tokens.
     """
     first = [tokenizer.eos_token_id] if add_eos_start else []
     if first == [None]:
         raise ValueError("add_eos_start: the tokenizer has no EOS token: wanted False")
-    if not prompts:
-        raise ValueError("prompt: got no text, wanted at least one")
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    rows = []
-    for text in prompts:
-        row = first + tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not row:
-            raise ValueError("prompt: the text has no tokens")
-        if isinstance(most, int) and len(row) + n_new > most:
-            raise ValueError(
-                f"prompt: {text[:40]!r} has {len(row)} tokens, which with {n_new} new ones is more"
-                f" than the {most} that the model takes"
-            )
-        rows.append(row)
+    rows = [first + tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
+    if not rows or not all(rows):
+        raise ValueError("prompt: got no text, wanted at least one of at least a token")
     return rows
 
 
@@ -269,6 +250,5 @@ def _sampler(method: str, k: int, p: float) -> Callable[..., Tensor]:
 
 
 def _gpt2(name: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
+    model, tokenizer = load_policy(ModelFlags(name), None, torch.device("cpu"))
+    return tokenizer, model

@@ -77,7 +77,9 @@ class pplm:
     gamma: float = 1.5
     pool: str = "sum"
     seed_compat_offset: bool = False
-    classifier: ClassificationHead | None = field(default=None, init=False, repr=False)
+    classifier: ClassificationHead | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
     _bags: dict[int, tuple[Any, tuple[Bag, ...]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

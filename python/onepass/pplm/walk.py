@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops._check import check_above_0, check_number
-from .forward import check_model, materialized, run, steady
+from .forward import check_model, check_places, materialized, run, steady
 from .perturb import Goal, Steps, check_count, check_goal, perturbed
 from .sampling import check_k, draw, fuse, top_k_filter
 
@@ -102,13 +102,7 @@ class Walk:
                 f"past holds {past.shape[-2]} tokens: wanted all but the last of {ids.shape[1]}"
             )
         n_ahead = 0 if goal is None or goal.classifier is None else how.horizon_length
-        n_places = ids.shape[1] + max(0, length - 1) + n_ahead
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(limit, int) and n_places > limit:
-            raise ValueError(
-                f"{ids.shape[1]} tokens and {length} new ones need {n_places} positions: the model"
-                f" has {limit}"
-            )
+        check_places(model, ids.shape[1], length, n_ahead)
         device = model.device
         if goal is None:
             check_model(model)
