@@ -87,10 +87,10 @@ class Head(NamedTuple):
         """The logits themselves, [..., V]: the definition."""
         self.check_weights()
         rows = [states.reshape(-1, states.shape[-1]) for states in self.hidden]
-        parts = [t for t in (*self.weight, self.bias) if t is not None]
-        learns = torch.is_grad_enabled() and any(t.requires_grad for t in parts)
-        if len(rows) == 1 and not learns and serves_onednn(*rows, *parts):
-            product = _FrozenProduct.apply(rows[0], self.weight[0], self.bias)  # type: ignore[no-untyped-call]
+        given = [t for t in (*rows, *self.weight, self.bias) if t is not None]
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+        if len(rows) == 1 and not learns and serves_onednn(*given):
+            product = onednn_product(rows[0], self.weight[0], self.bias)
         else:
             product = head_product(rows, self.weight, self.bias)
         whole = self.cap.logits(product)
@@ -159,22 +159,6 @@ def onednn_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a b^T + bias."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return product
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """onednn_product for gradients to `a` alone."""
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-        return onednn_product(a, b, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return d @ ctx.saved_tensors[0], None, None
 
 
 def ids_of(ids: Ids, rows: Any) -> Ids:

@@ -58,6 +58,8 @@ def check_model(model: Any) -> None:
     kind = type(inner).__name__
     wanted = "wanted a causal language model of transformers with attention in all its layers"
     config = getattr(inner, "config", None)
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(f"{kind} has an adapter of prompt learning: wanted another kind")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{kind} is an encoder-decoder: {wanted}")
     if config is None or getattr(inner, "base_model", inner) is inner:
