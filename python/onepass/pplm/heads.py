@@ -111,6 +111,7 @@ def _classes(name: str | None) -> Meta:
     return {key: known[key] for key in ("class_size", *CLASSES) if key in known}
 
 
+@torch.inference_mode(False)  # its weights take part in gradients
 def get_classifier(
     name: Any,
     class_label: str | int | None = None,
@@ -259,6 +260,7 @@ def save_discriminator(
     return file
 
 
+@torch.inference_mode(False)  # its weights take part in gradients
 def load_head(
     path: str | Path,
     meta: str | Path | Mapping[str, Any] | None = None,

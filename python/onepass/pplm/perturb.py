@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops._check import check_choice, check_number
 from ..ops.steering import steering_stats
@@ -391,6 +391,12 @@ def check_goal(goal: Goal, model: Any) -> None:
     """ValueError unless the model has a past to perturb, and bags and head fit it."""
     check_model(model)
     inner = without_adapter(model)
+    for module in (model, goal.classifier):
+        if isinstance(module, nn.Module) and any(p.is_inference() for p in module.parameters()):
+            raise ValueError(
+                f"{type(module).__name__} was made inside torch.inference_mode, which allows no"
+                " gradient: wanted it made outside"
+            )
     if hasattr(goal.classifier, "embed_size"):
         check_fits(goal.classifier, inner)
     n_tokens = inner.get_input_embeddings().weight.shape[0]
