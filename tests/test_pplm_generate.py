@@ -557,7 +557,8 @@ def test_spellings_of_ids_and_classifiers() -> None:
     made = tiny_pplm.head().requires_grad_(False)
     how = goal(loss_type=2, length=3)
     wanted, _, _ = generate_text_pplm(model, tokenizer, prompt(), **how)
-    for context in (prompt().numpy(), list(prompt()[0].numpy()), [prompt()[0].numpy()]):
+    spelt: list[Any] = [prompt().numpy(), list(prompt()[0].numpy()), [prompt()[0].numpy()]]
+    for context in spelt:
         assert torch.equal(generate_text_pplm(model, tokenizer, context, **how)[0], wanted)
     for classifier in (made.mlp, lambda hidden: made(hidden)):
         how["classifier"] = classifier

@@ -23,7 +23,8 @@ from .walk import Choice, Next, Walk
 
 logger = logging.getLogger("onepass")
 Context = Sequence[int] | Sequence[Sequence[int]] | Tensor
-Names = Stops = str | Sequence[str]
+Names = str | Sequence[str]
+Stops = str | Sequence[str]
 
 
 class Step(NamedTuple):

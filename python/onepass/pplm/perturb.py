@@ -168,8 +168,9 @@ def perturb_past(
         ahead = None if goal.classifier is None or unpert_past is None else pack(unpert_past)
     n_past, rows = packed.shape[-2], packed.shape[2]
     if last.shape != (rows, 1) or last.is_floating_point():
-        got = f"{tuple(last.shape)} {last.dtype}"
-        raise ValueError(f"last must be [B, 1] = ({rows}, 1) ids: got {got}")
+        raise ValueError(
+            f"last must be [B, 1] = ({rows}, 1) ids: got {tuple(last.shape)} {last.dtype}"
+        )
     check_past("past", packed, model, rows, n_past)
     if ahead is not None:
         check_past("unpert_past", ahead, model, rows, n_past + 1)
