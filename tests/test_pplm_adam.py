@@ -413,6 +413,7 @@ def test_defaults_are_those_of_pplm_jl():
         "pool": "sum", "seed_compat_offset": False,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in told} == told
+    assert hash(args) == hash(PPLM.pplm(bow_list=["military"]))
 
 
 @pytest.mark.parametrize(

@@ -365,6 +365,21 @@ def test_without_a_model_a_small_one_is_made_once(tmp_path, monkeypatch, capsys)
     assert len(calls) == 1
 
 
+def test_the_default_writes_code_where_the_model_alone_does_not(tmp_path):
+    """No model and no head given: both are made, and the head turns the text, at no cost in how
+    likely the model finds it."""
+    own, file = tmp_path / "own", tmp_path / "texts.json"
+    flags = ["--device", "cpu", "--length", "24", "--num_samples", "8", "--sample"]
+    code = main(["generate", "pplm", *flags, "--output_dir", str(own), "--output", str(file)])
+    assert code == 0
+    found = json.loads((own / "summary.json").read_text(encoding="utf-8"))
+    assert found["held_out_accuracy"] > 0.95
+    mean = json.loads(file.read_text(encoding="utf-8"))["mean"]
+    steered, unsteered = mean["steered"], mean["unsteered"]
+    assert steered["class_probability"] > unsteered["class_probability"] + 0.3
+    assert steered["nats_per_token"] < unsteered["nats_per_token"] + 0.5
+
+
 def test_the_page_names_every_flag():
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     section = page[page.index("## onepass generate") :].split("\n## ")[0]

@@ -125,6 +125,7 @@ def test_the_crude_loop_over_the_past(model, tokenizer, head_file, device):
         original_probs = PPLM.temp_softmax(original_logits, t=args.temperature)
 
         new_past = PPLM.perturb_past_discrim(model, prev, past, original_probs, args)
+        assert not torch.equal(new_past.layers[0].values, past.layers[0].values)
         output_new = model(prev, past_key_values=new_past,
                            output_attentions=False,
                            output_hidden_states=True,
@@ -230,10 +231,12 @@ def test_caps_and_scales_after_the_head_count(tokenizer, device, family):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers deprecated
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize("family", ["llama", "gemma2_softcap"])
 @pytest.mark.parametrize("target", ["lm_head", "q_proj"])
-def test_an_adapter_counts(tokenizer, device, target):
+def test_an_adapter_counts(tokenizer, device, target, family):
     peft = pytest.importorskip("peft")
-    base = tiny_pplm.model("llama", device)
+    base = tiny(family, device)
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=[target]))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -103,17 +103,14 @@ class AdamWalk:
         self.pooled: tuple[Tensor, Tensor] | None = None  # sum and number of hidden states so far
         self.before: Tensor | None = None  # what seed_compat_offset takes the KL to
 
-    @property
-    def perturbs(self) -> str | None:
-        return None if self.args is None else self.args.perturb
-
     def start(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """log-probabilities [B, V] of what follows tokens [B, S], padded on the left where the mask
         [B, S] is 0."""
         self.mask = mask
-        if self.perturbs != "past" or tokens.shape[1] == 1:
+        args = self.args
+        if args is None or args.perturb != "past" or tokens.shape[1] == 1:
             return self._next(tokens)
-        offset = self.args is not None and self.args.seed_compat_offset
+        offset = args.seed_compat_offset
         early = None if mask is None else mask[:, :-1]
         out = run(self.model, tokens[:, :-1], None, early, logits=offset)
         self.past = out.past()
@@ -180,8 +177,11 @@ def logits_like(out: Forward, model: nn.Module) -> Callable[[Tensor], Tensor]:
     """From hidden states [B, D] to logits as the model made `out.logits` of its own: by its head,
     and the cap and scale that follow it, where these are known."""
     head = getattr(out.logits, "onepass_head", None)
-    if head is None or len(head.hidden) > 1:  # several: an adapter on the head
+    if head is None:
         return head_logits(model)
+    if len(head.hidden) > 1:  # an adapter on the head, which the module adds itself
+        product = head_logits(model)
+        return lambda last: head.cap.logits(product(last))  # type: ignore[no-any-return]
     return lambda last: head._replace(hidden=(last,), states=()).logits()  # type: ignore[no-any-return]
 
 

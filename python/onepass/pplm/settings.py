@@ -85,6 +85,8 @@ class pplm:
     )
 
     def __post_init__(self) -> None:
+        if not isinstance(self.bow_list, str):
+            self._set("bow_list", tuple(self.bow_list))
         check_choice("method", self.method, METHODS)
         check_choice("perturb", self.perturb, PERTURBED)
         check_choice("pool", self.pool, POOLS)
