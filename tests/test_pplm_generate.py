@@ -344,14 +344,20 @@ def test_an_adapter_is_steered_with_its_model() -> None:
         if "lora_B" in name or "lora_embedding_A" in name:  # they begin as 0
             nn.init.normal_(parameter, std=0.3)
     how = goal(loss_type=3)
-    got, _, _ = generate_text_pplm(model, tokenizer, prompt(), **how)
-    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    with pytest.raises(ValueError, match="prompt learning"):
-        generate_text_pplm(peft.get_peft_model(setting()[0], prompts), tokenizer, prompt(), **how)
+    got, _, losses = generate_text_pplm(model, tokenizer, prompt(), **how)
+    for kind in (peft.PromptTuningConfig, peft.PrefixTuningConfig, peft.PromptEncoderConfig):
+        prompts = peft.get_peft_model(
+            setting("llama")[0], kind(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        )
+        with pytest.raises(ValueError, match="prompt learning"):
+            generate_text_pplm(prompts, tokenizer, prompt(), **how)
     walk = plain.Walk(model.merge_and_unload(), prompt(), **as_plain(how))
     for _ in range(6):
         walk.append(walk.step().argmax(-1))
     assert got.tolist() == walk.ids.tolist()
+    found = torch.tensor([[float(x) for x in of_token] for of_token in losses])
+    wanted = torch.tensor([[float(x) for x in of_token] for of_token in walk.losses])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_within_inference_mode(tmp_path: Path) -> None:

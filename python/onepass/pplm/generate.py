@@ -421,8 +421,7 @@ def padded(
         if tokenizer.bos_token_id is None:
             raise ValueError("no context, and the tokenizer has no BOS token: wanted a token")
         context = [tokenizer.bos_token_id]
-    if hasattr(context, "__array__"):  # a Tensor too
-        context = torch.as_tensor(context)
+    if isinstance(context, Tensor):
         ids = context[None] if context.dim() == 1 else context
         if ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
             got = f"{tuple(ids.shape)} {ids.dtype}"
