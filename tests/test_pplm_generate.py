@@ -271,6 +271,8 @@ def test_a_classifier_measures_what_is_not_steered() -> None:
     how = goal(loss_type=3, temperature=0.5)
     ids, class_loss, losses = generate_text_pplm(model, tokenizer, prompt(), perturb=False, **how)
     plainly, none, _ = generate_text_pplm(model, tokenizer, prompt(), perturb=False, length=6)
+    full = how | {"length": 60, "perturb": False}  # 64 positions: nothing is looked ahead at
+    assert generate_text_pplm(model, tokenizer, prompt(), **full)[0].shape == (1, 65)
     assert ids.tolist() == plainly.tolist() and losses == [] and none == 0
     with torch.no_grad():
         hidden = model(ids[:, :-1], output_hidden_states=True).hidden_states[-1]
@@ -319,6 +321,14 @@ def test_masks_of_something_else_than_padding_on_the_left(case: str) -> None:
     steering = steered(tokenizer, discrim=tiny_pplm.head(), class_label=1)
     with pytest.raises(ValueError, match="attention_mask must be 0 where a row is padded"):
         model.generate(ids, attention_mask=mask, custom_generate=steering, max_new_tokens=2)
+
+
+def test_a_model_that_would_count_padding(more_families: None) -> None:
+    model, tokenizer = setting("bart")
+    with pytest.raises(ValueError, match="BartForCausalLM takes no position_ids"):
+        generate_text_pplm(model, tokenizer, [[5, 6, 7], [5, 6]], **goal())
+    alike = generate_text_pplm(model, tokenizer, [[5, 6], [7, 8]], **goal(length=2))[0]
+    assert alike.shape == (2, 4)
 
 
 def test_masks_of_any_dtype() -> None:

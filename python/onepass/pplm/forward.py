@@ -94,8 +94,8 @@ def places_of(model: Any) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def left_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The mask, int64 [B, S].
+def left_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor | None:
+    """The mask, int64 [B, S]; None where it leaves nothing out.
 
     Raises:
         ValueError: another shape, or anything but 0s and then 1s in a row.
@@ -108,7 +108,7 @@ def left_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor:
         raise ValueError(
             "attention_mask must be 0 where a row is padded on its left, then 1 to its end"
         )
-    return found
+    return None if bool(found.all()) else found
 
 
 def run(
@@ -141,6 +141,11 @@ def run(
         inputs["attention_mask"] = mask
         if _takes(type(inner).forward, "position_ids"):
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        elif hasattr(inner.get_decoder(), "embed_positions"):  # Bart and its kin
+            raise ValueError(
+                f"{type(inner).__name__} takes no position_ids and would count padding: wanted"
+                " texts of as many tokens each"
+            )
     if not logits:
         out = inner.base_model(**inputs)
         return Forward(out.last_hidden_state, None, out.past_key_values)

@@ -89,8 +89,8 @@ def generate_text_pplm(
             ends.
 
     Returns:
-        the class's loss is that of the unperturbed model's mean hidden state, a mean over rows; 0
-        without a classifier, and of a row that ended until then. Losses: of each token that was
+        the class's loss is that of the unperturbed model's mean hidden state over a row's text
+        until it ended, a mean over rows; 0 without a classifier. Losses: of each token that was
         steered one [B] an iteration, NaN in rows that ended before.
 
     Raises:

@@ -104,7 +104,7 @@ def perturb_past(
     last: Tensor,
     unpert_past: Any = None,
     unpert_logits: Tensor | None = None,
-    accumulated_hidden: Tensor | None = None,
+    accumulated_hidden: Any = None,
     grad_norms: Any = None,
     stepsize: float = 0.01,
     one_hot_bows_vectors: Sequence[Any] | None = None,
@@ -178,15 +178,16 @@ def perturb_past(
         raise ValueError("a classifier looks ahead of unpert_past: wanted that of T + 1 tokens")
     if kl_scale and unpert_logits is None:
         raise ValueError("kl_scale is above 0: wanted unpert_logits [B, S, V], got none")
-    if accumulated_hidden is None or isinstance(accumulated_hidden, int):
-        accumulated_hidden = torch.zeros(rows, 1, device=packed.device)
+    if not isinstance(accumulated_hidden, Tensor):  # upstream's first is 0
+        accumulated_hidden = torch.full((rows, 1), float(accumulated_hidden or 0)).to(packed.device)
     if accumulated_hidden.dim() != 2 or len(accumulated_hidden) != rows:
         got = tuple(accumulated_hidden.shape)
         raise ValueError(f"accumulated_hidden must be [B, D] with B = {rows}: got {got}")
     mask = before = None
     if attention_mask is not None:
         with torch.inference_mode(False):
-            mask = left_mask(attention_mask, (rows, n_past + 1)).to(packed.device, copy=True)
+            mask = left_mask(attention_mask.clone(), (rows, n_past + 1))
+            mask = None if mask is None else mask.to(packed.device)
     if grad_norms is not None:
         before = torch.stack([torch.as_tensor(norm).to(packed.device) for norm in grad_norms])
         shape = (len(packed), rows) if per_row else (len(packed),)

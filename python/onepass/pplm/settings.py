@@ -32,7 +32,7 @@ class pplm:
         perturb: what Adam moves: the last hidden states ("hidden"), the keys and values of all
             tokens but the last ("past"), or, with a bag, the probabilities themselves ("probs").
         bow_list: names of bags, or paths of files of a word a line; all are one bag.
-        discrim: a discriminator's name, or a `ClassificationHead`.
+        discrim: a discriminator's name, or a head, an nn.Linear, a discriminator itself.
         target_class_id: the class by number, counted from 0 (PPLM.jl: from 1), or by name; -1 is
             the default of the head's metadata. A head of one class takes 0 or 1, its two sides.
         file_name, path: of the discriminator's file, as of `ClassifierHead`.

@@ -105,7 +105,8 @@ class Walk:
             raise ValueError(f"ids must be [B, S] with at least a token: got {tuple(ids.shape)}")
         if mask is not None:
             mask = left_mask(mask, (ids.shape[0], ids.shape[1]))
-        n_ahead = 0 if goal is None or goal.classifier is None else how.horizon_length
+        looks = steers and goal is not None and goal.classifier is not None
+        n_ahead = how.horizon_length if looks else 0
         check_places(model, ids.shape[1], length, n_ahead)
         device = model.device
         if goal is None:
@@ -118,8 +119,6 @@ class Walk:
         self.length = length
         self.steers = steers and goal is not None
         self.steps_left = grad_length if how.num_iterations and how.stepsize and steers else 0
-        if mask is not None and bool(mask.all()):
-            mask = None
         with torch.inference_mode(False):  # copies that autograd may keep
             self.goal = None if goal is None else goal.on(device)
             self.ids = ids.to(device, copy=True)
@@ -131,7 +130,7 @@ class Walk:
         self.class_losses: Tensor | None = None  # [B], of the unperturbed text so far
         self.ended: Tensor | None = None  # [B]; None while no row has
         self.embedding: Tensor | None = None
-        if self.goal is not None and self.goal.classifier is not None:
+        if looks:
             with steady(model):
                 self.embedding = token_embeddings(model)
         if self.ids.shape[1] > 1:
