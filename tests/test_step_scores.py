@@ -31,7 +31,17 @@ from onepass.step_functions.text import CPU_SLAB_BYTES
 from support.tiny_models import D, V, tiny
 
 core = importlib.import_module("onepass.step_functions.core")
-MODELS = ("gpt2_tied", "llama", "t5_encoder_decoder")
+BART: dict[str, Any] = {
+    "vocab_size": V, "d_model": D, "max_position_embeddings": 64, "decoder_start_token_id": 2,
+    **{f"{side}_layers": 1 for side in ("encoder", "decoder")},
+    **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
+    **{f"{side}_ffn_dim": 48 for side in ("encoder", "decoder")},
+}  # fmt: skip
+COUNT_FROM_THE_EDGE = {  # their positions, and take none
+    "bart_encoder_decoder": lambda: hf.BartForConditionalGeneration(hf.BartConfig(**BART)),
+    "bart": lambda: hf.BartForCausalLM(hf.BartConfig(**BART)),
+}
+MODELS = ("gpt2_tied", "llama", "t5_encoder_decoder", *COUNT_FROM_THE_EDGE)
 DRAW = torch.Generator().manual_seed(6)
 B, S = 2, 7
 TEXT = torch.randint(3, V, (B, S), generator=DRAW)
@@ -43,17 +53,20 @@ SINGLE = ["logit", "probability", "entropy", "crossentropy", "perplexity"]
 
 
 def model_of(name: str, dropout: float = 0.0) -> Any:
-    model = tiny(name).eval()
+    torch.manual_seed(0)
+    make = COUNT_FROM_THE_EDGE.get(name)
+    model: Any = tiny(name).eval() if make is None else make().eval()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = dropout
+        for rate in ("attention_dropout", "dropout", "activation_dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, dropout)
     return model
 
 
 def inputs(name: str, text: Tensor = TEXT, source: Tensor = SOURCE) -> dict[str, Any]:
-    if name.startswith("t5"):
+    if name.endswith("encoder_decoder"):
         return {"input_ids": source, "decoder_input_ids": text}
     return {"input_ids": text}
 
@@ -169,13 +182,17 @@ def test_padding_does_not_count(name: str, side: str) -> None:
     padding = torch.zeros(B, 3, dtype=torch.int64)
     order = (padding, TEXT) if side == "left" else (TEXT, padding)
     padded, mask = torch.cat(order, 1), torch.cat([(t != 0).long() for t in order], 1)
-    mask_name = "decoder_attention_mask" if name.startswith("t5") else "attention_mask"
+    mask_name = "decoder_attention_mask" if name.endswith("encoder_decoder") else "attention_mask"
     scores = [*SINGLE, "top_p_size", "pcxmi", "kl_divergence"]
     others = torch.cat([padding, OTHER] if side == "left" else [OTHER, padding], 1)
     masks: dict[str, Any] = {mask_name: mask, "contrast_attention_mask": mask}
-    got = step_scores(model, **inputs(name, padded), scores=scores, contrast_ids=others, **masks)
+    source = torch.cat([padding, SOURCE] if side == "left" else [SOURCE, padding], 1)
+    given = {**inputs(name, padded, source), "scores": scores, "contrast_ids": others}
+    if "decoder_input_ids" in given:
+        masks["attention_mask"] = (source != 0).long()
+    got = step_scores(model, **given, **masks)
     halves = {key: value * 0.5 for key, value in masks.items()}
-    again = step_scores(model, **inputs(name, padded), scores=scores, contrast_ids=others, **halves)
+    again = step_scores(model, **given, **halves)
     assert all(torch.equal(value, again[score]) for score, value in got.items())
     alone = step_scores(model, **inputs(name), scores=scores, contrast_ids=OTHER)
     real = slice(3, None) if side == "left" else slice(None, S - 1)
@@ -290,7 +307,7 @@ def test_registered_functions(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     registry.register_step_function(halved, "logit", overwrite=True)
     model = model_of(name)
     mask = torch.tensor([[1] * S, [1] * 4 + [0] * 3])
-    mask_name = "decoder_attention_mask" if name.startswith("t5") else "attention_mask"
+    mask_name = "decoder_attention_mask" if name.endswith("encoder_decoder") else "attention_mask"
     scores = ["margin", "probability", "logit"]
     given: dict[str, Any] = {**inputs(name), mask_name: mask}
     got = step_scores(model, **given, scores=scores)

@@ -6,6 +6,7 @@ Through inseq's AttributionModel where that is the model, else a transformers mo
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..lazy_logits import LazyLogits
-from ..training.hidden_states import lazy_within
+from ..training.hidden_states import lazy_within, without_adapter
 from .args import StepFunctionArgs
 from .last_row import state_of
 
@@ -180,7 +181,8 @@ def embedded(args: Any, ids: Tensor, as_targets: bool) -> Tensor | None:
 
 def run_again(args: Any) -> Any:
     """The model's output for the inputs of a step, of which the last position alone is kept. As in
-    inseq, an encoder-decoder model is given embeddings and a decoder-only model ids."""
+    inseq, an encoder-decoder model is given embeddings and a decoder-only model ids. Positions of a
+    prefix that is padded on the left count from its first token, as in generate()."""
     model = args.attribution_model
     if model is None:
         raise ValueError("this score runs the model again: attribution_model is None")
@@ -190,6 +192,9 @@ def run_again(args: Any) -> Any:
     given = _inputs("decoder_" if is_encoder_decoder(args) else "", args, "decoder")
     if is_encoder_decoder(args):
         given |= _inputs("", args, "encoder")
+    elif (mask := given["attention_mask"]) is not None and not mask[:, 0].all():
+        if "position_ids" in inspect.signature(without_adapter(model).forward).parameters:
+            given["position_ids"] = ((mask != 0).cumsum(-1) - 1).clamp_min(0)
     with lazy_within(model, None):
         return last_of(model(**given, use_cache=False))
 

@@ -3,7 +3,6 @@ had said it, and no logits [B, S, V] are made."""
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -222,15 +221,18 @@ class Text:
 
     def rows(self, model: nn.Module) -> Tensor:
         """The logits [B, S - 1, V] that predict them."""
-        given: dict[str, Any] = {"input_ids": self.ids, "attention_mask": self.mask}
+        ids, mask, moved = _at_the_left(self.ids, self.mask)
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if self.source is not None:
             given = {f"decoder_{name}": value for name, value in given.items()}
-            given |= {"input_ids": self.source[0], "attention_mask": self.source[1]}
-        elif self.mask is not None and bool((self.mask[:, 0] == 0).any()):
-            if "position_ids" in inspect.signature(without_adapter(model).forward).parameters:
-                # padding on the left moves no token
-                given["position_ids"] = (self.mask.cumsum(-1) - 1).clamp_min(0)
-        return self._at(model(**given, use_cache=False).logits, -1)
+            source, source_mask, _ = _at_the_left(*self.source)
+            given |= {"input_ids": source, "attention_mask": source_mask}
+        logits: Tensor = model(**given, use_cache=False).logits
+        if moved is None:
+            return self._at(logits, -1)
+        n_texts, length = ids.shape
+        places = self._at(torch.arange(length, device=ids.device)[None], -1) - moved
+        return logits[torch.arange(n_texts, device=ids.device)[:, None], places % length]
 
     def _at(self, tensor: Tensor, shift: int) -> Tensor:
         """What stands at the scored positions, or before them."""
@@ -263,6 +265,16 @@ def _text(
 def _whole(mask: Tensor | None) -> Tensor | None:
     """A mask of 0 and 1: models sum it to positions."""
     return None if mask is None else (mask != 0).long()
+
+
+def _at_the_left(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Ids and mask with padding behind each text, for the models that count positions from the left
+    edge whatever the mask; and by how much each was moved [B, 1], None where none was."""
+    if mask is None or bool(mask[:, 0].all()):
+        return ids, mask, None
+    moved, length = mask.argmax(1, keepdim=True), ids.shape[1]
+    order = (torch.arange(length, device=ids.device) + moved) % length
+    return ids.gather(1, order), mask.gather(1, order), moved
 
 
 def _vocab_size(model: nn.Module) -> int:
