@@ -130,7 +130,7 @@ def test_equals_autograd_on_whole_logits(method: str, target: str) -> None:
     made = gpt2()
     found = attribute(
         made, TOKENIZER, TEXT, generated=FOLLOWING, method=method, target=target, n_steps=8,
-        **CONTRAST.get(target, {}),
+        baseline="zeros", **CONTRAST.get(target, {}),
     )  # fmt: skip
     matrix, scores = plain(made, target, method)
     torch.testing.assert_close(found.matrix, matrix, rtol=1e-9, atol=1e-12, equal_nan=True)
@@ -343,7 +343,9 @@ def test_a_model_without_a_head_is_refused(kind: Any) -> None:
 
 def test_bf16_is_near_float32() -> None:
     made = gpt2(torch.float32)
-    exact = attribute(made, TOKENIZER, TEXT, method="integrated_gradients", n_steps=8)
+    exact = attribute(
+        made, TOKENIZER, TEXT, method="integrated_gradients", n_steps=8, baseline="zeros"
+    )
     rough = attribute(
         made.bfloat16(), TOKENIZER, TEXT, method="integrated_gradients", n_steps=8, baseline="zeros"
     )
@@ -459,7 +461,27 @@ def test_a_sum_that_is_missed_is_told(caplog: pytest.LogCaptureFixture) -> None:
     made = gpt2()
     with caplog.at_level(logging.WARNING, "onepass"):
         attribute(made, TOKENIZER, TEXT, method="integrated_gradients", n_steps=1)
-    assert "miss their sum" in caplog.text and "raise n_steps" in caplog.text
+        assert "miss their sum" in caplog.text and caplog.text.endswith("raise n_steps\n")
+        attribute(made, TOKENIZER, TEXT, method="integrated_gradients", baseline="zeros", n_steps=1)
+    assert caplog.text.endswith("start from a token, --baseline pad\n")
+
+
+def test_they_start_from_padding_or_the_end_and_from_zeros_where_there_is_neither() -> None:
+    made, bare = gpt2(), tokenizer()
+    how: dict[str, Any] = {"method": "integrated_gradients", "n_steps": 8}
+    for pad, end, baseline in ((0, 2, "pad"), (None, 2, "pad"), (None, None, "zeros")):
+        bare.pad_token = None if pad is None else TOKENIZER.pad_token
+        bare.eos_token = None if end is None else TOKENIZER.eos_token
+        found = attribute(made, bare, TEXT, **how)
+        assert found.baseline == baseline
+        start = torch.zeros(len(IDS) - 1, D)
+        if baseline == "pad":
+            start += made.get_input_embeddings().weight[end if pad is None else pad].detach()
+        with torch.no_grad():
+            p = made(inputs_embeds=start[None]).logits[0].softmax(-1)
+        wanted = found.scores["probability"] - p.gather(-1, torch.tensor(IDS[1:])[:, None])[:, 0]
+        assert found.deltas is not None
+        torch.testing.assert_close(found.deltas, found.matrix.nansum(0) - wanted)
 
 
 @pytest.mark.parametrize(("share", "told"), [(0.049, False), (0.051, True), (-0.051, True)])
@@ -468,8 +490,8 @@ def test_five_percent_are_missed(
 ) -> None:
     wanted = torch.tensor([2.0, -2.0])
     with caplog.at_level(logging.WARNING, "onepass"):
-        methods._tell_deltas(share * wanted, wanted)
-        methods._tell_deltas(torch.tensor([9e-5]), torch.tensor([0.0]))  # rounding
+        methods._tell_deltas(share * wanted, wanted, True)
+        methods._tell_deltas(torch.tensor([9e-5]), torch.tensor([0.0]), True)  # rounding
     assert ("of 2 of 2 targets miss their sum by more than 5 %" in caplog.text) == told
     assert caplog.text.count("miss") == int(told)
 
@@ -1024,6 +1046,6 @@ def test_a_prompt_before_what_was_generated_is_told(caplog: pytest.LogCaptureFix
 
 def test_padding_that_is_not_there_is_no_baseline() -> None:
     bare = tokenizer()
-    bare.pad_token = None
+    bare.pad_token = bare.eos_token = None
     with pytest.raises(ValueError, match="baseline='pad': the tokenizer has no padding token"):
         attribute(gpt2(), bare, TEXT, method="integrated_gradients", baseline="pad")

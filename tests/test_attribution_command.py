@@ -172,7 +172,7 @@ def test_one_text(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     found = Attribution.load(out)
     assert found.matrix.shape == (16, 5) and found.batch_size == 3 and found.n_steps == 4
     assert list(found.scores) == ["logit", "entropy", "probability"]
-    assert "integrated gradients (4 steps from zeros) of logit, sum" in said.out
+    assert "integrated gradients (4 steps from pad) of logit, sum" in said.out
     assert "\ndelta " in said.out and "\x1b" not in said.out
     assert f"wrote {out}" in said.err and "3 rows at once on cpu" in said.err
     assert page.read_text().startswith("<!DOCTYPE html>")
@@ -314,6 +314,29 @@ def test_a_line_cut_short_is_cut_off_only_when_another_follows(
         assert out.read_bytes() == (wanted if n < begin else wanted[:-1])
 
 
+def test_what_another_command_writes_meanwhile_stays(
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, real = tmp_path / "x.jsonl", methods.attribute
+    line = ["--hide", "-o", str(out)]
+
+    def slowly(*args: Any, **how: Any) -> Attribution:
+        monkeypatch.setattr(methods, "attribute", real)
+        assert main([*given(files, *TEXTS[:2]), *line, "--overwrite"]) == 0
+        return real(*args, **how)
+
+    for more in ([], ["--overwrite"]):
+        monkeypatch.setattr(methods, "attribute", slowly)
+        assert main([*given(files, TEXTS[2]), *line, *more]) == 1
+        assert "something else has written to" in capsys.readouterr().err
+        assert [a.text for a in load_all(out)] == TEXTS[:2]
+    assert main([*given(files, TEXTS[2]), *line]) == 0
+    assert [a.text for a in load_all(out)] == TEXTS
+
+
 def test_a_bad_text_is_told_and_the_others_are_done(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -391,6 +414,8 @@ def test_every_setting_must_be_the_same(
 ) -> None:
     out = tmp_path / "x.jsonl"
     assert main([*given(files), "--hide", "-o", str(out)]) == 0
+    more = ["--n_steps", "7", "--baseline", "zeros"]  # which no saliency reads
+    assert main([*given(files), "--hide", "-o", str(out), *more]) == 0
     row = json.loads(out.read_text())
     names = set(row["asked"]) - {"generated", "weights"}
     assert len(names) == 17

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -105,7 +106,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--contrast_text", metavar="TEXT", help="read by contrastive functions")
     add("--contrast_generated", metavar="TEXT", help="tokens that they compare with")
     add("--n_steps", type=int, metavar="N", default=50, help="of integrated gradients [50]")
-    add("--baseline", choices=BASELINES, metavar="NAME", default="zeros", help="zeros, pad [zeros]")
+    add(
+        "--baseline", choices=BASELINES, metavar="NAME",
+        help="zeros, pad [pad, zeros where there is none]",
+    )  # fmt: skip
     add(
         "--reduction", "--attribution_aggregators", choices=REDUCTIONS, metavar="NAME",
         help="over the embedding: l2, sum",
@@ -322,16 +326,18 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         *("end_pos", "attribution_method", "attributed_fn", "step_scores", "contrast_text"),
         *("contrast_generated", "n_steps", "baseline", "reduction", "attribution_kwargs"),
     )
-    return {name: getattr(args, name) for name in names}
+    unread = () if args.attribution_method == "integrated_gradients" else ("n_steps", "baseline")
+    return {name: None if name in unread else getattr(args, name) for name in names}
 
 
 @dataclass
 class Begun:
     """What a .jsonl file holds: of each finished text where its line begins; where the next line
-    goes, and what ends the one before it; the weights that its lines are of."""
+    goes, and what ends the one before it; the weights that its lines are of; how it was left."""
 
     done: dict[Asked, int]
-    end: int | None = 0  # None: at the file's end
+    left: tuple[int, int] | None = None  # bytes, and when it was written
+    end: int = 0
     tail: bytes = b""
     weights: set[str] = field(default_factory=set)
 
@@ -344,7 +350,10 @@ def begun(args: argparse.Namespace, asked: Sequence[Asked], now: dict[str, Any])
         UsageError: it holds something else.
     """
     path, found = Path(args.save_path or ""), Begun({})
-    if path.suffix != ".jsonl" or not path.exists() or args.overwrite:
+    if path.suffix != ".jsonl" or not path.exists():
+        return found
+    found.left = _as_left(path.stat())
+    if args.overwrite:
         return found
     wanted, others = set(asked), 0
     try:
@@ -389,13 +398,29 @@ def _asked(path: Path, row: Any, now: dict[str, Any]) -> Asked:
 
 
 def add_line(path: Path, line: str, before: Begun) -> None:
-    """Put it behind the whole lines that are there."""
+    """Put it behind the whole lines that are there.
+
+    Raises:
+        Failed: something else has written to the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    added = before.tail + line.encode() + b"\n"
     with path.open("ab") as file:
-        if before.end is not None:
-            file.truncate(before.end)
-        file.write(before.tail + line.encode() + b"\n")
-    before.end, before.tail = None, b""
+        now = os.fstat(file.fileno())
+        if now.st_size if before.left is None else _as_left(now) != before.left:
+            raise Failed(
+                f"--save_path: something else has written to {str(path)!r} meanwhile: name another"
+                " file, or run this again when that is done"
+            )
+        file.truncate(before.end)
+        file.write(added)
+        file.flush()
+        before.left = _as_left(os.fstat(file.fileno()))
+    before.end, before.tail = before.end + len(added), b""
+
+
+def _as_left(found: os.stat_result) -> tuple[int, int]:
+    return found.st_size, found.st_mtime_ns
 
 
 def line_at(path: Path, where: int) -> str:

@@ -60,7 +60,7 @@ def attribute(
     contrast_generated: str | None = None,
     reduction: str | None = None,
     n_steps: int = 50,
-    baseline: str = "zeros",
+    baseline: str | None = None,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Attribution:
@@ -95,7 +95,8 @@ def attribute(
         reduction: over D, "l2" or "sum". A saliency's sum is of magnitudes, the others' signed.
             None: "l2" of a saliency, else "sum".
         n_steps: nodes of the integral (Gauss-Legendre).
-        baseline: "zeros", or "pad": the embedding of the padding token.
+        baseline: "zeros", or "pad": the embedding of the padding token or, as in inseq, of the
+            token of the end where there is none. None: "pad", "zeros" where there is neither.
         batch_size: rows, each a target and a node, at once; None: by the memory there is. It is
             halved once where memory runs out.
         progress: draw a bar on a terminal.
@@ -113,6 +114,12 @@ def attribute(
         kind = type(tokenizer).__name__
         raise TypeError(f"tokenizer must be one of transformers, loaded: got {kind}")
     reduction = _check(method, target, step_scores, reduction, n_steps, baseline, batch_size)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if baseline == "pad" and pad is None:
+        raise ValueError(
+            "baseline='pad': the tokenizer has no padding token: set its pad_token, or take zeros"
+        )
+    baseline = baseline or ("zeros" if pad is None else "pad")
     how = dict(options or {})
     check_options(how, [target, *step_scores])
     with training_mode(model, False), frozen(model), lazy_within(model, DOING):
@@ -153,14 +160,8 @@ def attribute(
         if method == "integrated_gradients":
             x0 = torch.zeros_like(embeds)
             if baseline == "pad":
-                if tokenizer.pad_token_id is None:
-                    raise ValueError(
-                        "baseline='pad': the tokenizer has no padding token: set its pad_token, or"
-                        " take zeros"
-                    )
-                pad = [tokenizer.pad_token_id] * len(embeds)
-                n = len(read.encoder)
-                x0 = embeddings_of(model, texts.Sequence(pad[:n], pad[n:], 0), scales)
+                padding, n = [pad] * len(embeds), len(read.encoder)
+                x0 = embeddings_of(model, texts.Sequence(padding[:n], padding[n:], 0), scales)
         matrix, deltas, size = _attributed(
             inputs, scored.of(target), method, reduction, x0, n_steps, batch_size, found[target],
             progress,
@@ -195,7 +196,7 @@ def _check(
     step_scores: Sequence[str],
     reduction: str | None,
     n_steps: int,
-    baseline: str,
+    baseline: str | None,
     batch_size: int | None,
 ) -> str:
     """The reduction, after everything that can be refused without a model has been."""
@@ -214,7 +215,8 @@ def _check(
         )
     if reduction is not None:
         check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("baseline", baseline, BASELINES)
+    if baseline is not None:
+        check_choice("baseline", baseline, BASELINES)
     for name, value in (("n_steps", n_steps), ("batch_size", batch_size)):
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"{name} must be a whole number from 1 on: got {value!r}")
@@ -562,7 +564,7 @@ def _attributed(
         at_baseline = score(inputs.rows(baseline.to(inputs.embeds.dtype)), everything)
     wanted = values.to(exact) - at_baseline.to(exact)
     deltas = torch.cat(sums) - wanted
-    _tell_deltas(deltas, wanted)
+    _tell_deltas(deltas, wanted, bool(baseline.any()))
     return matrix, deltas, size
 
 
@@ -620,14 +622,16 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _tell_deltas(deltas: Tensor, wanted: Tensor) -> None:
-    """A line where attributions do not sum to what they should."""
+def _tell_deltas(deltas: Tensor, wanted: Tensor, from_a_token: bool) -> None:
+    """A line where attributions do not sum to what they should. At embeddings of 0 the norms of
+    layers jump, which no number of steps mends."""
     large = deltas.abs() > (LARGE_DELTA * wanted.abs()).clamp_min(1e-4)
     if large.any():
         logger.warning(
             "integrated gradients of %d of %d targets miss their sum by more than %d %% (%.2g at"
-            " most): raise n_steps",
+            " most): %s",
             int(large.sum()), len(deltas), round(100 * LARGE_DELTA), float(deltas.abs().max()),
+            "raise n_steps" if from_a_token else "start from a token, --baseline pad",
         )  # fmt: skip
 
 
