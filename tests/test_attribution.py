@@ -630,6 +630,13 @@ def test_a_function_of_ones_own_is_a_target() -> None:
             attribute(made, TOKENIZER, TEXT, target=flat)
 
 
+def test_step_scores_of_any_iterable() -> None:
+    names: Any = iter(["logit", "entropy"])
+    found = attribute(gpt2(), TOKENIZER, TEXT, step_scores=names)
+    assert list(found.scores) == ["probability", "logit", "entropy"]
+    assert onepass.attribution.attribute is attribute
+
+
 def test_two_scores_of_one_name_are_refused() -> None:
     def entropy(rows: Tensor, ids: Tensor) -> Tensor:
         return onepass.vocab_stats(rows, ids, want=("logp",)).logp

@@ -191,6 +191,38 @@ def test_json_on_stdout_is_what_is_saved(
     assert torch.equal(printed.matrix.nan_to_num(7), saved.matrix.nan_to_num(7))
 
 
+def test_files_are_there_before_a_table_is(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("onepass.attribution.view.show", gone)
+    line = [*given(files, *TEXTS), "-o", str(tmp_path / "x.jsonl")]
+    assert main([*line, "--viz_path", str(tmp_path / "x.html")]) == 1
+    assert len(load_all(tmp_path / "x.jsonl")) == 3
+    assert (tmp_path / "x.html").read_text().count("<table>") == 3
+
+
+def test_without_stdout(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it under `>&-`
+    assert main([*given(files), "-o", str(tmp_path / "x.json")]) == 0
+    sys.stdout.close()
+    assert Attribution.load(tmp_path / "x.json").text == TEXTS[0]
+    assert "Error" not in capsys.readouterr().err
+
+
+def test_what_is_given_twice_is_taken_together(files: Path, tmp_path: Path) -> None:
+    line = [*given(files), "--text", TEXTS[1], "-g", " a", "-g", " b", "--step_scores", "logit"]
+    line += ["--step_scores", "entropy", "pcxmi,logit", "--contrast_text", "a red", "--hide"]
+    assert main([*line, "-o", str(tmp_path / "x.jsonl")]) == 0
+    found = load_all(tmp_path / "x.jsonl")
+    assert [(a.text, a.targets) for a in found] == [(TEXTS[0], [" ", "a"]), (TEXTS[1], [" ", "b"])]
+    assert list(found[0].scores) == ["probability", "logit", "entropy", "pcxmi"]
+
+
 def test_inseqs_names_are_the_same_flags(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours = ["--text", TEXTS[0], "--generated", " near", "--reduction", "sum", "--batch_size", "2"]
     theirs = ["--input_texts", TEXTS[0], "--generated_texts", TEXTS[0] + " near"]

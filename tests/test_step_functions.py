@@ -377,6 +377,12 @@ def test_rows_that_do_not_count_are_not_read() -> None:
     assert slope.isfinite().all() and (slope[0] == 0).all()
 
 
+def test_names_of_any_iterable() -> None:
+    logits, ids = torch.randn(2, 5), torch.zeros(2, dtype=torch.int64)
+    names: Any = iter(["logit", "entropy"])
+    assert list(scores(logits, ids, names)) == ["logit", "entropy"]
+
+
 def test_no_rows() -> None:
     empty = torch.zeros(0, V)
     ids = torch.zeros(0, dtype=torch.int64)

@@ -39,7 +39,10 @@ _HOMES = {
     "masked_mean": ".reduce",
     "reduce_rows": ".reduce",
 }
-_MODULES = ("circuit_breaker", "compat", "dpo", "integrations", "jigsaw", "nn", "step_functions")
+_MODULES = (
+    *("attribution", "circuit_breaker", "compat", "dpo", "integrations", "jigsaw", "nn"),
+    "step_functions",
+)
 __all__ = [
     "GaussianStats",
     "LazyLogits",
@@ -70,6 +73,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from . import attribution as attribution
     from . import circuit_breaker as circuit_breaker
     from . import compat as compat
     from . import dpo as dpo

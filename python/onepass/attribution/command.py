@@ -79,15 +79,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapter", metavar="DIR", help="of PEFT, or the folder of a run")
     add("--dtype", choices=DTYPES, metavar="NAME", default="auto", help="of the weights")
     add(
-        "--text", "--input_texts", "-i", nargs="+", metavar="TEXT", help="one text or several",
-        dest="texts",
+        "--text", "--input_texts", "-i", nargs="+", action="extend", metavar="TEXT", dest="texts",
+        help="one text or several",
     )  # fmt: skip
     add("--file", metavar="FILE", help="texts: json, jsonl, txt")
     add("--dataset_name", metavar="NAME", help="texts: of the Hub, or a folder")
     add("--dataset_split", metavar="NAME", default="train", help="its split [train]")
     add("--input_text_field", metavar="NAME", default="text", help="its column [text]")
     add(
-        "--generated", "--generated_texts", "-g", nargs="+", metavar="TEXT",
+        "--generated", "--generated_texts", "-g", nargs="+", action="extend", metavar="TEXT",
         help="what follows each text: the targets",
     )  # fmt: skip
     add("--max_new_tokens", type=int, metavar="N", help="or let the model write N tokens")
@@ -101,7 +101,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attributed_fn", "-fn", metavar="NAME", default="probability",
         help="step function, the target [probability]",
     )  # fmt: skip
-    add("--step_scores", nargs="+", metavar="NAME", default=[], help="step functions told beside")
+    add(
+        "--step_scores", nargs="+", action="extend", metavar="NAME", default=[],
+        help="step functions told beside",
+    )  # fmt: skip
     add("--attribution_kwargs", metavar="JSON", help='their options: {"top_p": 0.9}')
     add("--contrast_text", metavar="TEXT", help="read by contrastive functions")
     add("--contrast_generated", metavar="TEXT", help="tokens that they compare with")
@@ -154,9 +157,11 @@ def run(args: argparse.Namespace) -> int:
                     f"--model: got other weights than those that {args.save_path!r} was begun with",
                     hint="--overwrite begins anew",
                 )
-        kept, n_new, n_bad = go_through(args, asked, asks, before, work)
+        kept, later, n_new, n_bad = go_through(args, asked, asks, before, work)
     for file in write(args, kept, n_new):
         print(f"wrote {file}", file=sys.stderr)
+    for number, one in enumerate(later):
+        tell(one, number > 0)
     if n_bad:
         raise Failed(f"{n_bad} of {len(asked)} texts could not be attributed")
     return 0
@@ -520,26 +525,40 @@ def _counted(asked: Sequence[Asked]) -> Generator[Asked]:
             bar.update()
 
 
+def tell(one: str | Attribution, again: bool) -> None:
+    """Print a line of JSON, or a table, below another with a line between."""
+    from .view import show
+
+    with above_bar():
+        if isinstance(one, str):
+            print(one)
+            return
+        if again:
+            print()
+        show(one)
+
+
 def go_through(
     args: argparse.Namespace,
     asked: Sequence[Asked],
     asks: dict[str, Any],
     before: Begun,
     work: Callable[[Asked], Attribution] | None,
-) -> tuple[list[Attribution], int, int]:
-    """Attribute each text that is not finished; print it and add it to a .jsonl file as soon as it
-    is there. Of several a bad one is told and left out.
+) -> tuple[list[Attribution], list[str | Attribution], int, int]:
+    """Attribute each text that is not finished; add it to a .jsonl file as soon as it is there, and
+    print it where no file is made at the end. Of several a bad one is told and left out.
 
-    Returns: the attributions that a file at the end is made of, how many are new and how many bad.
+    Returns: the attributions that a file at the end is made of, what is to be printed after it, how
+    many are new and how many bad.
     """
     from ..cli.files import strict_json
     from .result import Attribution
-    from .view import show
 
     save_path = args.save_path or ""
     lines = Path(save_path) if save_path.endswith(".jsonl") else None
     keeps = args.viz_path is not None or save_path.endswith(".json")
     kept, n_new, n_bad, size = [], 0, 0, None
+    later: list[str | Attribution] = []
     with contextlib.closing(_counted(asked)) as each:
         for number, one in enumerate(each, 1):
             if one in before.done:
@@ -552,9 +571,10 @@ def go_through(
                         raise Failed(
                             f"--save_path: {str(lines)!r}: text {number}: {error}"
                         ) from error
-                if args.json:
-                    with above_bar():
-                        print(line)
+                if args.json and keeps:
+                    later.append(line)
+                elif args.json:
+                    tell(line, False)
                 continue
             assert work is not None
             try:
@@ -572,17 +592,16 @@ def go_through(
                 line = strict_json(found.as_dict() | {"asked": its})
             if lines is not None:
                 add_line(lines, line, before)
-            with above_bar():
-                if args.json:
-                    print(line)
-                elif not args.hide:
-                    if n_new:
-                        print()
-                    show(found)
+            if args.json or not args.hide:
+                printed = line if args.json else found
+                if keeps:
+                    later.append(printed)
+                else:
+                    tell(printed, n_new > 0)
             n_new, size = n_new + 1, found.batch_size
     if size is not None:
         print(f"{size} rows at once on {device_of(args.device)}", file=sys.stderr)
-    return kept, n_new, n_bad
+    return kept, later, n_new, n_bad
 
 
 def write(args: argparse.Namespace, found: Sequence[Attribution], n_new: int) -> list[str]:

@@ -113,6 +113,9 @@ def attribute(
     if not callable(tokenizer):
         kind = type(tokenizer).__name__
         raise TypeError(f"tokenizer must be one of transformers, loaded: got {kind}")
+    if isinstance(step_scores, str):
+        raise TypeError(f"step_scores must be a list of names: got {step_scores!r}")
+    step_scores = list(step_scores)
     reduction = _check(method, target, step_scores, reduction, n_steps, baseline, batch_size)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if baseline == "pad" and pad is None:
@@ -204,8 +207,6 @@ def _check(
     known = tuple(list_step_functions())
     if not callable(target):
         check_choice("target", target, known)
-    if isinstance(step_scores, str):
-        raise TypeError(f"step_scores must be a list of names: got {step_scores!r}")
     for name in step_scores:
         check_choice("step_scores", name, known)
     if not isinstance(target, str) and _name(target) in step_scores:

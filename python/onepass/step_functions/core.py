@@ -231,8 +231,7 @@ def scores(
 
 def check_names(names: Sequence[str]) -> list[str]:
     """The names, after checking that all are known."""
-    if isinstance(names, str):
-        names = [names]
+    names = [names] if isinstance(names, str) else list(names)
     if not names:
         raise ValueError(f"no score is asked for: wanted some of {', '.join(SCORES)}")
     for name in names:
