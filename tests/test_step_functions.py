@@ -383,12 +383,22 @@ def test_names_of_any_iterable() -> None:
     assert list(scores(logits, ids, names)) == ["logit", "entropy"]
 
 
+@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.5}])
+def test_nan_is_not_hidden_by_a_filter(filters: dict[str, Any]) -> None:
+    z, q = torch.randn(2, 3, V)
+    z[1, 5] = math.nan
+    names, ids = ["kl_divergence", "top_p_size"], torch.zeros(3, dtype=torch.int64)
+    got = scores(z, ids, names, contrast_logits=q, **filters)
+    assert got["kl_divergence"].isnan().tolist() == [False, True, False]
+    assert got["top_p_size"][1] == V
+
+
 def test_no_rows() -> None:
     empty = torch.zeros(0, V)
     ids = torch.zeros(0, dtype=torch.int64)
-    got = scores(
-        empty, ids, [*SINGLE, "kl_divergence", "top_p_size"], contrast_logits=empty, top_k=2
-    )
+    names = [*SINGLE, "kl_divergence", "top_p_size", "mc_dropout_prob_avg"]
+    noisy = torch.zeros(3, 0)
+    got = scores(empty, ids, names, contrast_logits=empty, top_k=2, noisy_logps=noisy)
     assert all(value.shape == (0,) for value in got.values())
 
 
@@ -418,6 +428,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"names": ["pcxmi"], "contrast_logits": Q[:2]},
         ValueError,
         r"contrast_logits must have the shape of logits, \(4, 37\): got \(2, 37\)",
+    ),
+    "contrast_dtype": (
+        {"names": ["kl_divergence"], "contrast_logits": Q.half()},
+        ValueError,
+        "kl_divergence needs contrast_logits of the dtype of logits, .*: got torch.float16",
     ),
     "base": ({"base": "10"}, ValueError, "base must be one of e, 2: got '10'"),
     "impl": ({"impl": "jax"}, ValueError, "impl must be one of"),

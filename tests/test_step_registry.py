@@ -30,7 +30,7 @@ from onepass.step_functions import (
     get_step_scores,
     legacy,
 )
-from support.tiny_models import tiny
+from support.tiny_models import V, tiny
 
 core = importlib.import_module("onepass.step_functions.core")
 MODELS = ("gpt2_tied", "llama", "t5_encoder_decoder")
@@ -422,6 +422,14 @@ REFUSED_CONTRASTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "short": ({"contrast_targets": OTHER[:, :S]}, IndexError, "end after 4 tokens.*position 4"),
     "source": ({"contrast_sources": SOURCE}, ValueError, "contrast_sources are for encoder"),
     "words": ({"contrast_targets": "5 9 33"}, ValueError, "pass token ids"),
+    "floats": ({"contrast_targets": OTHER.float()}, ValueError, "contrast_targets must be token"),
+    "beyond": ({"contrast_targets": OTHER + 97}, IndexError, r"contrast_targets\[0, 0\] is"),
+    "ignored": ({"contrast_targets": OTHER * 0 - 100}, IndexError, r"contrast_targets\[0, 0\] is"),
+    "pairs": (
+        {"contrast_targets": OTHER, "contrast_targets_alignments": [1, 2]},
+        ValueError,
+        r"contrast_targets_alignments must be pairs of positions.*\[1, 2\]",
+    ),
 }  # fmt: skip
 
 
@@ -432,15 +440,30 @@ def test_contrasts_that_cannot_be(case: str) -> None:
         get_step_scores("contrast_prob", step(model_of("llama")), extra)
 
 
+def test_a_target_that_does_not_count_scores_0() -> None:
+    model = model_of("gpt2_tied", 0.2)
+    targets = torch.stack([TARGET[0], torch.tensor(-100)])
+    args = step(model, target_ids=targets)
+    alone = step(model, forward_output=args.forward_output)
+    for name in STEP_SCORES_MAP:
+        extra: dict[str, Any] = {"contrast_targets": OTHER} if name in CONTRASTS else {}
+        extra |= {"top_p": 0.5} if name == "top_p_size" else {}
+        extra |= {"seed": 0} if name.startswith("mc_") else {}
+        got, both = (get_step_scores(name, each, extra) for each in (args, alone))
+        assert got[1] == 0 and got[0] == both[0], name
+    for fn in (legacy.probability_fn, legacy.perplexity_fn):
+        assert fn(**vars(args))[1] == 0
+
+
 def test_more_that_cannot_be() -> None:
     model = model_of("t5_encoder_decoder")
     with pytest.raises(ValueError, match="contrast_sources must be as many texts"):
         get_step_scores("pcxmi", step(model), {"contrast_sources": SOURCE[:1]})
-    z = SimpleNamespace(logits=torch.randn(2, S, 11))
+    z = SimpleNamespace(logits=torch.randn(2, S, V))
     alone = StepFunctionDecoderOnlyArgs(None, z, torch.tensor([1, 2]), TEXT[:, :S])
     with pytest.raises(ValueError, match="attribution_model is None"):
         get_step_scores("pcxmi", alone, {"contrast_targets": OTHER})
-    for top in ({"top_p": 1.5}, {"top_k": 12}, {"top_k": -1}, {"min_tokens_to_keep": 0}):
+    for top in ({"top_p": 1.5}, {"top_k": V + 1}, {"top_k": -1}, {"min_tokens_to_keep": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(top))} must be between"):
             get_step_scores("kl_divergence", alone, top)
     for top_p in (-0.1, 1.1):

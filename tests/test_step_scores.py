@@ -342,7 +342,35 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "a text has 3000 tokens, more than the",
     ),
-    "no such token": ({"input_ids": TEXT + 5000}, IndexError, "is 5027: wanted 0 <= label < 97"),
+    "no such token": (
+        {"input_ids": TEXT + 5000}, IndexError,
+        r"^input_ids\[0, 0\] is 5027: wanted 0 <= label < 97 \(the vocabulary size\)$",
+    ),
+    "ignored token": (
+        {"input_ids": torch.where(TEXT == TEXT[0, 2], -100, TEXT)}, IndexError,
+        r"^input_ids\[0, 2\] is -100: .* size\)$",
+    ),
+    "ignored token of the contrast": (
+        {**PCXMI, "contrast_ids": torch.where(OTHER == OTHER[0, 1], -100, OTHER)}, IndexError,
+        r"^contrast_ids\[0, 1\] is -100",
+    ),
+    "ignored token of a source": (
+        {"model": "t5_encoder_decoder", "input_ids": SOURCE - 200, "decoder_input_ids": TEXT},
+        IndexError, r"^input_ids\[0, 0\] is -",
+    ),
+    "truth": ({"input_ids": TEXT > 9}, ValueError, r"input_ids must be token ids.*torch.bool"),
+    "no text": ({"input_ids": TEXT[:0]}, ValueError, r"input_ids must be .*B >= 1.*\(0, 7\)"),
+    "pairs": (
+        {**PCXMI, "contrast_ids": OTHER, "contrast_targets_alignments": [1, 2]}, ValueError,
+        r"contrast_targets_alignments must be pairs of positions.*\[1, 2\]",
+    ),
+    "mask of a decoder": (
+        {"decoder_attention_mask": torch.ones_like(TEXT)}, ValueError,
+        "decoder_attention_mask is for encoder-decoder models: pass attention_mask",
+    ),
+    "mask of no contrast": (
+        {"contrast_attention_mask": torch.ones_like(TEXT)}, ValueError, "contrast_attention_mask:",
+    ),
     "no head": ({"model": hf.GPT2Model}, ValueError, "GPT2Model has no language-model head"),
     "encoder": ({"model": hf.BertForMaskedLM}, ValueError, "BertForMaskedLM sees what comes after"),
     "hole": (
@@ -366,12 +394,12 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "an encoder-decoder model needs decoder_input_ids",
     ),
-    "sources": ({**T5, "input_ids": SOURCE[:1]}, ValueError, "input_ids must be of 2 texts.*got 1"),
+    "sources": ({**T5, "input_ids": SOURCE[:1]}, ValueError, "input_ids must be as many texts as are scored, 2: got 1"),
     "no_contrast": (PCXMI, ValueError, "pcxmi needs contrast_ids: got None"),
     "contrast_batch": (
         {**PCXMI, "contrast_ids": OTHER[:1]},
         ValueError,
-        "contrast_ids must be of 2 texts, as many as are scored: got 1",
+        "contrast_ids must be as many texts as are scored, 2: got 1",
     ),
     "contrast_short": (
         {**PCXMI, "contrast_ids": OTHER[:, :-1]},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..lazy_logits import LazyLogits
 from ..training.hidden_states import lazy_within, without_adapter
 from .args import StepFunctionArgs
+from .core import check_ids
 from .last_row import state_of
 
 KEPT_UNDER = "_onepass_contrasts"
@@ -72,7 +74,7 @@ def contrast_of(
             warnings.warn(
                 "a score that is differentiated compares tokens in its own context: the contrast's"
                 " inputs are left aside (contrast_force_inputs=True uses them)",
-                stacklevel=3,
+                stacklevel=4,
             )
         return Contrast(target_ids, args.forward_output)
     with torch.set_grad_enabled(grad):
@@ -87,6 +89,7 @@ def _after(
 ) -> tuple[Any, Tensor]:
     """The step after as long a prefix of another text, and that text's next token [B]."""
     ids, mask = _encoded(args, text, skip_special_tokens, as_targets=is_encoder_decoder(args))
+    check_ids("contrast_targets", ids, args.forward_output.logits.shape[-1])
     prefix = args.decoder_input_ids
     if len(ids) != len(prefix):
         raise ValueError(
@@ -113,9 +116,10 @@ def aligned_position(position: int, alignments: Alignments) -> int:
     """The contrast's position for one of the text: itself where nothing is said. Of alignments for
     each text the first counts, as in inseq."""
     pairs: Any = alignments if alignments is not None else []
-    if len(pairs) and len(pairs[0]) and isinstance(pairs[0][0], list | tuple):
-        pairs = pairs[0]
-    if any(len(pair) != 2 for pair in pairs):
+    first = pairs[0] if len(pairs) else None
+    if isinstance(first, list | tuple) and first and isinstance(first[0], list | tuple):
+        pairs = first
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise ValueError(
             f"contrast_targets_alignments must be pairs of positions, [(ours, theirs), ...]: got "
             f"{alignments!r:.60}"
@@ -134,6 +138,7 @@ def _from_source(args: Any, source: Any, skip_special_tokens: bool) -> Any:
             "context as the beginning of contrast_targets"
         )
     ids, mask = _encoded(args, source, skip_special_tokens, as_targets=False)
+    check_ids("contrast_sources", ids, sys.maxsize)  # an encoder may have tokens of its own
     if len(ids) != len(args.encoder_input_ids):
         raise ValueError(
             f"contrast_sources must be as many texts as are scored, {len(args.encoder_input_ids)}: "

@@ -80,7 +80,8 @@ class Options(NamedTuple):
 
     def z_score(self, f: Facts) -> Tensor:
         noisy = self.probability(f.noisy)
-        return (self.probability(f.logp) - noisy.mean(0)) / (noisy.std(0) + self.eps)
+        deviation = noisy.std(0) if noisy.numel() else noisy.sum(0)  # std warns of no rows
+        return (self.probability(f.logp) - noisy.mean(0)) / (deviation + self.eps)
 
 
 class Score(NamedTuple):
@@ -193,6 +194,11 @@ def scores(
                 f"contrast_logits must have the shape of logits, {tuple(logits.shape)}: "
                 f"got {tuple(contrast_logits.shape)}"
             )
+        if "kl" in needs and contrast_logits.dtype != logits.dtype:
+            raise ValueError(
+                f"kl_divergence needs contrast_logits of the dtype of logits, {logits.dtype}: got "
+                f"{contrast_logits.dtype}"
+            )
         check_same_device("contrast_logits", contrast_logits, "logits", logits)
     if contrast_ids is not None:
         contrast_ids = token_rows("contrast_ids", contrast_ids, logits)
@@ -265,6 +271,29 @@ def token_rows(name: str, ids: Tensor, logits: Tensor) -> Tensor:
     if values_checked(ids):
         check_labels(name, ids, logits.shape[-1])
     return ids
+
+
+def check_ids(
+    name: str, ids: object, vocab_size: int, n_texts: int | None = None, least: int = 1
+) -> None:
+    """Raises unless these are tokens of the vocabulary [B, S], S >= least."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor: got {type(ids).__name__}")
+    integers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] < least or not integers:
+        raise ValueError(
+            f"{name} must be token ids [B, S], B >= 1, S >= {least}: got {ids.dtype} "
+            f"{tuple(ids.shape)}"
+        )
+    if n_texts is not None and len(ids) != n_texts:
+        raise ValueError(f"{name} must be as many texts as are scored, {n_texts}: got {len(ids)}")
+    if values_checked(ids):
+        check_labels(name, ids, vocab_size, ignore_index=None)
+
+
+def counted(score: Tensor, target: Tensor) -> Tensor:
+    """The scores, 0 of a target that does not count."""
+    return torch.where(target != IGNORED, score, 0)
 
 
 def own_needs(needs: Iterable[str]) -> set[str]:

@@ -42,7 +42,8 @@ def top_p_count(logits: Tensor, top_p: float) -> Tensor:
 
 
 def _kept_of_ascending(ascending: Tensor, top_p: float, min_tokens_to_keep: int) -> Tensor:
-    kept = ascending.softmax(-1).cumsum(-1).clamp_(max=1) > 1 - top_p  # a sum may round above 1
+    mass = ascending.softmax(-1).cumsum(-1).clamp_(max=1)  # a sum may round above 1
+    kept = ~(mass <= 1 - top_p)  # NaN is kept, to be seen
     kept[..., -min_tokens_to_keep:] = True
     return kept
 
@@ -51,7 +52,7 @@ def _kept_of_ascending(ascending: Tensor, top_p: float, min_tokens_to_keep: int)
 def top_k_kept(logits: Tensor, top_k: int, min_tokens_to_keep: int = 1) -> Tensor:
     """What is not below the k-th largest logit of its row, bool [..., V]."""
     k = max(top_k, min_tokens_to_keep)
-    return logits >= logits.topk(k, dim=-1).values[..., -1:]
+    return ~(logits < logits.topk(k, dim=-1).values[..., -1:])  # NaN is kept, to be seen
 
 
 @torch.no_grad()
