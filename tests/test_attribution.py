@@ -630,6 +630,15 @@ def test_a_function_of_ones_own_is_a_target() -> None:
             attribute(made, TOKENIZER, TEXT, target=flat)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_inference_mode_changes_nothing(method: str) -> None:
+    made = gpt2()
+    wanted = attribute(made, TOKENIZER, TEXT, method=method, n_steps=2)
+    with torch.inference_mode():
+        found = attribute(made, TOKENIZER, TEXT, method=method, n_steps=2)
+    assert found.matrix.nan_to_num().equal(wanted.matrix.nan_to_num())
+
+
 def test_step_scores_of_any_iterable() -> None:
     names: Any = iter(["logit", "entropy"])
     found = attribute(gpt2(), TOKENIZER, TEXT, step_scores=names)
@@ -757,7 +766,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"options": {"top_p": 0.9}, "step_scores": ["entropy"]}, "kl_divergence or top_p_size"),
     ({"options": {"top_p": 0.9}, "target": lambda rows, ids: rows[:, 0]}, "none is asked for"),
     ({"target": "mc_dropout_prob_avg", "options": {"n_mcd_steps": 1}}, "n_mcd_steps must be 2"),
-    ({"max_new_tokens": 0}, "max_new_tokens must be at least 1: got 0"),
+    ({"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1 on: got 0"),
+    ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number from 1 on: got 1.5"),
+    ({"max_new_tokens": True}, "max_new_tokens must be a whole number from 1 on: got True"),
+    ({"start": 1.0}, "start must be a whole number from 1 on: got 1.0"),
+    ({"end": "2"}, "end must be a whole number from 1 on: got '2'"),
+    ({"contrast_text": "abc"}, "contrast_text and contrast_generated are read by .*none is asked"),
     ({"start": 12}, "1 <= start < end <= 12: got 12 and 12"),
     ({"target": "kl_divergence"}, "kl_divergence compares: give contrast_text"),
     ({"target": "kl_divergence", "contrast_generated": "a" * 11}, "give contrast_text"),
@@ -1041,6 +1055,26 @@ def test_the_picture(n: int, tmp_path: Path) -> None:
     view.write_png(tmp_path / "a.png", long(n))
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_labels_of_a_picture_are_within_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    saved, save = [], Figure.savefig
+
+    def keep(figure: Any, *args: Any, **how: Any) -> None:
+        save(figure, *args, **how)
+        extents = [axes.yaxis.label.get_window_extent() for axes in figure.axes]
+        saved.append((figure.bbox.height, [(box.y0, box.y1) for box in extents]))
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    view.write_png(tmp_path / "a.png", long(3))
+    [(height, labels)] = saved
+    assert len(labels) == 2 and all(0 <= low < high <= height for low, high in labels), saved
+
+
+def test_columns_of_a_terminal() -> None:
+    assert [view._width(text) for text in ("ab", "e\u0301", "\u6f22", "a\u200d")] == [2, 1, 2, 1]
 
 
 def test_a_prompt_before_what_was_generated_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -64,6 +64,15 @@ WRONG: list[tuple[str, Callable[[Path, Path], list[str]], str]] = [
     ("target", lambda f, t: [*given(f)[1:], "-fn", "probabilty"], "did you mean probability?"),
     ("scores", lambda f, t: [*given(f)[1:], "--step_scores", "logit,entropi"], "allowed: logit"),
     ("contrast", lambda f, t: [*given(f)[1:], "-fn", "kl_divergence"], "--contrast_text, another"),
+    ("tokens in the place of a text", lambda f, t: [
+        *given(f)[1:], "--step_scores", "kl_divergence", "--contrast_generated", "a",
+    ], "kl_divergence has nothing to compare with\n  --contrast_text, another text\n"),
+    ("a contrast in vain", lambda f, t: [*given(f)[1:], "--contrast_text", "a b"],
+     "--contrast_text: is read by contrastive step functions, of which none is asked for"),
+    ("bytes", lambda f, t: [*given(f)[1:], "--text", "\udcff"], "--text: '\\udcff' is not UTF-8"),
+    ("bytes that follow", lambda f, t: [*given(f)[1:], "-g", "\udcff"], "'\\udcff' is not UTF-8"),
+    ("nowhere", lambda f, t: [*given(f)[1:], "-o", write(t, "x", "") + "/y.jsonl"],
+     "name a file in a folder of yours with --save_path FILE"),
     ("baseline", lambda f, t: [*given(f)[1:], "--baseline", "unk"], "allowed: zeros, pad"),
     ("steps", lambda f, t: [*given(f)[1:], "--n_steps", "0"], "--n_steps: got 0"),
     ("batch", lambda f, t: [*given(f)[1:], "-bs", "0"], "--batch_size: got 0"),
@@ -557,7 +566,8 @@ def test_without_a_model_a_small_one_is_made_once(
 def test_the_help_and_the_page_name_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["attribute", "--help"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert all(name in told for name in (*names.METHODS, *names.BASELINES, *names.REDUCTIONS))
+    chosen = (*names.METHODS, *names.BASELINES, *names.REDUCTIONS, *names.STEP_FUNCTIONS)
+    assert all(name in told for name in chosen)
     page = (Path(__file__).resolve().parents[1] / "docs" / "cli.md").read_text()
     parser = Parser(prog="onepass attribute")
     command.add_arguments(parser)

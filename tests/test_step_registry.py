@@ -231,6 +231,22 @@ def test_a_pass_is_shared_within_a_forward_only(passes: list[Any]) -> None:
     assert gone() is None and facts() is None  # nothing of a forward outlives it
 
 
+def test_nothing_is_kept_in_inference_mode() -> None:
+    """It counts no writes."""
+    model = model_of("gpt2_tied")
+    with torch.inference_mode():
+        args, other = step(model), OTHER.clone()
+
+        def found() -> list[Tensor]:
+            extra = {"contrast_targets": other}
+            return [get_step_scores("logit", args), get_step_scores("contrast_prob", args, extra)]
+
+        before = found()
+        args.forward_output.logits.mul_(0.5)
+        other.copy_(TEXT.flip(0))
+        assert not any(map(torch.equal, before, found()))
+
+
 def test_outputs_of_any_kind_and_targets_of_any_shape() -> None:
     @dataclass(frozen=True)
     class Frozen:
@@ -692,6 +708,8 @@ def test_register(registry: None, caplog: pytest.LogCaptureFixture) -> None:
         top = steps.last_logits(args.forward_output).topk(2).values
         return scale * (top[:, 0] - top[:, 1])
 
+    with pytest.raises(TypeError, match="identifier must be a string: got 3"):
+        steps.register_step_function(margin_fn, 3)  # type: ignore[arg-type]
     steps.register_step_function(margin_fn, "margin", {"spans": "mean", "subwords": "max"})
     args = step(model_of("gpt2_tied"))
     assert get_step_scores("margin", args, {"scale": 2.0}).equal(2 * margin_fn(args))

@@ -394,7 +394,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "an encoder-decoder model needs decoder_input_ids",
     ),
-    "sources": ({**T5, "input_ids": SOURCE[:1]}, ValueError, "input_ids must be as many texts as are scored, 2: got 1"),
+    "sources": (
+        {**T5, "input_ids": SOURCE[:1]}, ValueError,
+        "input_ids must be as many texts as are scored, 2: got 1",
+    ),
     "no_contrast": (PCXMI, ValueError, "pcxmi needs contrast_ids: got None"),
     "contrast_batch": (
         {**PCXMI, "contrast_ids": OTHER[:1]},

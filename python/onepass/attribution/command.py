@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--attributed_fn", "-fn", metavar="NAME", default="probability",
-        help="step function, the target [probability]",
+        help=f"step function, the target: {', '.join(STEP_FUNCTIONS)} [probability]",
     )  # fmt: skip
     add(
         "--step_scores", nargs="+", action="extend", metavar="NAME", default=[],
@@ -191,12 +191,22 @@ def check(args: argparse.Namespace) -> list[Asked]:
         for name in names:
             if name not in STEP_FUNCTIONS:
                 raise _unknown(flag, "step function", name, STEP_FUNCTIONS)
-            other = (args.contrast_text, args.contrast_generated)
-            if name in CONTRASTIVE and other == (None, None):
-                hint = "--contrast_text, another text"
-                if name != "kl_divergence":
-                    hint += ", or --contrast_generated, other tokens"
-                raise UsageError(f"--{flag}: {name} compares, wanted what with", hint=hint)
+            given = {None} != {args.contrast_text, args.contrast_generated}
+            hint = "--contrast_text, another text"
+            if name != "kl_divergence":
+                hint += ", or --contrast_generated, other tokens"
+            elif args.contrast_text is None:
+                given = False
+            if name in CONTRASTIVE and not given:
+                raise UsageError(f"--{flag}: {name} has nothing to compare with", hint=hint)
+    for flag in ("contrast_text", "contrast_generated"):
+        if getattr(args, flag) is not None:
+            _check_text(flag, getattr(args, flag))
+            if not {args.attributed_fn, *args.step_scores} & set(CONTRASTIVE):
+                raise UsageError(
+                    f"--{flag}: is read by contrastive step functions, of which none is asked for",
+                    allowed=CONTRASTIVE,
+                )
     args.attribution_kwargs = _options(args.attribution_kwargs)
     try:
         check_options(args.attribution_kwargs, [args.attributed_fn, *args.step_scores])
@@ -263,11 +273,19 @@ def read_texts(args: argparse.Namespace) -> list[Asked]:
             raise UsageError(f"--generated: got {len(following)}, wanted one for each of {n} texts")
         found = [Asked(*pair) for pair in zip(args.texts, following, strict=True)]
     for text, generated in found:
-        if not text.strip():
-            raise UsageError("--text: the text is empty")
-        if generated == "":
-            raise UsageError("--generated: the text is empty")
+        _check_text("text", text.strip() and text)
+        if generated is not None:
+            _check_text("generated", generated)
     return found
+
+
+def _check_text(flag: str, text: str) -> None:
+    if not text:
+        raise UsageError(f"--{flag}: the text is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"--{flag}: {text[:40]!r} is not UTF-8") from None
 
 
 def _of_file(name: str) -> list[Asked]:
@@ -316,7 +334,7 @@ def check_files(args: argparse.Namespace, n_texts: int) -> None:
         if n_texts > 1 and path.suffix in (".json", ".png"):
             many = ".jsonl" if path.suffix == ".json" else ".html"
             raise UsageError(f"--{flag}: {name!r} holds one text, of {n_texts} wanted {many}")
-        check_writable(path.parent, f"--{flag}")
+        check_writable(path.parent, f"--{flag}", "FILE")
         if path.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:
             raise Failed('--viz_path needs matplotlib, not installed: pip install "onepass[viz]"')
 
@@ -600,7 +618,8 @@ def go_through(
                     tell(printed, n_new > 0)
             n_new, size = n_new + 1, found.batch_size
     if size is not None:
-        print(f"{size} rows at once on {device_of(args.device)}", file=sys.stderr)
+        rows = "1 row" if size == 1 else f"{size} rows"
+        print(f"{rows} at once on {device_of(args.device)}", file=sys.stderr)
     return kept, later, n_new, n_bad
 
 

@@ -116,16 +116,32 @@ def attribute(
     if isinstance(step_scores, str):
         raise TypeError(f"step_scores must be a list of names: got {step_scores!r}")
     step_scores = list(step_scores)
-    reduction = _check(method, target, step_scores, reduction, n_steps, baseline, batch_size)
+    reduction = _check(method, target, step_scores, reduction, baseline)
+    for name, value in (
+        *(("n_steps", n_steps), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)),
+        *(("start", start), ("end", end)),
+    ):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} must be a whole number from 1 on: got {value!r}")
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if baseline == "pad" and pad is None:
         raise ValueError(
             "baseline='pad': the tokenizer has no padding token: set its pad_token, or take zeros"
         )
     baseline = baseline or ("zeros" if pad is None else "pad")
-    how = dict(options or {})
-    check_options(how, [target, *step_scores])
-    with training_mode(model, False), frozen(model), lazy_within(model, DOING):
+    how, names = dict(options or {}), [target, *step_scores]
+    check_options(how, names)
+    if (contrast_text, contrast_generated) != (None, None) and not set(CONTRASTIVE) & set(names):
+        raise ValueError(
+            f"contrast_text and contrast_generated are read by {', '.join(CONTRASTIVE)}, of which"
+            " none is asked for"
+        )
+    with (
+        torch.inference_mode(False),
+        training_mode(model, False),
+        frozen(model),
+        lazy_within(model, DOING),
+    ):
         read = texts.encode(model, tokenizer, text, generated, max_new_tokens)
         low = read.first if start is None else start
         high = len(read.decoder) if end is None else end
@@ -147,18 +163,17 @@ def attribute(
                 low,
                 high,
             )
-        _check_contrast([target, *step_scores], other)
+        _check_contrast(names, other)
         embeds = embeddings_of(model, read, scales)[: len(read.encoder) + high - 1]
         inputs = Inputs(model, embeds, len(read.encoder), torch.arange(low, high))
         ids = torch.tensor(read.decoder[low:high], device=embeds.device)
         n_runs, seed = how.pop("n_mcd_steps", 5), how.pop("seed", None)
         scored = Scores(model, ids, other, how)
-        if "mc_dropout_prob_avg" in (target, *step_scores):
+        if "mc_dropout_prob_avg" in names:
             scored.draw(inputs, n_runs, seed)
         everything = torch.arange(len(ids), device=embeds.device)
         with torch.no_grad():
-            names = dict.fromkeys([target, *step_scores])
-            found = scored.named(list(names), inputs.rows(embeds), everything)
+            found = scored.named(list(dict.fromkeys(names)), inputs.rows(embeds), everything)
         x0 = None
         if method == "integrated_gradients":
             x0 = torch.zeros_like(embeds)
@@ -198,9 +213,7 @@ def _check(
     target: Target,
     step_scores: Sequence[str],
     reduction: str | None,
-    n_steps: int,
     baseline: str | None,
-    batch_size: int | None,
 ) -> str:
     """The reduction, after everything that can be refused without a model has been."""
     check_choice("method", method, METHODS)
@@ -218,9 +231,6 @@ def _check(
         check_choice("reduction", reduction, REDUCTIONS)
     if baseline is not None:
         check_choice("baseline", baseline, BASELINES)
-    for name, value in (("n_steps", n_steps), ("batch_size", batch_size)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{name} must be a whole number from 1 on: got {value!r}")
     return reduction or ("l2" if method == "saliency" else "sum")
 
 

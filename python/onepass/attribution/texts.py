@@ -44,8 +44,6 @@ def encode(
         raise TypeError(f"{name} and generated must be strings: got {kind}")
     if generated is not None and max_new_tokens is not None:
         raise ValueError("generated and max_new_tokens exclude each other")
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1: got {max_new_tokens}")
     if generated == "":
         raise ValueError("generated is empty")
     encoder, start = prompt(model, tokenizer, text, name)

@@ -146,8 +146,9 @@ def _line(label: str, cells: Sequence[tuple[Cell, int]], first: int) -> list[Cel
 
 
 def _width(text: str) -> int:
-    """Columns of a terminal: East Asian characters take two."""
-    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+    """Columns of a terminal: East Asian characters take two, marks on another none."""
+    shown = (c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))
+    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in shown)
 
 
 def _cut(text: str) -> str:
@@ -250,7 +251,7 @@ def write_png(path: Path, attribution: Attribution) -> None:
     from matplotlib.figure import Figure
 
     n_rows, n_columns = attribution.matrix.shape
-    size = (min(20.0, 3.5 + 0.3 * n_columns), min(20.0, 2.2 + 0.22 * n_rows))
+    size = (min(20.0, 3.5 + 0.3 * n_columns), min(20.0, max(3.6, 2.2 + 0.22 * n_rows)))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     signed = bool((attribution.matrix < 0).any())
@@ -265,7 +266,8 @@ def write_png(path: Path, attribution: Attribution) -> None:
     _label(axes.xaxis, attribution.targets, rotation=90)
     _label(axes.yaxis, attribution.tokens)
     axes.set(xlabel="predicted", ylabel="read")
-    figure.colorbar(shown, label="share of the column's largest magnitude")
+    bar = figure.colorbar(shown)
+    bar.set_label("share of the column's largest magnitude", fontsize=8)
     figure.suptitle(title_of(attribution), fontsize=9, wrap=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a token of a script without a font

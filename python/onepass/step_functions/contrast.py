@@ -79,6 +79,8 @@ def contrast_of(
         return Contrast(target_ids, args.forward_output)
     with torch.set_grad_enabled(grad):
         found = Contrast(target_ids.clone(), run_again(other))
+    if state is None:
+        return found
     with contextlib.suppress(AttributeError, TypeError):  # an output that takes no attribute
         setattr(args.forward_output, KEPT_UNDER, [*kept, (asked, state, found)])
     return found
