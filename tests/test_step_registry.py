@@ -78,7 +78,9 @@ def step(model: Any, attribution_model: Any = None, **changed: Any) -> Any:
             given["forward_output"] = forward(model, TEXT[:, :S])
     if not model.config.is_encoder_decoder:
         return StepFunctionDecoderOnlyArgs(**given)
-    mask = torch.ones_like(SOURCE)
+    mask, embed = torch.ones_like(SOURCE), model.get_input_embeddings()
+    if isinstance(attribution_model, Words):
+        given |= {"decoder_input_embeds": embed(TEXT[:, :S]), "encoder_input_embeds": embed(SOURCE)}
     return StepFunctionEncoderDecoderArgs(
         encoder_input_ids=SOURCE, encoder_attention_mask=mask, **given
     )
@@ -287,11 +289,10 @@ class Words:
         self.n_runs += 1
         if not use_embeddings:
             return self.model(batch.decoder_input_ids, attention_mask=batch.decoder_attention_mask)
-        embeds, source = batch.decoder_input_embeds, batch.encoder_input_embeds
         return self.model(
-            inputs_embeds=self.embed(batch.encoder_input_ids) if source is None else source,
+            inputs_embeds=batch.encoder_input_embeds,
             attention_mask=batch.encoder_attention_mask,
-            decoder_inputs_embeds=self.embed(batch.decoder_input_ids) if embeds is None else embeds,
+            decoder_inputs_embeds=batch.decoder_input_embeds,
             decoder_attention_mask=batch.decoder_attention_mask,
         )
 
@@ -400,6 +401,11 @@ def test_a_contrast_leaves_one_row_behind(passes: list[Any]) -> None:
     [(_, _, kept)] = args.forward_output._onepass_contrasts
     assert "past_key_values" not in vars(kept.output) and kept.output.logits.shape[:2] == (2, 1)
     assert isinstance(kept.output.logits, onepass.LazyLogits)
+    args = step(model, Words(model))  # whose head gives whole logits
+    with torch.no_grad():
+        get_step_scores("pcxmi", args, {"contrast_targets": OTHER})
+    [(_, _, kept)] = args.forward_output._onepass_contrasts
+    assert kept.output.logits.untyped_storage().nbytes() == 4 * 2 * V
 
 
 def test_filtered_divergence() -> None:
@@ -623,6 +629,9 @@ def test_legacy_functions_are_in_bits(name: str) -> None:
         **given, contrast_ids=OTHER, contrast_attention_mask=torch.ones_like(OTHER)
     )
     close(contrast, contrasts((z, logp), theirs, OTHER[:, S])["contrast_prob_diff"])
+    embedding = dict(vars(step(model, Words(model)))) | {"decoder_input_embeds": None}
+    again = legacy.contrast_prob_diff_fn(**embedding, contrast_ids=OTHER)
+    torch.testing.assert_close(again, contrast)
     with pytest.raises(IndexError, match="contrast_ids end after 4 tokens"):
         legacy.contrast_prob_diff_fn(**given, contrast_ids=OTHER[:, :S])
     with pytest.raises(ValueError, match="contrast_ids must be as many texts"):
