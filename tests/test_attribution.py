@@ -148,7 +148,7 @@ def test_gradients_are_those_of_finite_differences(target: str) -> None:
     others = torch.tensor(TOKENIZER(" yes ")["input_ids"])
     places = torch.arange(len(IDS), len(ids))
     embeds = made.get_input_embeddings()(ids[:-1]).detach()
-    contrast = methods.Contrast(others, q if target == "kl_divergence" else None)
+    contrast = methods.ContrastRows(others, q if target == "kl_divergence" else None)
     score = methods.Scores(made, ids[places], contrast, {}).of(target)
     with methods.frozen(made), lazy_within(made, methods.DOING):
         inputs = methods.Inputs(made, embeds, 0, places)
@@ -204,11 +204,11 @@ def test_embeddings_are_those_that_the_model_makes_of_tokens(make: Callable[[], 
 def test_what_each_part_multiplies_its_embeddings_by() -> None:
     """Marian's encoder does so to tokens alone, its decoder to embeddings too; BART's tables do."""
     root = D**0.5
-    read = texts.Sequence(IDS, IDS, 1)
+    read = texts.Tokens(IDS, IDS, 1)
     assert methods.scales_of(marian().double(), read) == (root, 1.0)
     assert methods.scales_of(bart(), read) == methods.scales_of(t5(), read) == (1.0, 1.0)
     alone = marian(hf.MarianForCausalLM, is_decoder=True)
-    assert methods.scales_of(alone, texts.Sequence([], IDS, 1)) == (1.0,)
+    assert methods.scales_of(alone, texts.Tokens([], IDS, 1)) == (1.0,)
 
 
 def test_a_contrast_and_padding_are_scaled_too() -> None:
@@ -288,7 +288,7 @@ def test_an_encoder_decoder_has_rows_for_what_it_read_and_wrote(make: Callable[[
 def test_families_agree_with_autograd(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = tiny(family).eval()
     ids = torch.randint(3, 90, (9,), generator=torch.Generator().manual_seed(1))
-    read = texts.Sequence([], ids.tolist(), 6)
+    read = texts.Tokens([], ids.tolist(), 6)
     monkeypatch.setattr(texts, "encode", lambda *args, **how: read)
     monkeypatch.setattr(methods, "token_texts", lambda tokenizer, ids: [str(i) for i in ids])
     with onepass.strict():

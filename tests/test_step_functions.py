@@ -405,6 +405,7 @@ def test_no_rows() -> None:
 # ---------------------------------------------------------------- what is refused
 
 Z, Q, _NOISY = drawn("cpu")
+OTHER_WIDTH = {torch.float32: torch.float64, torch.float64: torch.float32}
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown": ({"names": ["entropi"]}, AttributeError, r"no score 'entropi'.*logit, probability"),
     "nothing": ({"names": []}, ValueError, "no score is asked for"),
@@ -430,9 +431,9 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"contrast_logits must have the shape of logits, \(4, 37\): got \(2, 37\)",
     ),
     "contrast_dtype": (
-        {"names": ["kl_divergence"], "contrast_logits": Q.half()},
+        {"names": ["kl_divergence"], "contrast_logits": Q.to(OTHER_WIDTH[Q.dtype])},
         ValueError,
-        "kl_divergence needs contrast_logits of the dtype of logits, .*: got torch.float16",
+        "kl_divergence needs logits and contrast_logits both float64 or neither: got torch.float",
     ),
     "base": ({"base": "10"}, ValueError, "base must be one of e, 2: got '10'"),
     "impl": ({"impl": "jax"}, ValueError, "impl must be one of"),

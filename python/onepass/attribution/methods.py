@@ -179,7 +179,7 @@ def attribute(
             x0 = torch.zeros_like(embeds)
             if baseline == "pad":
                 padding, n = [pad] * len(embeds), len(read.encoder)
-                x0 = embeddings_of(model, texts.Sequence(padding[:n], padding[n:], 0), scales)
+                x0 = embeddings_of(model, texts.Tokens(padding[:n], padding[n:], 0), scales)
         matrix, deltas, size = _attributed(
             inputs, scored.of(target), method, reduction, x0, n_steps, batch_size, found[target],
             progress,
@@ -234,7 +234,7 @@ def _check(
     return reduction or ("l2" if method == "saliency" else "sum")
 
 
-def _check_contrast(names: Sequence[Target], other: Contrast | None) -> None:
+def _check_contrast(names: Sequence[Target], other: ContrastRows | None) -> None:
     for name in names:
         if name not in CONTRASTIVE:
             continue
@@ -277,14 +277,14 @@ def only_rows(model: nn.Module, row: Tensor, last: Tensor) -> Iterator[list[bool
         hook.remove()
 
 
-def embeddings_of(model: Any, read: texts.Sequence, scales: Sequence[float]) -> Tensor:
+def embeddings_of(model: Any, read: texts.Tokens, scales: Sequence[float]) -> Tensor:
     """What the model reads, as embeddings [R, D]: those of the encoder's tokens, the decoder's."""
     parts = zip(_parts(model, read), scales, strict=True)
     with torch.no_grad():
         return torch.cat([_embed(part, ids, model.device) * scale for (part, ids), scale in parts])
 
 
-def scales_of(model: Any, read: texts.Sequence) -> tuple[float, ...]:
+def scales_of(model: Any, read: texts.Tokens) -> tuple[float, ...]:
     """What a model multiplies the rows of its tables by where it embeds tokens itself, and not
     where it is given embeddings, as Marian's encoder does and its decoder does not: of each part
     1 or its `embed_scale`, whichever gives the row of logits that tokens give.
@@ -313,7 +313,7 @@ def scales_of(model: Any, read: texts.Sequence) -> tuple[float, ...]:
     return best
 
 
-def _parts(model: Any, read: texts.Sequence) -> list[tuple[Any, Sequence[int]]]:
+def _parts(model: Any, read: texts.Tokens) -> list[tuple[Any, Sequence[int]]]:
     """What embeds, and which tokens."""
     if not read.encoder:
         return [(model, read.decoder)]
@@ -364,7 +364,7 @@ class Inputs:
             given = {"inputs_embeds": x, "attention_mask": mask}
         return self._run(row, last, given)
 
-    def row_of_tokens(self, read: texts.Sequence) -> Tensor:
+    def row_of_tokens(self, read: texts.Tokens) -> Tensor:
         """The last target's logits [1, V], where the model embeds the tokens itself."""
         device, last = self.embeds.device, self.places[-1:] - 1
         tokens = torch.tensor([read.decoder[: int(self.places[-1])]], device=device)
@@ -400,7 +400,7 @@ class Inputs:
 
 
 @dataclass
-class Contrast:
+class ContrastRows:
     """What contrastive functions compare with: tokens [T], and logits [T, V] after another text."""
 
     ids: Tensor
@@ -411,21 +411,21 @@ def _contrast(
     model: Any,
     tokenizer: Any,
     text: str,
-    read: texts.Sequence,
+    read: texts.Tokens,
     scales: Sequence[float],
     follows: bool,
     other_text: str | None,
     other_generated: str | None,
     low: int,
     high: int,
-) -> Contrast:
+) -> ContrastRows:
     """That of the targets from `low` to `high`, which are the text's own or follow it."""
     before = text if other_text is None else other_text
     if other_generated is not None:
         other = texts.encode(model, tokenizer, before, other_generated, None, "contrast_text")
     elif follows:  # the same tokens after another text
         encoder, start = texts.prompt(model, tokenizer, before, "contrast_text")
-        other = texts.Sequence(encoder, start + read.targets, len(start))
+        other = texts.Tokens(encoder, start + read.targets, len(start))
     else:
         other = texts.encode(model, tokenizer, before, None, None, "contrast_text")
     skipped, n = low - read.first, high - low
@@ -439,12 +439,12 @@ def _contrast(
     targets = slice(skipped, skipped + n)
     ids = torch.tensor(other.targets[targets], device=model.device)
     if other_text is None:
-        return Contrast(ids, None)
+        return ContrastRows(ids, None)
     places = torch.arange(len(other.decoder))[other.first :][targets]
     embeds = embeddings_of(model, other, scales)[:-1]
     with torch.no_grad():
         rows = Inputs(model, embeds, len(other.encoder), places).rows(embeds)
-    return Contrast(ids, rows)
+    return ContrastRows(ids, rows)
 
 
 @dataclass
@@ -453,7 +453,7 @@ class Scores:
 
     model: Any
     ids: Tensor  # [T]
-    contrast: Contrast | None
+    contrast: ContrastRows | None
     options: dict[str, Any]
     noisy: Tensor | None = None  # [n, T] log p under dropout
 

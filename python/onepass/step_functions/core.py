@@ -156,8 +156,8 @@ def scores(
 
     Returns:
         float32 (float64 for float64 logits) and differentiable in both logits, but top_p_size,
-        int64. `logits` are read once for all scores of one row, and once more, beside
-        `contrast_logits`, for kl_divergence.
+        int64. `logits` are read once for all scores of one row, once more, beside
+        `contrast_logits`, for kl_divergence, and once more for top_p_size.
 
     Raises:
         AttributeError: a name that is none of these. TypeError: not a tensor. ValueError: shapes,
@@ -194,10 +194,11 @@ def scores(
                 f"contrast_logits must have the shape of logits, {tuple(logits.shape)}: "
                 f"got {tuple(contrast_logits.shape)}"
             )
-        if "kl" in needs and contrast_logits.dtype != logits.dtype:
+        dtypes = logits.dtype, contrast_logits.dtype
+        if "kl" in needs and dtypes.count(torch.float64) == 1:
             raise ValueError(
-                f"kl_divergence needs contrast_logits of the dtype of logits, {logits.dtype}: got "
-                f"{contrast_logits.dtype}"
+                "kl_divergence needs logits and contrast_logits both float64 or neither: got "
+                f"{dtypes[0]}, {dtypes[1]}"
             )
         check_same_device("contrast_logits", contrast_logits, "logits", logits)
     if contrast_ids is not None:

@@ -19,12 +19,12 @@ from ..training.hidden_states import (
     without_adapter,
 )
 from .contrast import aligned_position
-from .core import PAIRED, SCORES, check_ids, check_names, check_options
+from .core import PAIRED, SCORES, check_ids, check_options
 from .core import scores as scores_of_rows
 from .dropout import check_dropout, noisy_runs
 from .filters import check_filter
 from .on_rows import is_own, row_function, score_of_rows
-from .registry import check_is_step_function
+from .registry import STEP_SCORES_MAP, check_is_step_function
 
 # Of 512 tokens, 50257 logits and 64 hidden features 10 MB at the peak in 199 ms, where whole logits
 # are 98 MB; slabs of 8 MB take 23 MB and 165 ms, of 64 MB 64 MB and 133 ms (one thread).
@@ -88,11 +88,11 @@ def step_scores(
         that is too short. TypeError: not a model.
     """
     asked = dict.fromkeys([scores] if isinstance(scores, str) else scores)
+    if not asked:
+        raise ValueError(f"no score is asked for: wanted some of {', '.join(STEP_SCORES_MAP)}")
     for name in asked:
         check_is_step_function(name)
     names = [name for name in asked if is_own(name)]
-    if not asked:
-        check_names(names)
     check_language_model(model)
     for mask_name, mask, ids in (
         ("contrast_attention_mask", contrast_attention_mask, contrast_ids),
