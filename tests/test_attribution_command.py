@@ -187,8 +187,11 @@ def test_one_text(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert page.read_text().startswith("<!DOCTYPE html>")
     assert sorted(p.name for p in out.parent.iterdir()) == ["x.html", "x.json"]
     picture = tmp_path / "x.png"
-    assert main([*line, "-o", str(out), "--overwrite", "--viz_path", str(picture), "--hide"]) == 0
-    assert capsys.readouterr().out == "" and picture.read_bytes().startswith(b"\x89PNG")
+    line += ["-o", str(out), "--overwrite", "--viz_path", str(picture), "--hide", "-bs", "1"]
+    assert main(line) == 0
+    said = capsys.readouterr()
+    assert "1 row at once on cpu" in said.err
+    assert said.out == "" and picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_json_on_stdout_is_what_is_saved(

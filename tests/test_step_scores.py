@@ -425,7 +425,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "n_mcd_steps must be 2 or more",
     ),
-    "top_p": ({"top_p": 1.5}, ValueError, "top_p must be between 0.0 and 1.0: got 1.5"),
+    "top_p": ({"top_p": 1.5}, ValueError, "top_p must be between 0 and 1: got 1.5"),
     "top_k": ({"top_k": -2}, ValueError, "top_k must be between 0 and 97"),
     "base": ({"base": "10"}, ValueError, "base must be one of e, 2"),
 }  # fmt: skip

@@ -19,7 +19,6 @@ from ..ops._check import (
     check_floating,
     check_labels,
     check_logits,
-    check_number,
     check_same_device,
     check_tokens,
     values_checked,
@@ -28,6 +27,7 @@ from ..ops._launch import IMPLS, accumulation_dtype
 from ..ops.vocab_pair_stats import vocab_pair_stats
 from ..ops.vocab_stats import vocab_stats
 from .filters import check_filter, kept_of_both, top_p_count
+from .ranges import check_range
 
 BASES = ("e", "2")
 SLAB_NUMEL = 1 << 19  # logits that are sorted at one time
@@ -251,7 +251,7 @@ def check_options(base: object, impl: object, eps: object) -> None:
     """Raises for what scores cannot be expressed in."""
     check_choice("base", base, BASES)
     check_choice("impl", impl, IMPLS)
-    check_number("eps", eps, 0.0)
+    check_range("eps", eps)
 
 
 def check_noisy(noisy_logps: object, target: Tensor) -> None:
