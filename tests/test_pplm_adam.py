@@ -267,6 +267,15 @@ def test_past_of_older_spellings(gpt2, tokenizer, bags, device, kind):
     assert torch.equal(pack(got), pack(wanted))
 
 
+def test_a_mask_of_something_else_than_padding_on_the_left(gpt2, tokenizer, bags, device):
+    ids = ids_of(1, 5, device)
+    past = gpt2(ids[:, :-1], use_cache=True).past_key_values
+    given = (gpt2, ids[:, -1:], past, None, tokenizer, settings(bags, None))
+    mask = torch.tensor([[1, 1, 1, 1, 0]], device=device)
+    with pytest.raises(ValueError, match="attention_mask must be 0 where a row is padded"):
+        perturbed_past(*given, attention_mask=mask)
+
+
 def test_offset_of_the_seed_is_an_option(gpt2, tokenizer, bags, device):
     """D-C5: the KL is to the unperturbed probabilities after `prev`, or to those given."""
     ids = ids_of(2, 6, device)

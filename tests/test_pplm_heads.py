@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from onepass.pplm import heads
+from onepass.pplm import DiscriminatorV2, heads
 from support.tiny_language_model import model
 from support.tiny_models import D
 
@@ -271,3 +271,52 @@ def test_an_interrupted_save_leaves_whole_files(
     expected = old if fails_at == "head.safetensors" else new
     assert same(heads.load_head(elsewhere / file)[0], expected)
     assert sorted(p.name for p in elsewhere.iterdir()) == ["head.json", "head.safetensors"]
+
+
+def test_a_head_that_is_given_keeps_its_mode() -> None:
+    made = head().train()
+    found, label = heads.get_classifier(made, 1)
+    assert found is made and label == 1 and made.training
+    heads.save_discriminator(made)
+    read, _ = heads.get_classifier("custom_discrim", 1)
+    assert read is not None and not read.training
+
+
+def test_layers_and_discriminators_are_heads() -> None:
+    layer = torch.nn.Linear(6, 3)
+    found, label = heads.get_classifier(layer, 2)
+    assert found is not None and found.mlp is layer and (found.class_size, label) == (3, 2)
+    language_model = model()
+    made = DiscriminatorV2(head(2, heads.hidden_size_of(language_model)), language_model)
+    made.metadata |= META
+    assert heads.get_classifier(made, "good") == (made.cl_head, 0)
+    assert heads.get_classifier(made) == (made.cl_head, 1)
+    with pytest.raises(TypeError, match="a discriminator is a name.*: got int"):
+        heads.get_classifier(3)
+
+
+@pytest.mark.parametrize("class_size", [1, 2, 5])
+@pytest.mark.parametrize("told", [{}, {"class_vocab": {"a": 0, "b": 1}}, {"default_class": 1}])
+def test_a_head_saved_by_a_known_name_comes_back_as_it_was(
+    class_size: int, told: dict[str, Any]
+) -> None:
+    made = head(class_size)
+    heads.save_discriminator(made, discrim_name="sentiment", args=told)
+    for _ in range(2):
+        read, meta = heads.ClassifierHead(load_from_pretrained=True, discrim="sentiment")
+        assert same(made, read) and meta is not None
+        if told or class_size != 5:
+            assert meta["class_vocab"] == told.get("class_vocab", {})
+            assert meta.get("default_class") == told.get("default_class")
+        else:  # Uber's own, of whose classes his file says nothing
+            assert meta["default_class"] == 3
+
+
+def test_a_head_read_inside_inference_mode_takes_part_in_gradients() -> None:
+    heads.save_discriminator(head(), args=META)
+    with torch.inference_mode():
+        read, _ = heads.load_head("pretrained_discriminators/custom_discrim.safetensors")
+        found, _ = heads.get_classifier("custom_discrim")
+    assert found is not None
+    for made in (read, found):
+        assert not any(parameter.is_inference() for parameter in made.parameters())

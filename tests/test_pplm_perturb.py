@@ -12,15 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers")
 
+import transformers as hf
+
 from onepass.bench import plain_pplm as plain
 from onepass.demo.train import one_thread
 from onepass.pplm import PPLM_BOW, PPLM_BOW_DISCRIM, PPLM_DISCRIM, ClassificationHead, perturb_past
 from onepass.pplm.cache import as_cache, pack
-from onepass.pplm.forward import materialized, run, steady
+from onepass.pplm.forward import check_places, materialized, places_of, run, steady
 from onepass.pplm.perturb import Steps, goal_of
 from onepass.pplm.walk import Choice, Walk
 from support import tiny_pplm
-from support.tiny_models import D, V, tiny
+from support.tiny_models import FAMILIES, D, V, tiny
 
 LOSSES = {"bow": PPLM_BOW, "discrim": PPLM_DISCRIM, "both": PPLM_BOW_DISCRIM}
 
@@ -324,6 +326,23 @@ def test_bf16_steps_are_taken_in_fp32() -> None:
     assert torch.stack(perturb_past(**options)[3]).isfinite().all()
 
 
+SIZES: dict[str, Any] = {"vocab_size": V, "n_layer": 2, "n_head": 4}
+NO_PAST = {
+    "bert": lambda: hf.BertForMaskedLM(
+        hf.BertConfig(
+            vocab_size=V,
+            hidden_size=D,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        )
+    ),
+    "gpt": lambda: hf.OpenAIGPTLMHeadModel(hf.OpenAIGPTConfig(**SIZES, n_embd=D)),
+    "rwkv": lambda: hf.RwkvForCausalLM(
+        hf.RwkvConfig(vocab_size=V, hidden_size=D, num_hidden_layers=2)
+    ),
+    "xlnet": lambda: hf.XLNetLMHeadModel(hf.XLNetConfig(**SIZES, d_model=D, d_inner=48)),
+}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({"one_hot_bows_vectors": None, "classifier": None}, "neither a bag of words"),
     "no bag": ({"one_hot_bows_vectors": None, "loss_type": 1}, "no bag of words with a word"),
@@ -339,11 +358,61 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "stepsize": ({"stepsize": -1.0}, "stepsize must be"),
     "side": ({"window_side": "left"}, "window_side must be one of first, last"),
     "last": ({"last": torch.tensor([[1, 2]])}, r"last must be \[B, 1\]"),
-    "no past ahead": ({"unpert_past": None}, "wanted the 9 tokens of past and last, got none"),
+    "no past ahead": ({"unpert_past": None}, "a classifier looks ahead of unpert_past"),
     "no logits": ({"unpert_logits": None}, "wanted unpert_logits"),
-    "mask": ({"attention_mask": torch.ones(1, 3)}, r"attention_mask must be \[B, T \+ 1\]"),
+    "mask": ({"attention_mask": torch.ones(1, 3)}, r"attention_mask must be \(1, 9\)"),
     "past": ({"past": []}, "past holds no token"),
+    "floats for ids": (
+        {"last": torch.ones(1, 1)},
+        r"last must be .* ids: got \(1, 1\) torch.float",
+    ),
+    "three layers": (
+        {"past": [torch.ones(2, 1, 4, 8, 8)] * 3},
+        r"past .* \(3, 1, 8\): wanted \(2, 1, 8\)",
+    ),
+    "two rows": ({"past": [torch.ones(2, 2, 4, 8, 8)] * 2}, r"last must be \[B, 1\] = \(2, 1\)"),
+    "two rows ahead": (
+        {"unpert_past": [torch.ones(2, 2, 4, 9, 8)] * 2},
+        r"unpert_past has layers, rows and tokens \(2, 2, 9\): wanted \(2, 1, 9\)",
+    ),
+    "no token ahead": (
+        {"unpert_past": [torch.ones(2, 1, 4, 8, 8)] * 2},
+        r"unpert_past .* \(2, 1, 8\): wanted \(2, 1, 9\)",
+    ),
+    "right padding": (
+        {"attention_mask": torch.tensor([[1] * 8 + [0]])},
+        "attention_mask must be 0 where a row is padded on its left",
+    ),
+    "three norms": ({"grad_norms": [1.0, 1.0, 1.0]}, r"grad_norms must be \(2,\): got \(3,\)"),
+    "hidden of two": ({"accumulated_hidden": torch.ones(2, D)}, "accumulated_hidden must be"),
+    "class of a layer": (
+        {"classifier": torch.nn.Linear(D, 3), "class_label": 7},
+        "class_label: got 7, wanted .* to 2",
+    ),
 }
+
+
+def test_spellings_of_norms_masks_and_sums() -> None:
+    model, ids = made("gpt2_tied")
+    options = inputs(model, ids) | {"loss_type": PPLM_BOW, "grad_norms": torch.ones(2)}
+    wanted = perturb_past(**options)
+    options |= {"grad_norms": [1.0, 1.0], "attention_mask": torch.ones(1, 9)}
+    got = perturb_past(**options | {"classifier": lambda hidden: hidden})
+    torch.testing.assert_close(got[0], wanted[0])
+    none = perturb_past(**options | {"accumulated_hidden": None})[1]
+    zero = perturb_past(**options | {"accumulated_hidden": 0})[1]
+    assert none is not None and zero is not None and torch.equal(none, zero)
+
+
+def test_the_floor_under_the_unperturbed_probabilities() -> None:
+    """Where the unperturbed model has e^-60 the KL takes Uber's 1e-15, and is far smaller."""
+    model, ids = made("gpt2_tied")
+    options = inputs(model, ids) | {"loss_type": PPLM_BOW, "kl_scale": 1.0}
+    logits = options["unpert_logits"].clone()
+    likeliest = int(logits[0, -1].argmax())
+    logits[0, -1, likeliest] -= 60.0
+    options["unpert_logits"] = logits
+    assert_same(perturb_past(**options), plain.perturb_past(**options))
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -357,12 +426,46 @@ def test_what_is_refused(case: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("t5_encoder_decoder", "encoder-decoder"), ("falcon_h1_scale", "layer 0 keeps no keys")],
+    [
+        ("t5_encoder_decoder", "encoder-decoder"),
+        ("falcon_h1_scale", "layer 0 keeps no keys"),
+        ("bert", "BertForMaskedLM sees what comes after a token"),
+        ("gpt", "OpenAIGPTLMHeadModel takes no past of keys and values"),
+        ("rwkv", "RwkvForCausalLM takes no past of keys and values"),
+        ("xlnet", "XLNetLMHeadModel takes no past of keys and values"),
+    ],
 )
 def test_models_without_a_past_of_keys_and_values(name: str, message: str) -> None:
     model, ids = made("gpt2_tied")
+    other = NO_PAST[name]() if name in NO_PAST else tiny(name)
     with pytest.raises(ValueError, match=message):
-        perturb_past(**inputs(model, ids) | {"model": tiny(name)})
+        perturb_past(**inputs(model, ids) | {"model": other})
+    with pytest.raises(ValueError, match=message):
+        Walk(other, ids, None, Steps(), 1)
+
+
+def test_a_model_of_no_limit_has_positions() -> None:
+    model, _ = made("gpt2_tied")
+    assert places_of(model) == 64
+    model.config.n_positions = -1
+    assert places_of(model) is None
+    check_places(model, 60, 60)
+
+
+def test_a_model_made_inside_inference_mode() -> None:
+    model, ids = made("gpt2_tied")
+    options = inputs(model, ids)
+    with torch.inference_mode():
+        other = tiny("gpt2_tied")
+    with pytest.raises(ValueError, match="GPT2LMHeadModel was made inside torch.inference_mode"):
+        perturb_past(**options | {"model": other})
+
+
+@pytest.mark.skipif("minicpm3_scale" not in FAMILIES, reason="transformers has it not yet")
+def test_keys_and_values_of_unlike_sizes() -> None:
+    model, ids = made("minicpm3_scale")
+    with torch.no_grad(), pytest.raises(ValueError, match="the values of layer 0 are .* the keys"):
+        pack(model(ids, use_cache=True).past_key_values)
 
 
 def test_caches_that_keep_something_else() -> None:
@@ -374,7 +477,7 @@ def test_caches_that_keep_something_else() -> None:
     with pytest.raises(ValueError, match=r"keeps \(1, 2, 7, 8\) of 12 tokens.*DynamicCache\(\)"):
         pack(out.past_key_values)
     assert pack(mistral(ids, past_key_values=DynamicCache()).past_key_values).shape[-2] == 12
-    with pytest.raises(ValueError, match="layer 1 holds"):
+    with pytest.raises(ValueError, match="the keys of layer 1 are"):
         pack([torch.zeros(2, 1, 2, 3, 4), torch.zeros(2, 1, 2, 3, 5)])
     with pytest.raises(TypeError, match="got int"):
         pack(3)

@@ -325,3 +325,31 @@ def test_refusals(model, tokenizer, bag):
         PPLM.sample_pplm(wide, **how)
     with pytest.raises(ValueError, match="wanted a causal language model"):
         PPLM.sample_normal(tokenizer=tokenizer, model=tiny("t5_encoder_decoder"))
+
+
+WAYS = [("BoW", "hidden"), ("BoW", "past"), ("BoW", "probs"), ("Discrim", "hidden")]
+
+
+@pytest.mark.parametrize(("method", "perturb"), [*WAYS, ("Discrim", "past")])
+def test_within_inference_mode(model, tokenizer, bag, head_file, method, perturb):
+    goal: dict[str, Any] = {"method": "BoW", "bow_list": bag}
+    if method == "Discrim":
+        goal = {"method": method, "discrim": "toxicity", "path": head_file, "target_class_id": 1}
+
+    def text() -> Any:
+        args = PPLM.pplm(perturb=perturb, stepsize=0.05, max_length=3, **goal)
+        return PPLM.sample_pplm(args, tokenizer=tokenizer, model=model, prompt=PROMPT, seed=1)
+
+    wanted = text()
+    with torch.inference_mode():
+        assert text() == wanted
+
+
+def test_a_discriminator_in_the_place_of_its_head(model, tokenizer):
+    made = PPLM.DiscriminatorV2(tiny_pplm.head(3), model)
+    made.metadata["class_vocab"] = {"calm": 0, "loud": 2}
+    args = PPLM.pplm(method="Discrim", discrim=made, target_class_id="loud", max_length=2)
+    assert args.classifier is made.cl_head and args.target_class_id == 2
+    assert PPLM.sample_pplm(args, tokenizer=tokenizer, model=model, prompt=PROMPT)
+    with pytest.raises(TypeError, match="a discriminator is a name.*: got int"):
+        PPLM.pplm(method="Discrim", discrim=3, target_class_id=0)

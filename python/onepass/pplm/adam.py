@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..ops.vocab_pair_stats import vocab_pair_stats
 from .cache import pack, unpack
-from .forward import Forward, materialized, run, steady
+from .forward import Forward, left_mask, materialized, run, steady
 from .perturb import Goal, class_loss
 from .settings import pplm
 
@@ -153,8 +153,11 @@ def _perturb_past(
         if original_probs is None:
             raise ValueError("seed_compat_offset: wanted original_probs, got None")
         log_u = original_probs.detach().reshape(len(prev), -1).float().log()
+    packed = pack(past)
+    if mask is not None:
+        mask = left_mask(mask, (len(prev), packed.shape[-2] + 1))
     with steady(model):
-        moved = steer_past(model, prev, pack(past), goal, args, mask, log_u, per_row=per_row)
+        moved = steer_past(model, prev, packed, goal, args, mask, log_u, per_row=per_row)
     return unpack(moved.past, past)
 
 

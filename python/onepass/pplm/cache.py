@@ -35,11 +35,11 @@ def pack(past: Any) -> Tensor:
         raise ValueError("past holds no token: wanted the keys and values of at least one")
     first = pairs[0][0]
     for n, pair in enumerate(pairs):
-        for tensor in pair:
+        for name, tensor in zip(("key", "value"), pair, strict=True):
             if tensor.shape != first.shape or tensor.dtype != first.dtype:
                 raise ValueError(
-                    f"past: layer {n} holds {tuple(tensor.shape)} {tensor.dtype}, layer 0"
-                    f" {tuple(first.shape)} {first.dtype}: wanted all keys and values alike"
+                    f"past: the {name}s of layer {n} are {tuple(tensor.shape)} {tensor.dtype}, the"
+                    f" keys of layer 0 {tuple(first.shape)} {first.dtype}: wanted all alike"
                 )
     return torch.stack([tensor.detach() for pair in pairs for tensor in pair]).unflatten(0, (-1, 2))
 

@@ -377,7 +377,7 @@ def write_texts(flags: Flags, prompts: list[str], head: Head | None, device: Any
         goal = Goal(bags, module, 0 if head is None else head.label)
         check_goal(goal, model)
         prompts = prompts or [text.prompt or PROMPT]
-        rows = prompt_rows(tokenizer, prompts)
+        rows = begun(tokenizer, prompts)
     except ValueError as error:
         raise UsageError(one_line(error, 1000)) from error
     if text.num_samples > 1 and not text.sample:
@@ -420,7 +420,7 @@ def write_texts(flags: Flags, prompts: list[str], head: Head | None, device: Any
     }
 
 
-def prompt_rows(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+def begun(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     """Tokens of each prompt after the BOS token, where the tokenizer has one."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     rows = []

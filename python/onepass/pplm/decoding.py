@@ -74,7 +74,8 @@ def steered(
             streamer.put(input_ids.cpu())
         mask, width = model_kwargs.get("attention_mask"), input_ids.shape[1]
         if goal.classifier is not None:
-            goal.classifier.to(model.device)
+            with torch.inference_mode(False):
+                goal.classifier.to(model.device)
         length = generation_config.max_length - width
         walk = Walk(model, input_ids, goal, how, length, mask=mask, grad_length=grad_length)
         padding = generation_config.pad_token_id

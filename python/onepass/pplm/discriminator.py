@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..training.generation import padding_of
 from ..training.hidden_states import blocks_of, capture, no_logits, training_mode
 from ..training.token_texts import quoted
+from .forward import places_of
 from .heads import ClassificationHead, ClassifierHead, check_fits, class_logps, hidden_size_of
 
 logger = logging.getLogger("onepass")
@@ -218,8 +219,7 @@ def token_ids(
             raise ValueError(f"{name} {number}: is empty")
     starts = (eos_token, tokenizer.bos_token_id, tokenizer.eos_token_id)
     start = [int(token) for token in starts if token is not None][:1]
-    inner: Any = model
-    most = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+    most = places_of(model)
     found, n_cut = [], 0
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     for number, own in enumerate(encoded, 1):

@@ -15,7 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..training.hidden_states import lazy_within, training_mode, without_adapter
+from ..training.hidden_states import (
+    check_language_model,
+    lazy_within,
+    training_mode,
+    without_adapter,
+)
 from .cache import as_cache, pack
 
 
@@ -32,13 +37,13 @@ class Forward(NamedTuple):
 
 
 @contextlib.contextmanager
-def steady(*models: nn.Module | None) -> Iterator[None]:
-    """In eval mode, no parameter differentiated, and no logits made by heads that can be fused;
-    modes and flags restored after. Gradients can flow inside `torch.inference_mode` too."""
+def steady(*models: Any) -> Iterator[None]:
+    """Modules among them in eval mode, no parameter differentiated, no logits made by heads that
+    can be fused; modes and flags restored after. Gradients flow in `torch.inference_mode` too."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         for model in models:
-            if model is None:
+            if not isinstance(model, nn.Module):  # a classifier may be any function
                 continue
             stack.enter_context(training_mode(model, False))
             for parameter in model.parameters():
@@ -64,6 +69,9 @@ def check_model(model: Any) -> None:
         raise ValueError(f"{kind} is an encoder-decoder: {wanted}")
     if config is None or getattr(inner, "base_model", inner) is inner:
         raise ValueError(f"{kind} has no base model that gives hidden states: {wanted}")
+    check_language_model(model)
+    if not _takes(type(inner).forward, "past_key_values"):
+        raise ValueError(f"{kind} takes no past of keys and values: {wanted}")
     for n, layer in enumerate(DynamicCache(config=config).layers):
         if hasattr(layer, "conv_states") or not hasattr(layer, "keys"):
             raise ValueError(f"{kind}: layer {n} keeps no keys and values: {wanted}")
@@ -72,13 +80,35 @@ def check_model(model: Any) -> None:
 def check_places(model: Any, n_tokens: int, n_new: int, n_ahead: int = 0) -> None:
     """ValueError where the model has not as many positions: the last new token takes none, what is
     looked ahead at does."""
-    n_places = n_tokens + max(0, n_new - 1) + n_ahead
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and n_places > limit:
+    n_places, limit = n_tokens + max(0, n_new - 1) + n_ahead, places_of(model)
+    if limit is not None and n_places > limit:
         raise ValueError(
             f"{n_tokens} tokens and {n_new} new ones need {n_places} positions: the model has"
             f" {limit}"
         )
+
+
+def places_of(model: Any) -> int | None:
+    """How many positions the model has; None where its config does not limit them."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def left_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor | None:
+    """The mask, int64 [B, S]; None where it leaves nothing out.
+
+    Raises:
+        ValueError: another shape, or anything but 0s and then 1s in a row.
+    """
+    found = mask.to(torch.int64)
+    if found.shape != shape:
+        raise ValueError(f"attention_mask must be {shape}: got {tuple(found.shape)}")
+    rises = (found.diff(dim=1) >= 0).all() & (found[:, 0] >= 0).all() & (found[:, -1] == 1).all()
+    if not bool(rises & (found == mask).all()):
+        raise ValueError(
+            "attention_mask must be 0 where a row is padded on its left, then 1 to its end"
+        )
+    return None if bool(found.all()) else found
 
 
 def run(
@@ -111,6 +141,11 @@ def run(
         inputs["attention_mask"] = mask
         if _takes(type(inner).forward, "position_ids"):
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        elif hasattr(inner.get_decoder(), "embed_positions"):  # Bart and its kin
+            raise ValueError(
+                f"{type(inner).__name__} takes no position_ids and would count padding: wanted"
+                " texts of as many tokens each"
+            )
     if not logits:
         out = inner.base_model(**inputs)
         return Forward(out.last_hidden_state, None, out.past_key_values)
@@ -119,7 +154,8 @@ def run(
     if _takes(type(inner).forward, "logits_to_keep"):
         inputs["logits_to_keep"] = 1
     found: list[Tensor] = []
-    hook = inner.base_model.register_forward_hook(
+    # OPT's and Bart's heads call the decoder past their base model
+    hook = inner.get_decoder().register_forward_hook(
         lambda module, args, output: found.append(output.last_hidden_state)
     )
     try:
@@ -134,11 +170,21 @@ def materialized(logits: Tensor) -> Tensor:
     return (logits.materialize() if hasattr(logits, "materialize") else logits).float()
 
 
+def token_embeddings(model: Any) -> Tensor:
+    """[V, E], before what `soft_inputs` scales; inside `steady`."""
+    layer = without_adapter(model).get_input_embeddings()
+    if isinstance(layer, nn.Embedding):
+        return layer.weight
+    with torch.no_grad():  # an adapter's, which adds to its weight
+        found: Tensor = layer(torch.arange(len(layer.weight), device=layer.weight.device))
+    return found
+
+
 def soft_inputs(model: Any, soft_embedding: Tensor) -> Tensor:
     """Mean embeddings [B, E] as inputs [B, 1, E]: scaled where the embedding layer scales its
     output, in its dtype."""
     layer = without_adapter(model).get_input_embeddings()
-    scale = getattr(layer, "embed_scale", 1.0)
+    scale = getattr(layer, "embed_scale", 1.0) if isinstance(layer, nn.Embedding) else 1.0
     return (soft_embedding * scale).to(layer.weight.dtype)[:, None]
 
 

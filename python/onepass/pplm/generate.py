@@ -17,12 +17,13 @@ from ..training.generation import padding_of
 from .bags import bag_weights, get_bag_of_words_indices
 from .cache import pack
 from .heads import get_classifier, read_meta
-from .names import KNOWN
-from .perturb import Goal, Steps, check_count, goal_of
+from .names import KNOWN, read_words, split_names
+from .perturb import PPLM_DISCRIM, Goal, Steps, check_count, goal_of
 from .walk import Choice, Next, Walk
 
 logger = logging.getLogger("onepass")
 Context = Sequence[int] | Sequence[Sequence[int]] | Tensor
+Names = str | Sequence[str]
 Stops = str | Sequence[str]
 
 
@@ -31,7 +32,8 @@ class Step(NamedTuple):
 
     ids: Tensor  # [B]
     texts: list[str]  # what each row's text grew by
-    losses: Tensor  # [iterations, B], before each step on the past; [0, B] where none was taken
+    losses: Tensor  # [iterations, B], before each step on the past; [0, B] where none was taken;
+    # NaN in rows that ended before
     ended: list[bool]  # by an EOS token or a stop string, now or before
 
 
@@ -73,7 +75,7 @@ def generate_text_pplm(
         context: ids of one text, or of several, which are padded on the left; None begins with the
             tokenizer's BOS token. Each row is steered as if it were alone.
         past: of all tokens of the context but the last, perturbed before; see `perturb_past`.
-        perturb: False writes with the model alone.
+        perturb: False writes with the model alone; a classifier then measures.
         bow_indices: of each bag its words' ids (`get_bag_of_words_indices`), or a `Bag`.
         classifier, class_label, loss_type: see `perturb_past`.
         length: new tokens; fewer where all rows end before.
@@ -87,13 +89,18 @@ def generate_text_pplm(
             ends.
 
     Returns:
-        the class's loss is that of the unperturbed model's mean hidden state, a mean over rows; 0
-        without a classifier. Losses: of each token that was steered one [B] an iteration.
+        the class's loss is that of the unperturbed model's mean hidden state over a row's text
+        until it ended, a mean over rows; 0 without a classifier. Losses: of each token that was
+        steered one [B] an iteration, NaN in rows that ended before.
 
     Raises:
         ValueError: neither bag nor classifier, no context and no BOS token, what does not fit.
     """
-    goal = goal_of(loss_type, bow_indices, classifier, class_label) if perturb else None
+    goal = None
+    if perturb:
+        goal = goal_of(loss_type, bow_indices, classifier, class_label)
+    elif classifier is not None:  # to measure
+        goal = goal_of(PPLM_DISCRIM, None, classifier, class_label)
     how = Steps(
         stepsize, num_iterations, horizon_length, window_length, decay, gamma, kl_scale, window_side
     )
@@ -101,7 +108,10 @@ def generate_text_pplm(
     ids, mask = padded(tokenizer, context, attention_mask)
     before = None if past is None else pack(past)
     ends = Ends(tokenizer, len(ids), eos_token_id, stop_strings)
-    walk = Walk(model, ids, goal, how, length, mask=mask, grad_length=grad_length, past=before)
+    walk = Walk(
+        model, ids, goal, how, length, mask=mask, grad_length=grad_length, past=before,
+        steers=perturb,
+    )  # fmt: skip
     losses = [found.losses for found in grow(walk, choice, ends, generator)]
     class_loss = 0 if walk.class_losses is None else walk.class_losses.mean()
     return walk.ids, class_loss, [found for found in losses if found]
@@ -113,7 +123,7 @@ def full_text_generation(
     context: Context | None = None,
     num_samples: int = 1,
     device: Any = None,
-    bag_of_words: Stops | None = None,
+    bag_of_words: Names | None = None,
     discrim: Any = None,
     class_label: str | int | None = None,
     length: int = 100,
@@ -187,7 +197,7 @@ def run_pplm_example(
     cond_text: str = "",
     uncond: bool = False,
     num_samples: int = 1,
-    bag_of_words: Stops | None = None,
+    bag_of_words: Names | None = None,
     discrim: Any = None,
     discrim_weights: Any = None,
     discrim_meta: Any = None,
@@ -227,10 +237,18 @@ def run_pplm_example(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    check_count("num_samples", num_samples, 1)
+    check_count("length", length, 0)
+    check_count("grad_length", grad_length, 0)
+    Steps(stepsize, num_iterations, horizon_length, window_length, decay, gamma, kl_scale)
+    Choice(temperature, gm_scale, top_k, sample)
     if not cond_text and not uncond:
         raise ValueError("cond_text is empty: wanted text, or uncond=True")
     if not bag_of_words and discrim is None:
         raise ValueError("neither a bag of words nor a discriminator: wanted one of them, or both")
+    for name in split_names(bag_of_words) if bag_of_words else ():
+        read_words(name)
+    get_classifier(discrim, class_label, weights=discrim_weights, meta=discrim_meta)
     known = KNOWN.get(discrim, {}) if isinstance(discrim, str) else {}
     own = read_meta(discrim_meta).get("pretrained_model") or known.get("pretrained_model")
     if own and own != pretrained_model:
@@ -278,7 +296,7 @@ def stream_pplm(
     tokenizer: Any,
     prompts: str | Sequence[str],
     *,
-    bag_of_words: Stops | None = None,
+    bag_of_words: Names | None = None,
     discrim: Any = None,
     class_label: str | int | None = None,
     discrim_weights: Any = None,
@@ -308,9 +326,11 @@ def stream_pplm(
     check_count("num_samples", num_samples, 1)
     how, choice, grad_length = chosen(options)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts:
+        raise ValueError("prompts: got none, wanted a text")
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     rows = [tokenizer.encode(text) or start for text in texts for _ in range(num_samples)]
-    ids, mask = padded(tokenizer, rows or None)
+    ids, mask = padded(tokenizer, rows)
     goal = None
     if bag_of_words or discrim is not None:
         of_head = (discrim, class_label, discrim_weights, discrim_meta)
@@ -384,7 +404,8 @@ def grow(
         if all(ends.ended):
             return
         found = walk.next()
-        walk.append(ends.take(choice.token(found, generator)))
+        tokens = ends.take(choice.token(found, generator))
+        walk.append(tokens, ends.ended)
         yield found
 
 
@@ -402,10 +423,11 @@ def padded(
         context = [tokenizer.bos_token_id]
     if isinstance(context, Tensor):
         ids = context[None] if context.dim() == 1 else context
-        if ids.dim() != 2 or not ids.numel():
-            raise ValueError(f"context must be ids [S] or [B, S]: got shape {tuple(ids.shape)}")
+        if ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
+            got = f"{tuple(ids.shape)} {ids.dtype}"
+            raise ValueError(f"context must be ids [S] or [B, S]: got {got}")
         return ids, attention_mask
-    rows: Any = [context] if not len(context) or isinstance(context[0], int) else context
+    rows: Any = context if len(context) and hasattr(context[0], "__len__") else [context]
     width = max(map(len, rows))
     if not all(map(len, rows)):
         raise ValueError("context has a text without a token: wanted at least one")
@@ -421,7 +443,7 @@ def padded(
 def goal_by_name(
     device: Any,
     tokenizer: Any,
-    bag_of_words: Stops | None,
+    bag_of_words: Names | None,
     discrim: Any,
     class_label: str | int | None,
     discrim_weights: Any = None,
@@ -453,6 +475,7 @@ def chosen(options: Mapping[str, Any]) -> tuple[Steps, Choice, int]:
             raise TypeError(f"no option {name!r}: wanted {', '.join(kinds)}, grad_length{mend}")
     given: Any = {"stepsize": 0.02} | dict(options)
     grad_length = given.pop("grad_length", 10000)
+    check_count("grad_length", grad_length, 0)
     how = Steps(**{k: v for k, v in given.items() if kinds[k] is Steps})
     return how, Choice(**{k: v for k, v in given.items() if kinds[k] is Choice}), grad_length
 

@@ -22,6 +22,7 @@ from ..cli.files import replace, replace_text, strict_json
 from .names import FOLDER, HEAD, KNOWN, TORCH, TRAIN, find_head
 
 FORMAT = "onepass.pplm.ClassificationHead/1"
+CLASSES = ("class_vocab", "default_class")
 Meta = dict[str, Any]
 
 
@@ -107,11 +108,12 @@ def head_by_name(
 def _classes(name: str | None) -> Meta:
     """The classes of a head of Uber's."""
     known = KNOWN.get(name or "", {})
-    return {key: known[key] for key in ("class_vocab", "default_class") if key in known}
+    return {key: known[key] for key in ("class_size", *CLASSES) if key in known}
 
 
+@torch.inference_mode(False)  # its weights take part in gradients
 def get_classifier(
-    name: str | ClassificationHead | None,
+    name: Any,
     class_label: str | int | None = None,
     device: Any = "cpu",
     verbosity_level: int = 1,
@@ -119,10 +121,12 @@ def get_classifier(
     weights: str | Path | None = None,
     meta: str | Path | Mapping[str, Any] | None = None,
 ) -> tuple[ClassificationHead | None, int | None]:
-    """(head in eval mode on `device`, number of the class), as Uber's; (None, None) for no name.
+    """(head on `device`, number of the class), as Uber's; (None, None) for no name. A head that is
+    read is in eval mode.
 
     Args:
-        name: clickbait, sentiment or toxicity; "generic"; what `find_head` takes; or a head.
+        name: clickbait, sentiment or toxicity; "generic"; what `find_head` takes; or a head, an
+            nn.Linear, a discriminator.
         class_label: a class by name or number, 0-based; None and -1 are the head's default.
         verbosity_level: not looked at; Uber's takes it.
         weights: the file of a known or generic head.
@@ -134,11 +138,34 @@ def get_classifier(
     """
     if name is None:
         return None, None
-    if isinstance(name, ClassificationHead):
-        head, found = name, checked_meta(read_meta(meta), name, "the head")
+    if isinstance(name, str | Path):
+        head, found = head_by_name(str(name), weights, meta)
+        head.eval()
     else:
-        head, found = head_by_name(name, weights, meta)
-    return head.to(device).eval(), label_id(found, class_label)
+        head = head_of(name)
+        told = getattr(name, "metadata", {}) | read_meta(meta)
+        found = checked_meta(told, head, "the head")
+    return head.to(device), label_id(found, class_label)
+
+
+def head_of(classifier: Any) -> ClassificationHead:
+    """The head of a discriminator, or on an nn.Linear; a head itself.
+
+    Raises:
+        TypeError: none of these.
+    """
+    head = getattr(classifier, "cl_head", classifier)
+    if isinstance(head, nn.Linear):
+        linear = head
+        with torch.device("meta"):
+            head = ClassificationHead(linear.out_features, linear.in_features)
+        head.mlp = linear
+    if not isinstance(head, ClassificationHead):
+        raise TypeError(
+            "a discriminator is a name, a file, a ClassificationHead, an nn.Linear or what"
+            f" train_discriminator returns: got {type(classifier).__name__}"
+        )
+    return head
 
 
 def label_id(
@@ -233,6 +260,7 @@ def save_discriminator(
     return file
 
 
+@torch.inference_mode(False)  # its weights take part in gradients
 def load_head(
     path: str | Path,
     meta: str | Path | Mapping[str, Any] | None = None,
@@ -246,7 +274,8 @@ def load_head(
         path: safetensors, or a file of torch.save with a state_dict (Uber's) or with
             {"config_metadata", "weights"} (PPLM.jl's names), one weight [C, D] and one bias [C].
         meta: over what the file says of itself, a mapping or a JSON file.
-        defaults: where neither says it.
+        defaults: class_vocab and default_class where neither has any, for a head of the
+            class_size among them.
 
     Raises:
         FileNotFoundError: no such file.
@@ -268,9 +297,17 @@ def load_head(
     weight, bias = _layer(file, tensors)
     with torch.device("meta"):
         head = ClassificationHead(*weight.shape)
-    found = checked_meta({**(defaults or {}), **own, **read_meta(meta)}, head, str(file))
+    told = own | read_meta(meta)
+    lent = dict(defaults or {})
+    if lent.pop("class_size", head.class_size) == head.class_size and not _names_classes(told):
+        told |= lent
+    found = checked_meta(told, head, str(file))
     head.load_state_dict({"mlp.weight": weight, "mlp.bias": bias}, assign=True)
     return head.to(device=device), found
+
+
+def _names_classes(meta: Meta) -> bool:
+    return bool(meta.get("class_vocab")) or meta.get("default_class") is not None
 
 
 def read_meta(meta: str | Path | Mapping[str, Any] | None) -> Meta:

@@ -12,14 +12,22 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops._check import check_choice, check_number
 from ..ops.steering import steering_stats
 from ..training.hidden_states import without_adapter
 from .bags import Bag, bag_weights
 from .cache import pack, unpack
-from .forward import check_model, materialized, run, soft_inputs, steady
+from .forward import (
+    check_model,
+    left_mask,
+    materialized,
+    run,
+    soft_inputs,
+    steady,
+    token_embeddings,
+)
 from .heads import check_fits, class_logps
 
 PPLM_BOW, PPLM_DISCRIM, PPLM_BOW_DISCRIM = 1, 2, 3
@@ -96,7 +104,7 @@ def perturb_past(
     last: Tensor,
     unpert_past: Any = None,
     unpert_logits: Tensor | None = None,
-    accumulated_hidden: Tensor | None = None,
+    accumulated_hidden: Any = None,
     grad_norms: Any = None,
     stepsize: float = 0.01,
     one_hot_bows_vectors: Sequence[Any] | None = None,
@@ -157,26 +165,35 @@ def perturb_past(
     check_goal(goal, model)
     with torch.inference_mode(False):
         packed = pack(past)
-        mask = None if attention_mask is None else attention_mask.to(packed.device, copy=True)
         ahead = None if goal.classifier is None or unpert_past is None else pack(unpert_past)
     n_past, rows = packed.shape[-2], packed.shape[2]
-    if last.shape != (rows, 1):
-        raise ValueError(f"last must be [B, 1] = ({rows}, 1) ids: got {tuple(last.shape)}")
-    if goal.classifier is not None and (ahead is None or ahead.shape[-2] != n_past + 1):
+    if last.shape != (rows, 1) or last.is_floating_point():
         raise ValueError(
-            f"a classifier looks ahead of unpert_past: wanted the {n_past + 1} tokens of past and"
-            f" last, got {'none' if ahead is None else ahead.shape[-2]}"
+            f"last must be [B, 1] = ({rows}, 1) ids: got {tuple(last.shape)} {last.dtype}"
         )
+    check_past("past", packed, model, rows, n_past)
+    if ahead is not None:
+        check_past("unpert_past", ahead, model, rows, n_past + 1)
+    elif goal.classifier is not None:
+        raise ValueError("a classifier looks ahead of unpert_past: wanted that of T + 1 tokens")
     if kl_scale and unpert_logits is None:
         raise ValueError("kl_scale is above 0: wanted unpert_logits [B, S, V], got none")
-    if attention_mask is not None and attention_mask.shape != (rows, n_past + 1):
-        raise ValueError(
-            f"attention_mask must be [B, T + 1] = ({rows}, {n_past + 1}):"
-            f" got {tuple(attention_mask.shape)}"
-        )
-    before = None
+    if not isinstance(accumulated_hidden, Tensor):  # upstream's first is 0
+        accumulated_hidden = torch.full((rows, 1), float(accumulated_hidden or 0)).to(packed.device)
+    if accumulated_hidden.dim() != 2 or len(accumulated_hidden) != rows:
+        got = tuple(accumulated_hidden.shape)
+        raise ValueError(f"accumulated_hidden must be [B, D] with B = {rows}: got {got}")
+    mask = before = None
+    if attention_mask is not None:
+        with torch.inference_mode(False):
+            mask = left_mask(attention_mask.clone(), (rows, n_past + 1))
+            mask = None if mask is None else mask.to(packed.device)
     if grad_norms is not None:
-        before = torch.stack(list(grad_norms)).reshape(len(packed), 1, -1, 1, 1, 1)
+        before = torch.stack([torch.as_tensor(norm).to(packed.device) for norm in grad_norms])
+        shape = (len(packed), rows) if per_row else (len(packed),)
+        if before.shape != shape:
+            raise ValueError(f"grad_norms must be {shape}: got {tuple(before.shape)}")
+        before = before.reshape(len(packed), 1, -1, 1, 1, 1)
     with steady(model, goal.classifier):
         log_u = None
         if unpert_logits is not None and kl_scale:
@@ -189,7 +206,7 @@ def perturb_past(
             how,
             log_u=log_u,
             unpert_past=ahead,
-            accumulated_hidden=0 if accumulated_hidden is None else accumulated_hidden.detach(),
+            accumulated_hidden=accumulated_hidden.detach(),
             grad_norms=before,
             mask=mask,
         )
@@ -211,10 +228,12 @@ def perturbed(
     accumulated_hidden: Any = 0,  # [B, D]: the sum over earlier positions
     grad_norms: Tensor | None = None,
     mask: Tensor | None = None,  # [B, T + 1]
+    embedding: Tensor | None = None,  # [V, E], `token_embeddings` of the model
 ) -> Perturbed:
     """`perturb_past` on one tensor, inside `steady`; goal and steps checked."""
     n_past, with_head = past.shape[-2], goal.classifier is not None
-    embedding = without_adapter(model).get_input_embeddings().weight if with_head else None
+    if with_head and embedding is None:
+        embedding = token_embeddings(model)
     log_u = floored(log_u) if how.kl_scale and log_u is not None else None
     of_past = None if mask is None else mask[:, :n_past]
     n_seen: Any = n_past if of_past is None else of_past.sum(-1, keepdim=True)
@@ -259,7 +278,9 @@ def perturbed(
                 grad_norms = torch.maximum(grad_norms, norms)
             else:
                 grad_norms = norms + SMALL_CONST
-            delta.addcmul_(gradient, grad_norms**-how.gamma, value=-how.stepsize)
+            # without a past, as in a row of one token, the power can be inf
+            scale = (grad_norms**-how.gamma).where(norms > 0, 0.0)
+            delta.addcmul_(gradient, scale, value=-how.stepsize)
             moved.copy_(past + delta)
     return Perturbed(moved.detach(), None if total is None else total.detach(), grad_norms, losses)
 
@@ -350,7 +371,7 @@ def goal_of(
         return Goal(tuple(found))
     if classifier is None:
         raise ValueError(f"loss_type {loss_type} steers by a classifier: got none")
-    n = getattr(classifier, "class_size", None)
+    n = getattr(classifier, "class_size", getattr(classifier, "out_features", None))
     end = None if n is None else max(n, 2)
     if type(class_label) is not int or class_label < 0 or (end is not None and class_label >= end):
         wanted = "a class's number from 0" + ("" if end is None else f" to {end - 1}")
@@ -358,10 +379,26 @@ def goal_of(
     return Goal(tuple(found), classifier, class_label)
 
 
+def check_past(name: str, past: Tensor, model: Any, rows: int, n_tokens: int) -> None:
+    """ValueError unless a packed past is the model's, of so many rows and tokens."""
+    from transformers import DynamicCache
+
+    wanted = len(DynamicCache(config=without_adapter(model).config).layers), rows, n_tokens
+    got = past.shape[0], past.shape[2], past.shape[4]
+    if got != wanted:
+        raise ValueError(f"{name} has layers, rows and tokens {got}: wanted {wanted}")
+
+
 def check_goal(goal: Goal, model: Any) -> None:
     """ValueError unless the model has a past to perturb, and bags and head fit it."""
     check_model(model)
     inner = without_adapter(model)
+    for module in (model, goal.classifier):
+        if isinstance(module, nn.Module) and any(p.is_inference() for p in module.parameters()):
+            raise ValueError(
+                f"{type(module).__name__} was made inside torch.inference_mode, which allows no"
+                " gradient: wanted it made outside"
+            )
     if hasattr(goal.classifier, "embed_size"):
         check_fits(goal.classifier, inner)
     n_tokens = inner.get_input_embeddings().weight.shape[0]

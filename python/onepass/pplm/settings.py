@@ -13,7 +13,7 @@ from torch import nn
 
 from ..ops._check import check_above_0, check_choice, check_number
 from .bags import Bag, bag_weights, get_bag_of_words_indices
-from .heads import ClassificationHead, ClassifierHead, label_id
+from .heads import ClassificationHead, ClassifierHead, head_of, label_id
 from .names import read_words, split_names
 from .perturb import Goal, check_goal
 from .sampling import check_k
@@ -32,7 +32,7 @@ class pplm:
         perturb: what Adam moves: the last hidden states ("hidden"), the keys and values of all
             tokens but the last ("past"), or, with a bag, the probabilities themselves ("probs").
         bow_list: names of bags, or paths of files of a word a line; all are one bag.
-        discrim: a discriminator's name, or a `ClassificationHead`.
+        discrim: a discriminator's name, or a head, an nn.Linear, a discriminator itself.
         target_class_id: the class by number, counted from 0 (PPLM.jl: from 1), or by name; -1 is
             the default of the head's metadata. A head of one class takes 0 or 1, its two sides.
         file_name, path: of the discriminator's file, as of `ClassifierHead`.
@@ -59,7 +59,7 @@ class pplm:
     method: str = "BoW"
     perturb: str = "hidden"
     bow_list: str | Sequence[str] = ("military",)
-    discrim: str | ClassificationHead = "toxicity"
+    discrim: Any = "toxicity"
     embed_size: int = 768
     target_class_id: int | str = -1
     file_name: str = ""
@@ -114,15 +114,16 @@ class pplm:
 
     def _read_head(self) -> ClassificationHead:
         """The head; the target class becomes one of its own."""
-        head, meta = self.discrim, None
-        if not isinstance(head, ClassificationHead):
+        if isinstance(self.discrim, str):
             head, meta = ClassifierHead(
                 load_from_pretrained=True,
-                discrim=head,
+                discrim=self.discrim,
                 file_name=self.file_name or None,
                 path=self.path or None,
             )
-        found = {"class_size": head.class_size} if meta is None else meta
+        else:
+            head, meta = head_of(self.discrim), getattr(self.discrim, "metadata", {})
+        found = {"class_size": head.class_size} | (meta or {})
         self._set("target_class_id", label_id(found, self.target_class_id, "target_class_id"))
         return head
 

@@ -6,6 +6,7 @@ of its own, where there all tokens are run again for every new one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,8 +14,16 @@ import torch
 from torch import Tensor
 
 from ..ops._check import check_above_0, check_number
-from .forward import check_model, check_places, materialized, run, steady
-from .perturb import Goal, Steps, check_count, check_goal, perturbed
+from .forward import (
+    check_model,
+    check_places,
+    left_mask,
+    materialized,
+    run,
+    steady,
+    token_embeddings,
+)
+from .perturb import Goal, Steps, check_count, check_goal, check_past, perturbed
 from .sampling import check_k, draw, fuse, top_k_filter
 
 
@@ -57,7 +66,7 @@ class Next(NamedTuple):
 
     logits: Tensor  # [B, V] fp32, of the perturbed model
     log_u: Tensor | None  # [B, V] fp32, of the unperturbed one; None where nothing steers
-    losses: list[Tensor]  # [B] an iteration; empty where nothing was perturbed
+    losses: list[Tensor]  # [B] an iteration, NaN in ended rows; empty where nothing was perturbed
 
 
 class Walk:
@@ -66,6 +75,7 @@ class Walk:
     Args:
         ids: [B, S], S at least 1.
         goal: None steers to nothing.
+        steers: False measures the class's loss and steers to nothing.
         length: tokens that are to come; there must be positions for them.
         mask: [B, S], 0 where a row is padded on the left.
         grad_length: tokens after which the past is perturbed no more.
@@ -87,41 +97,42 @@ class Walk:
         mask: Tensor | None = None,
         grad_length: int = 10000,
         past: Tensor | None = None,
+        steers: bool = True,
     ) -> None:
         check_count("length", length, 0)
         check_count("grad_length", grad_length, 0)
         if ids.dim() != 2 or not ids.shape[1]:
             raise ValueError(f"ids must be [B, S] with at least a token: got {tuple(ids.shape)}")
-        if mask is not None and mask.shape != ids.shape:
-            raise ValueError(
-                f"the mask must have the shape of the ids, {tuple(ids.shape)}: got"
-                f" {tuple(mask.shape)}"
-            )
-        if past is not None and past.shape[-2] != ids.shape[1] - 1:
-            raise ValueError(
-                f"past holds {past.shape[-2]} tokens: wanted all but the last of {ids.shape[1]}"
-            )
-        n_ahead = 0 if goal is None or goal.classifier is None else how.horizon_length
+        if mask is not None:
+            mask = left_mask(mask, (ids.shape[0], ids.shape[1]))
+        looks = steers and goal is not None and goal.classifier is not None
+        n_ahead = how.horizon_length if looks else 0
         check_places(model, ids.shape[1], length, n_ahead)
         device = model.device
         if goal is None:
             check_model(model)
         else:
             check_goal(goal, model)
+        if past is not None:
+            check_past("past", past, model, ids.shape[0], ids.shape[1] - 1)
         self.model, self.how = model, replace(how, per_row=True)
         self.length = length
-        self.steps_left = grad_length if how.num_iterations and how.stepsize else 0
-        if mask is not None and bool(mask.all()):
-            mask = None
+        self.steers = steers and goal is not None
+        self.steps_left = grad_length if how.num_iterations and how.stepsize and steers else 0
         with torch.inference_mode(False):  # copies that autograd may keep
             self.goal = None if goal is None else goal.on(device)
             self.ids = ids.to(device, copy=True)
-            self.mask = None if mask is None else mask.to(device, torch.int64, copy=True)
+            self.mask = None if mask is None else mask.to(device, copy=True)
         self.past = past  # None while it is the unperturbed one
         self.unpert_past: Tensor | None = None
         self.hidden_sum: Any = 0  # [B, D], over the tokens of unpert_past
         self.grad_norms: Tensor | None = None
         self.class_losses: Tensor | None = None  # [B], of the unperturbed text so far
+        self.ended: Tensor | None = None  # [B]; None while no row has
+        self.embedding: Tensor | None = None
+        if looks:
+            with steady(model):
+                self.embedding = token_embeddings(model)
         if self.ids.shape[1] > 1:
             before = None if self.mask is None else self.mask[:, :-1]
             with steady(model), torch.no_grad():
@@ -138,7 +149,7 @@ class Walk:
             unpert = run(self.model, last, self.unpert_past, self.mask)
             assert unpert.logits is not None
             logits = materialized(unpert.logits)
-            log_u = None if goal is None else logits.log_softmax(-1)
+            log_u = logits.log_softmax(-1) if self.steers else None
             after = unpert.past()
             past, losses = self.past, []
             if goal is not None and self.unpert_past is not None and self.steps_left:
@@ -153,8 +164,11 @@ class Walk:
                     accumulated_hidden=self.hidden_sum,
                     grad_norms=self.grad_norms,
                     mask=self.mask,
+                    embedding=self.embedding,
                 )
                 past, losses, self.grad_norms = found.past, found.losses, found.grad_norms
+                if self.ended is not None:
+                    losses = [loss.masked_fill(self.ended, torch.nan) for loss in losses]
             self.steps_left = max(0, self.steps_left - 1)
             if past is not None:
                 out = run(self.model, last, past, self.mask)
@@ -168,12 +182,17 @@ class Walk:
                 n_tokens: Any = self.ids.shape[1]
                 if self.mask is not None:
                     n_tokens = self.mask.sum(-1, keepdim=True)
-                mean = self.hidden_sum / n_tokens
-                self.class_losses = goal.class_loss(mean)
+                of_class = goal.class_loss(self.hidden_sum / n_tokens)
+                if self.ended is not None and self.class_losses is not None:
+                    of_class = of_class.where(~self.ended, self.class_losses)
+                self.class_losses = of_class
         return Next(logits, log_u, losses)
 
-    def append(self, tokens: Tensor) -> None:
-        """The tokens [B] that were chosen."""
+    def append(self, tokens: Tensor, ended: Sequence[bool] = ()) -> None:
+        """The tokens [B] that were chosen; of rows that have ended with them no loss counts any
+        more."""
+        if any(ended):
+            self.ended = torch.tensor(ended, device=tokens.device)
         with torch.inference_mode(False):  # autograd may keep them
             self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
             if self.mask is not None:
