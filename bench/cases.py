@@ -13,6 +13,7 @@ from . import peers
 from .dpo import DPO_CASES
 from .heads import HEAD_CASES
 from .jigsaw import JIGSAW_CASE
+from .pplm import PPLM_CASE
 from .schema import CAP, CAP_SLOPE, Case, Provider, Size, ours, peer, plain, wide
 from .step_scores import STEP_SCORES_CASE
 
@@ -739,6 +740,7 @@ CASES: tuple[Case, ...] = (
     JIGSAW_CASE,
     *DPO_CASES,
     STEP_SCORES_CASE,
+    PPLM_CASE,
 )
 
 

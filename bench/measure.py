@@ -103,8 +103,12 @@ def forward_backward(
     """Outputs and gradients of one call on leaves made from `inputs`."""
     leaves = _map(inputs, _leaf, case.wrt)
     outputs = function(leaves)
+    if not case.wrt:
+        return tuple(o.detach() for o in outputs), ()
     upstream = [scale * u for u in upstreams(outputs, case.upstream)]
-    gradients = torch.autograd.grad(outputs, list(tensors(leaves, case.wrt)), upstream)
+    gradients: tuple[torch.Tensor, ...] = torch.autograd.grad(
+        outputs, list(tensors(leaves, case.wrt)), upstream
+    )
     return tuple(o.detach() for o in outputs), gradients
 
 

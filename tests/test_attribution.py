@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutput
 import onepass
 from onepass import step_functions
 from onepass.attribution import Attribution, attribute, load_all, methods, names, texts, view
+from onepass.cli.terminal import width_of
 from onepass.demo.train import one_thread
 from onepass.step_functions import registry
 from onepass.step_functions.core import PAIRED, SCORES
@@ -1074,7 +1075,7 @@ def test_labels_of_a_picture_are_within_it(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_columns_of_a_terminal() -> None:
-    assert [view._width(text) for text in ("ab", "e\u0301", "\u6f22", "a\u200d")] == [2, 1, 2, 1]
+    assert [width_of(text) for text in ("ab", "e\u0301", "\u6f22", "a\u200d")] == [2, 1, 2, 1]
 
 
 def test_a_prompt_before_what_was_generated_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -40,7 +40,14 @@ _HOMES = {
     "reduce_rows": ".reduce",
 }
 _MODULES = (
-    *("attribution", "circuit_breaker", "compat", "dpo", "integrations", "jigsaw", "nn"),
+    "attribution",
+    "circuit_breaker",
+    "compat",
+    "dpo",
+    "integrations",
+    "jigsaw",
+    "nn",
+    "pplm",
     "step_functions",
 )
 __all__ = [
@@ -80,6 +87,7 @@ if TYPE_CHECKING:
     from . import integrations as integrations
     from . import jigsaw as jigsaw
     from . import nn as nn
+    from . import pplm as pplm
     from . import step_functions as step_functions
     from .head_loss import linear_cross_entropy
     from .heads import Report, lazy_head, lazy_head_within, report, unlazy_head

@@ -10,13 +10,13 @@ import html as escaping
 import math
 import shutil
 import sys
-import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from ..cli.files import replace
+from ..cli.terminal import width_of
 from ..training.curves import COLOURS
 from ..training.token_texts import printable
 
@@ -108,7 +108,7 @@ def lines_of(attribution: Attribution, n_shown: int, width: int) -> Iterator[lis
     """The table in as many blocks of columns as the width asks for."""
     labels = [printable(token) for token in attribution.tokens]
     notes = notes_of(attribution)
-    first = max(map(_width, [*labels, *(name for name, _ in notes)]))
+    first = max(map(width_of, [*labels, *(name for name, _ in notes)]))
     heads = [_cut(printable(token)) for token in attribution.targets]
     colours, read = shares(attribution).tolist(), attribution.read.tolist()
     cells = [
@@ -122,7 +122,7 @@ def lines_of(attribution: Attribution, n_shown: int, width: int) -> Iterator[lis
         while last < n_shown:
             texts = [heads[last], *(row[last] for row in cells)]
             texts += [number(values[last]) for _, values in notes]
-            wide = max(map(_width, texts))
+            wide = max(map(width_of, texts))
             if columns and used + wide + 2 > width:
                 break
             columns.append((last, wide))
@@ -139,16 +139,10 @@ def lines_of(attribution: Attribution, n_shown: int, width: int) -> Iterator[lis
 
 
 def _line(label: str, cells: Sequence[tuple[Cell, int]], first: int) -> list[Cell]:
-    line = [Cell(label + " " * (first - _width(label)))]
+    line = [Cell(label + " " * (first - width_of(label)))]
     for cell, wide in cells:
-        line += [Cell("  "), Cell(" " * (wide - _width(cell.text)) + cell.text, cell.share)]
+        line += [Cell("  "), Cell(" " * (wide - width_of(cell.text)) + cell.text, cell.share)]
     return line
-
-
-def _width(text: str) -> int:
-    """Columns of a terminal: East Asian characters take two, marks on another none."""
-    shown = (c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))
-    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in shown)
 
 
 def _cut(text: str) -> str:

@@ -60,6 +60,16 @@ COMMANDS = {
         "make preference pairs, judge a model's answers, compare losses",
         "Preferences from a reward, and what training on them brings.",
     ),
+    "pplm": Command(
+        ".pplm.train_command",
+        "train heads that generation is steered by",
+        "Steering of generation by heads and bags of words.",
+    ),
+    "generate": Command(
+        ".pplm.command",
+        "write text that a bag of words or a discriminator steers",
+        "Text of a language model, steered.",
+    ),
     "attribute": Command(
         ".attribution.command",
         "show which tokens a model's next-token scores come from",

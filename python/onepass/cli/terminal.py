@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -28,6 +29,12 @@ def above_bar() -> AbstractContextManager[None]:
 
     told: AbstractContextManager[None] = tqdm.external_write_mode()
     return told
+
+
+def width_of(text: str) -> int:
+    """Columns of a terminal: East Asian characters take two, marks on another none."""
+    shown = (c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))
+    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in shown)
 
 
 def progress_bar(n_steps: int, done: int) -> Any:

@@ -54,7 +54,7 @@ def read_prompts(
     file = _find(Path(path), names)
     if file.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{file}: got a {file.suffix or 'nameless'} file, wanted {_or(SUFFIXES)}")
-    text = _text(file)
+    text = utf8_text(file)
     if file.suffix.lower() == ".json":
         entries = _json_entries(file, text)
     elif file.suffix.lower() in LINES:
@@ -118,7 +118,8 @@ def _find(path: Path, names: Sequence[str]) -> Path:
     )
 
 
-def _text(file: Path) -> str:
+def utf8_text(file: Path) -> str:
+    """The text of a file; ValueError names the line that is not UTF-8."""
     raw = file.read_bytes()
     try:
         return raw.decode("utf-8-sig")
