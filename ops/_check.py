@@ -118,14 +118,19 @@ def check_tokens(name: str, labels: object, logits: Tensor) -> Tensor:
     return labels
 
 
-def check_labels(name: str, labels: Tensor, vocab_size: int, ignore_index: int = IGNORED) -> None:
+def check_labels(
+    name: str, labels: Tensor, vocab_size: int, ignore_index: int | None = IGNORED
+) -> None:
     """IndexError naming the first label that is neither in the vocabulary nor to be ignored."""
-    bad = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
+    bad = (labels < 0) | (labels >= vocab_size)
+    if ignore_index is not None:
+        bad &= labels != ignore_index
     if bad.any():
         at = bad.nonzero()[0].tolist()
+        mend = "" if ignore_index is None else f", or {ignore_index} to ignore the row"
         raise IndexError(
             f"{name}{at} is {int(labels[tuple(at)])}: wanted 0 <= label < {vocab_size} "
-            f"(the vocabulary size), or {ignore_index} to ignore the row"
+            f"(the vocabulary size){mend}"
         )
 
 

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutput
 import onepass
 from onepass import step_functions
 from onepass.attribution import Attribution, attribute, load_all, methods, names, texts, view
+from onepass.cli.terminal import width_of
 from onepass.demo.train import one_thread
 from onepass.step_functions import registry
 from onepass.step_functions.core import PAIRED, SCORES
@@ -130,7 +131,7 @@ def test_equals_autograd_on_whole_logits(method: str, target: str) -> None:
     made = gpt2()
     found = attribute(
         made, TOKENIZER, TEXT, generated=FOLLOWING, method=method, target=target, n_steps=8,
-        **CONTRAST.get(target, {}),
+        baseline="zeros", **CONTRAST.get(target, {}),
     )  # fmt: skip
     matrix, scores = plain(made, target, method)
     torch.testing.assert_close(found.matrix, matrix, rtol=1e-9, atol=1e-12, equal_nan=True)
@@ -148,7 +149,7 @@ def test_gradients_are_those_of_finite_differences(target: str) -> None:
     others = torch.tensor(TOKENIZER(" yes ")["input_ids"])
     places = torch.arange(len(IDS), len(ids))
     embeds = made.get_input_embeddings()(ids[:-1]).detach()
-    contrast = methods.Contrast(others, q if target == "kl_divergence" else None)
+    contrast = methods.ContrastRows(others, q if target == "kl_divergence" else None)
     score = methods.Scores(made, ids[places], contrast, {}).of(target)
     with methods.frozen(made), lazy_within(made, methods.DOING):
         inputs = methods.Inputs(made, embeds, 0, places)
@@ -204,11 +205,11 @@ def test_embeddings_are_those_that_the_model_makes_of_tokens(make: Callable[[], 
 def test_what_each_part_multiplies_its_embeddings_by() -> None:
     """Marian's encoder does so to tokens alone, its decoder to embeddings too; BART's tables do."""
     root = D**0.5
-    read = texts.Sequence(IDS, IDS, 1)
+    read = texts.Tokens(IDS, IDS, 1)
     assert methods.scales_of(marian().double(), read) == (root, 1.0)
     assert methods.scales_of(bart(), read) == methods.scales_of(t5(), read) == (1.0, 1.0)
     alone = marian(hf.MarianForCausalLM, is_decoder=True)
-    assert methods.scales_of(alone, texts.Sequence([], IDS, 1)) == (1.0,)
+    assert methods.scales_of(alone, texts.Tokens([], IDS, 1)) == (1.0,)
 
 
 def test_a_contrast_and_padding_are_scaled_too() -> None:
@@ -288,7 +289,7 @@ def test_an_encoder_decoder_has_rows_for_what_it_read_and_wrote(make: Callable[[
 def test_families_agree_with_autograd(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = tiny(family).eval()
     ids = torch.randint(3, 90, (9,), generator=torch.Generator().manual_seed(1))
-    read = texts.Sequence([], ids.tolist(), 6)
+    read = texts.Tokens([], ids.tolist(), 6)
     monkeypatch.setattr(texts, "encode", lambda *args, **how: read)
     monkeypatch.setattr(methods, "token_texts", lambda tokenizer, ids: [str(i) for i in ids])
     with onepass.strict():
@@ -343,7 +344,9 @@ def test_a_model_without_a_head_is_refused(kind: Any) -> None:
 
 def test_bf16_is_near_float32() -> None:
     made = gpt2(torch.float32)
-    exact = attribute(made, TOKENIZER, TEXT, method="integrated_gradients", n_steps=8)
+    exact = attribute(
+        made, TOKENIZER, TEXT, method="integrated_gradients", n_steps=8, baseline="zeros"
+    )
     rough = attribute(
         made.bfloat16(), TOKENIZER, TEXT, method="integrated_gradients", n_steps=8, baseline="zeros"
     )
@@ -459,7 +462,27 @@ def test_a_sum_that_is_missed_is_told(caplog: pytest.LogCaptureFixture) -> None:
     made = gpt2()
     with caplog.at_level(logging.WARNING, "onepass"):
         attribute(made, TOKENIZER, TEXT, method="integrated_gradients", n_steps=1)
-    assert "miss their sum" in caplog.text and "raise n_steps" in caplog.text
+        assert "miss their sum" in caplog.text and caplog.text.endswith("raise n_steps\n")
+        attribute(made, TOKENIZER, TEXT, method="integrated_gradients", baseline="zeros", n_steps=1)
+    assert caplog.text.endswith("start from a token, --baseline pad\n")
+
+
+def test_they_start_from_padding_or_the_end_and_from_zeros_where_there_is_neither() -> None:
+    made, bare = gpt2(), tokenizer()
+    how: dict[str, Any] = {"method": "integrated_gradients", "n_steps": 8}
+    for pad, end, baseline in ((0, 2, "pad"), (None, 2, "pad"), (None, None, "zeros")):
+        bare.pad_token = None if pad is None else TOKENIZER.pad_token
+        bare.eos_token = None if end is None else TOKENIZER.eos_token
+        found = attribute(made, bare, TEXT, **how)
+        assert found.baseline == baseline
+        start = torch.zeros(len(IDS) - 1, D)
+        if baseline == "pad":
+            start += made.get_input_embeddings().weight[end if pad is None else pad].detach()
+        with torch.no_grad():
+            p = made(inputs_embeds=start[None]).logits[0].softmax(-1)
+        wanted = found.scores["probability"] - p.gather(-1, torch.tensor(IDS[1:])[:, None])[:, 0]
+        assert found.deltas is not None
+        torch.testing.assert_close(found.deltas, found.matrix.nansum(0) - wanted)
 
 
 @pytest.mark.parametrize(("share", "told"), [(0.049, False), (0.051, True), (-0.051, True)])
@@ -468,8 +491,8 @@ def test_five_percent_are_missed(
 ) -> None:
     wanted = torch.tensor([2.0, -2.0])
     with caplog.at_level(logging.WARNING, "onepass"):
-        methods._tell_deltas(share * wanted, wanted)
-        methods._tell_deltas(torch.tensor([9e-5]), torch.tensor([0.0]))  # rounding
+        methods._tell_deltas(share * wanted, wanted, True)
+        methods._tell_deltas(torch.tensor([9e-5]), torch.tensor([0.0]), True)  # rounding
     assert ("of 2 of 2 targets miss their sum by more than 5 %" in caplog.text) == told
     assert caplog.text.count("miss") == int(told)
 
@@ -608,6 +631,22 @@ def test_a_function_of_ones_own_is_a_target() -> None:
             attribute(made, TOKENIZER, TEXT, target=flat)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_inference_mode_changes_nothing(method: str) -> None:
+    made = gpt2()
+    wanted = attribute(made, TOKENIZER, TEXT, method=method, n_steps=2)
+    with torch.inference_mode():
+        found = attribute(made, TOKENIZER, TEXT, method=method, n_steps=2)
+    assert found.matrix.nan_to_num().equal(wanted.matrix.nan_to_num())
+
+
+def test_step_scores_of_any_iterable() -> None:
+    names: Any = iter(["logit", "entropy"])
+    found = attribute(gpt2(), TOKENIZER, TEXT, step_scores=names)
+    assert list(found.scores) == ["probability", "logit", "entropy"]
+    assert onepass.attribution.attribute is attribute
+
+
 def test_two_scores_of_one_name_are_refused() -> None:
     def entropy(rows: Tensor, ids: Tensor) -> Tensor:
         return onepass.vocab_stats(rows, ids, want=("logp",)).logp
@@ -728,7 +767,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"options": {"top_p": 0.9}, "step_scores": ["entropy"]}, "kl_divergence or top_p_size"),
     ({"options": {"top_p": 0.9}, "target": lambda rows, ids: rows[:, 0]}, "none is asked for"),
     ({"target": "mc_dropout_prob_avg", "options": {"n_mcd_steps": 1}}, "n_mcd_steps must be 2"),
-    ({"max_new_tokens": 0}, "max_new_tokens must be at least 1: got 0"),
+    ({"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1 on: got 0"),
+    ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number from 1 on: got 1.5"),
+    ({"max_new_tokens": True}, "max_new_tokens must be a whole number from 1 on: got True"),
+    ({"start": 1.0}, "start must be a whole number from 1 on: got 1.0"),
+    ({"end": "2"}, "end must be a whole number from 1 on: got '2'"),
+    ({"contrast_text": "abc"}, "contrast_text and contrast_generated are read by .*none is asked"),
     ({"start": 12}, "1 <= start < end <= 12: got 12 and 12"),
     ({"target": "kl_divergence"}, "kl_divergence compares: give contrast_text"),
     ({"target": "kl_divergence", "contrast_generated": "a" * 11}, "give contrast_text"),
@@ -1014,6 +1058,26 @@ def test_the_picture(n: int, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+def test_labels_of_a_picture_are_within_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    saved, save = [], Figure.savefig
+
+    def keep(figure: Any, *args: Any, **how: Any) -> None:
+        save(figure, *args, **how)
+        extents = [axes.yaxis.label.get_window_extent() for axes in figure.axes]
+        saved.append((figure.bbox.height, [(box.y0, box.y1) for box in extents]))
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    view.write_png(tmp_path / "a.png", long(3))
+    [(height, labels)] = saved
+    assert len(labels) == 2 and all(0 <= low < high <= height for low, high in labels), saved
+
+
+def test_columns_of_a_terminal() -> None:
+    assert [width_of(text) for text in ("ab", "e\u0301", "\u6f22", "a\u200d")] == [2, 1, 2, 1]
+
+
 def test_a_prompt_before_what_was_generated_is_told(caplog: pytest.LogCaptureFixture) -> None:
     texts._tell_prompts.cache_clear()
     with caplog.at_level(logging.WARNING, "onepass"):
@@ -1024,6 +1088,6 @@ def test_a_prompt_before_what_was_generated_is_told(caplog: pytest.LogCaptureFix
 
 def test_padding_that_is_not_there_is_no_baseline() -> None:
     bare = tokenizer()
-    bare.pad_token = None
+    bare.pad_token = bare.eos_token = None
     with pytest.raises(ValueError, match="baseline='pad': the tokenizer has no padding token"):
         attribute(gpt2(), bare, TEXT, method="integrated_gradients", baseline="pad")

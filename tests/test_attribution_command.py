@@ -64,6 +64,15 @@ WRONG: list[tuple[str, Callable[[Path, Path], list[str]], str]] = [
     ("target", lambda f, t: [*given(f)[1:], "-fn", "probabilty"], "did you mean probability?"),
     ("scores", lambda f, t: [*given(f)[1:], "--step_scores", "logit,entropi"], "allowed: logit"),
     ("contrast", lambda f, t: [*given(f)[1:], "-fn", "kl_divergence"], "--contrast_text, another"),
+    ("tokens in the place of a text", lambda f, t: [
+        *given(f)[1:], "--step_scores", "kl_divergence", "--contrast_generated", "a",
+    ], "kl_divergence has nothing to compare with\n  --contrast_text, another text\n"),
+    ("a contrast in vain", lambda f, t: [*given(f)[1:], "--contrast_text", "a b"],
+     "--contrast_text: is read by contrastive step functions, of which none is asked for"),
+    ("bytes", lambda f, t: [*given(f)[1:], "--text", "\udcff"], "--text: '\\udcff' is not UTF-8"),
+    ("bytes that follow", lambda f, t: [*given(f)[1:], "-g", "\udcff"], "'\\udcff' is not UTF-8"),
+    ("nowhere", lambda f, t: [*given(f)[1:], "-o", write(t, "x", "") + "/y.jsonl"],
+     "name a file in a folder of yours with --save_path FILE"),
     ("baseline", lambda f, t: [*given(f)[1:], "--baseline", "unk"], "allowed: zeros, pad"),
     ("steps", lambda f, t: [*given(f)[1:], "--n_steps", "0"], "--n_steps: got 0"),
     ("batch", lambda f, t: [*given(f)[1:], "-bs", "0"], "--batch_size: got 0"),
@@ -172,14 +181,17 @@ def test_one_text(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     found = Attribution.load(out)
     assert found.matrix.shape == (16, 5) and found.batch_size == 3 and found.n_steps == 4
     assert list(found.scores) == ["logit", "entropy", "probability"]
-    assert "integrated gradients (4 steps from zeros) of logit, sum" in said.out
+    assert "integrated gradients (4 steps from pad) of logit, sum" in said.out
     assert "\ndelta " in said.out and "\x1b" not in said.out
     assert f"wrote {out}" in said.err and "3 rows at once on cpu" in said.err
     assert page.read_text().startswith("<!DOCTYPE html>")
     assert sorted(p.name for p in out.parent.iterdir()) == ["x.html", "x.json"]
     picture = tmp_path / "x.png"
-    assert main([*line, "-o", str(out), "--overwrite", "--viz_path", str(picture), "--hide"]) == 0
-    assert capsys.readouterr().out == "" and picture.read_bytes().startswith(b"\x89PNG")
+    line += ["-o", str(out), "--overwrite", "--viz_path", str(picture), "--hide", "-bs", "1"]
+    assert main(line) == 0
+    said = capsys.readouterr()
+    assert "1 row at once on cpu" in said.err
+    assert said.out == "" and picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_json_on_stdout_is_what_is_saved(
@@ -189,6 +201,38 @@ def test_json_on_stdout_is_what_is_saved(
     printed = Attribution.from_dict(json.loads(capsys.readouterr().out))
     saved = Attribution.load(tmp_path / "x.json")
     assert torch.equal(printed.matrix.nan_to_num(7), saved.matrix.nan_to_num(7))
+
+
+def test_files_are_there_before_a_table_is(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("onepass.attribution.view.show", gone)
+    line = [*given(files, *TEXTS), "-o", str(tmp_path / "x.jsonl")]
+    assert main([*line, "--viz_path", str(tmp_path / "x.html")]) == 1
+    assert len(load_all(tmp_path / "x.jsonl")) == 3
+    assert (tmp_path / "x.html").read_text().count("<table>") == 3
+
+
+def test_without_stdout(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it under `>&-`
+    assert main([*given(files), "-o", str(tmp_path / "x.json")]) == 0
+    sys.stdout.close()
+    assert Attribution.load(tmp_path / "x.json").text == TEXTS[0]
+    assert "Error" not in capsys.readouterr().err
+
+
+def test_what_is_given_twice_is_taken_together(files: Path, tmp_path: Path) -> None:
+    line = [*given(files), "--text", TEXTS[1], "-g", " a", "-g", " b", "--step_scores", "logit"]
+    line += ["--step_scores", "entropy", "pcxmi,logit", "--contrast_text", "a red", "--hide"]
+    assert main([*line, "-o", str(tmp_path / "x.jsonl")]) == 0
+    found = load_all(tmp_path / "x.jsonl")
+    assert [(a.text, a.targets) for a in found] == [(TEXTS[0], [" ", "a"]), (TEXTS[1], [" ", "b"])]
+    assert list(found[0].scores) == ["probability", "logit", "entropy", "pcxmi"]
 
 
 def test_inseqs_names_are_the_same_flags(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,6 +358,29 @@ def test_a_line_cut_short_is_cut_off_only_when_another_follows(
         assert out.read_bytes() == (wanted if n < begin else wanted[:-1])
 
 
+def test_what_another_command_writes_meanwhile_stays(
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, real = tmp_path / "x.jsonl", methods.attribute
+    line = ["--hide", "-o", str(out)]
+
+    def slowly(*args: Any, **how: Any) -> Attribution:
+        monkeypatch.setattr(methods, "attribute", real)
+        assert main([*given(files, *TEXTS[:2]), *line, "--overwrite"]) == 0
+        return real(*args, **how)
+
+    for more in ([], ["--overwrite"]):
+        monkeypatch.setattr(methods, "attribute", slowly)
+        assert main([*given(files, TEXTS[2]), *line, *more]) == 1
+        assert "something else has written to" in capsys.readouterr().err
+        assert [a.text for a in load_all(out)] == TEXTS[:2]
+    assert main([*given(files, TEXTS[2]), *line]) == 0
+    assert [a.text for a in load_all(out)] == TEXTS
+
+
 def test_a_bad_text_is_told_and_the_others_are_done(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -391,6 +458,8 @@ def test_every_setting_must_be_the_same(
 ) -> None:
     out = tmp_path / "x.jsonl"
     assert main([*given(files), "--hide", "-o", str(out)]) == 0
+    more = ["--n_steps", "7", "--baseline", "zeros"]  # which no saliency reads
+    assert main([*given(files), "--hide", "-o", str(out), *more]) == 0
     row = json.loads(out.read_text())
     names = set(row["asked"]) - {"generated", "weights"}
     assert len(names) == 17
@@ -500,7 +569,8 @@ def test_without_a_model_a_small_one_is_made_once(
 def test_the_help_and_the_page_name_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["attribute", "--help"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert all(name in told for name in (*names.METHODS, *names.BASELINES, *names.REDUCTIONS))
+    chosen = (*names.METHODS, *names.BASELINES, *names.REDUCTIONS, *names.STEP_FUNCTIONS)
+    assert all(name in told for name in chosen)
     page = (Path(__file__).resolve().parents[1] / "docs" / "cli.md").read_text()
     parser = Parser(prog="onepass attribute")
     command.add_arguments(parser)

@@ -579,6 +579,28 @@ def test_functions_of_others() -> None:
         del REGISTRY["margin"]
 
 
+def test_functions_registered_with_onepass(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = importlib.import_module("onepass.step_functions.registry")
+    monkeypatch.setattr(ours, "STEP_SCORES_MAP", dict(ours.STEP_SCORES_MAP))
+    monkeypatch.setattr(onepass.step_functions, "STEP_SCORES_MAP", ours.STEP_SCORES_MAP)
+
+    def halved(args: Any) -> Tensor:
+        return 0.5 * onepass.step_functions.probability_fn(args)
+
+    for name in ("halved", "probability"):
+        ours.register_step_function(halved, name, overwrite=True)
+    for _ in range(2):
+        bridge.install()
+        assert REGISTRY["probability"] is onepass.step_functions.probability_fn
+        assert REGISTRY["halved"] is halved
+    model = loaded("gpt2", "saliency")
+    options: dict[str, Any] = {"step_scores": ["halved", "probability"]}
+    scores = attribute(model, "the old", "the old mill", **options)[0]
+    torch.testing.assert_close(scores["halved"], 0.5 * scores["probability"])
+    bridge.uninstall()
+    assert as_before()
+
+
 def test_overwrite(monkeypatch: pytest.MonkeyPatch) -> None:
     def their_own(args: Any) -> None: ...
 

@@ -377,18 +377,35 @@ def test_rows_that_do_not_count_are_not_read() -> None:
     assert slope.isfinite().all() and (slope[0] == 0).all()
 
 
+def test_names_of_any_iterable() -> None:
+    logits, ids = torch.randn(2, 5), torch.zeros(2, dtype=torch.int64)
+    names: Any = iter(["logit", "entropy"])
+    assert list(scores(logits, ids, names)) == ["logit", "entropy"]
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.5}])
+def test_nan_is_not_hidden_by_a_filter(filters: dict[str, Any]) -> None:
+    z, q = torch.randn(2, 3, V)
+    z[1, 5] = math.nan
+    names, ids = ["kl_divergence", "top_p_size"], torch.zeros(3, dtype=torch.int64)
+    got = scores(z, ids, names, contrast_logits=q, **filters)
+    assert got["kl_divergence"].isnan().tolist() == [False, True, False]
+    assert got["top_p_size"][1] == V
+
+
 def test_no_rows() -> None:
     empty = torch.zeros(0, V)
     ids = torch.zeros(0, dtype=torch.int64)
-    got = scores(
-        empty, ids, [*SINGLE, "kl_divergence", "top_p_size"], contrast_logits=empty, top_k=2
-    )
+    names = [*SINGLE, "kl_divergence", "top_p_size", "mc_dropout_prob_avg"]
+    noisy = torch.zeros(3, 0)
+    got = scores(empty, ids, names, contrast_logits=empty, top_k=2, noisy_logps=noisy)
     assert all(value.shape == (0,) for value in got.values())
 
 
 # ---------------------------------------------------------------- what is refused
 
 Z, Q, _NOISY = drawn("cpu")
+OTHER_WIDTH = {torch.float32: torch.float64, torch.float64: torch.float32}
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown": ({"names": ["entropi"]}, AttributeError, r"no score 'entropi'.*logit, probability"),
     "nothing": ({"names": []}, ValueError, "no score is asked for"),
@@ -413,15 +430,20 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"contrast_logits must have the shape of logits, \(4, 37\): got \(2, 37\)",
     ),
+    "contrast_dtype": (
+        {"names": ["kl_divergence"], "contrast_logits": Q.to(OTHER_WIDTH[Q.dtype])},
+        ValueError,
+        "kl_divergence needs logits and contrast_logits both float64 or neither: got torch.float",
+    ),
     "base": ({"base": "10"}, ValueError, "base must be one of e, 2: got '10'"),
     "impl": ({"impl": "jax"}, ValueError, "impl must be one of"),
-    "top_p_above": ({"top_p": 1.1}, ValueError, "top_p must be between 0.0 and 1.0: got 1.1"),
-    "top_p_below": ({"top_p": -0.1}, ValueError, "top_p must be between 0.0 and 1.0: got -0.1"),
+    "top_p_above": ({"top_p": 1.1}, ValueError, "top_p must be between 0 and 1: got 1.1"),
+    "top_p_below": ({"top_p": -0.1}, ValueError, "top_p must be between 0 and 1: got -0.1"),
     "top_p_nan": ({"top_p": math.nan}, ValueError, "top_p must be between"),
     "top_p_text": ({"top_p": "all"}, TypeError, "top_p must be a number"),
     "top_k_below": ({"top_k": -1}, ValueError, "top_k must be between 0 and 37.*: got -1"),
     "top_k_above": ({"top_k": V + 1}, ValueError, "top_k must be between 0 and 37.*: got 38"),
-    "top_k_float": ({"top_k": 2.0}, TypeError, "top_k must be an int: got float"),
+    "top_k_float": ({"top_k": 2.0}, TypeError, "top_k must be a whole number: got 2.0"),
     "keep_none": ({"min_tokens_to_keep": 0}, ValueError, "min_tokens_to_keep must be between 1"),
     "no_noise": ({"names": ["mc_dropout_prob_avg"]}, ValueError, "needs noisy_logps"),
     "one_noisy_run": (

@@ -30,7 +30,7 @@ from onepass.step_functions import (
     get_step_scores,
     legacy,
 )
-from support.tiny_models import tiny
+from support.tiny_models import V, tiny
 
 core = importlib.import_module("onepass.step_functions.core")
 MODELS = ("gpt2_tied", "llama", "t5_encoder_decoder")
@@ -78,7 +78,9 @@ def step(model: Any, attribution_model: Any = None, **changed: Any) -> Any:
             given["forward_output"] = forward(model, TEXT[:, :S])
     if not model.config.is_encoder_decoder:
         return StepFunctionDecoderOnlyArgs(**given)
-    mask = torch.ones_like(SOURCE)
+    mask, embed = torch.ones_like(SOURCE), model.get_input_embeddings()
+    if isinstance(attribution_model, Words):
+        given |= {"decoder_input_embeds": embed(TEXT[:, :S]), "encoder_input_embeds": embed(SOURCE)}
     return StepFunctionEncoderDecoderArgs(
         encoder_input_ids=SOURCE, encoder_attention_mask=mask, **given
     )
@@ -231,6 +233,22 @@ def test_a_pass_is_shared_within_a_forward_only(passes: list[Any]) -> None:
     assert gone() is None and facts() is None  # nothing of a forward outlives it
 
 
+def test_nothing_is_kept_in_inference_mode() -> None:
+    """It counts no writes."""
+    model = model_of("gpt2_tied")
+    with torch.inference_mode():
+        args, other = step(model), OTHER.clone()
+
+        def found() -> list[Tensor]:
+            extra = {"contrast_targets": other}
+            return [get_step_scores("logit", args), get_step_scores("contrast_prob", args, extra)]
+
+        before = found()
+        args.forward_output.logits.mul_(0.5)
+        other.copy_(TEXT.flip(0))
+        assert not any(map(torch.equal, before, found()))
+
+
 def test_outputs_of_any_kind_and_targets_of_any_shape() -> None:
     @dataclass(frozen=True)
     class Frozen:
@@ -271,11 +289,10 @@ class Words:
         self.n_runs += 1
         if not use_embeddings:
             return self.model(batch.decoder_input_ids, attention_mask=batch.decoder_attention_mask)
-        embeds, source = batch.decoder_input_embeds, batch.encoder_input_embeds
         return self.model(
-            inputs_embeds=self.embed(batch.encoder_input_ids) if source is None else source,
+            inputs_embeds=batch.encoder_input_embeds,
             attention_mask=batch.encoder_attention_mask,
-            decoder_inputs_embeds=self.embed(batch.decoder_input_ids) if embeds is None else embeds,
+            decoder_inputs_embeds=batch.decoder_input_embeds,
             decoder_attention_mask=batch.decoder_attention_mask,
         )
 
@@ -360,8 +377,8 @@ def test_a_contrast_may_be_padded(style: str) -> None:
     mask[0, 0] = 0
     with torch.no_grad():
         own = model(input_ids=TEXT[:, :S]).logits[:, -1].double().softmax(-1)
-        logits = model(input_ids=OTHER[:, :S], attention_mask=mask[:, :S]).logits[:, -1]
-        other = logits.double().softmax(-1)
+        logits = [model(OTHER[:1, 1:S]).logits[:, -1], model(OTHER[1:, :S]).logits[:, -1]]
+        other = torch.cat(logits).double().softmax(-1)
         wanted = at(own, TARGET) - at(other, OTHER[:, S])
         args = step(model)
         if style == "current":
@@ -384,6 +401,11 @@ def test_a_contrast_leaves_one_row_behind(passes: list[Any]) -> None:
     [(_, _, kept)] = args.forward_output._onepass_contrasts
     assert "past_key_values" not in vars(kept.output) and kept.output.logits.shape[:2] == (2, 1)
     assert isinstance(kept.output.logits, onepass.LazyLogits)
+    args = step(model, Words(model))  # whose head gives whole logits
+    with torch.no_grad():
+        get_step_scores("pcxmi", args, {"contrast_targets": OTHER})
+    [(_, _, kept)] = args.forward_output._onepass_contrasts
+    assert kept.output.logits.untyped_storage().nbytes() == 4 * 2 * V
 
 
 def test_filtered_divergence() -> None:
@@ -422,6 +444,14 @@ REFUSED_CONTRASTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "short": ({"contrast_targets": OTHER[:, :S]}, IndexError, "end after 4 tokens.*position 4"),
     "source": ({"contrast_sources": SOURCE}, ValueError, "contrast_sources are for encoder"),
     "words": ({"contrast_targets": "5 9 33"}, ValueError, "pass token ids"),
+    "floats": ({"contrast_targets": OTHER.float()}, ValueError, "contrast_targets must be token"),
+    "beyond": ({"contrast_targets": OTHER + 97}, IndexError, r"contrast_targets\[0, 0\] is"),
+    "ignored": ({"contrast_targets": OTHER * 0 - 100}, IndexError, r"contrast_targets\[0, 0\] is"),
+    "pairs": (
+        {"contrast_targets": OTHER, "contrast_targets_alignments": [1, 2]},
+        ValueError,
+        r"contrast_targets_alignments must be pairs of positions.*\[1, 2\]",
+    ),
 }  # fmt: skip
 
 
@@ -432,19 +462,34 @@ def test_contrasts_that_cannot_be(case: str) -> None:
         get_step_scores("contrast_prob", step(model_of("llama")), extra)
 
 
+def test_a_target_that_does_not_count_scores_0() -> None:
+    model = model_of("gpt2_tied", 0.2)
+    targets = torch.stack([TARGET[0], torch.tensor(-100)])
+    args = step(model, target_ids=targets)
+    alone = step(model, forward_output=args.forward_output)
+    for name in STEP_SCORES_MAP:
+        extra: dict[str, Any] = {"contrast_targets": OTHER} if name in CONTRASTS else {}
+        extra |= {"top_p": 0.5} if name == "top_p_size" else {}
+        extra |= {"seed": 0} if name.startswith("mc_") else {}
+        got, both = (get_step_scores(name, each, extra) for each in (args, alone))
+        assert got[1] == 0 and got[0] == both[0], name
+    for fn in (legacy.probability_fn, legacy.perplexity_fn):
+        assert fn(**vars(args))[1] == 0
+
+
 def test_more_that_cannot_be() -> None:
     model = model_of("t5_encoder_decoder")
     with pytest.raises(ValueError, match="contrast_sources must be as many texts"):
         get_step_scores("pcxmi", step(model), {"contrast_sources": SOURCE[:1]})
-    z = SimpleNamespace(logits=torch.randn(2, S, 11))
+    z = SimpleNamespace(logits=torch.randn(2, S, V))
     alone = StepFunctionDecoderOnlyArgs(None, z, torch.tensor([1, 2]), TEXT[:, :S])
     with pytest.raises(ValueError, match="attribution_model is None"):
         get_step_scores("pcxmi", alone, {"contrast_targets": OTHER})
-    for top in ({"top_p": 1.5}, {"top_k": 12}, {"top_k": -1}, {"min_tokens_to_keep": 0}):
+    for top in ({"top_p": 1.5}, {"top_k": V + 1}, {"top_k": -1}, {"min_tokens_to_keep": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(top))} must be between"):
             get_step_scores("kl_divergence", alone, top)
     for top_p in (-0.1, 1.1):
-        with pytest.raises(ValueError, match=f"top_p must be between 0.0 and 1.0: got {top_p}"):
+        with pytest.raises(ValueError, match=f"top_p must be between 0 and 1: got {top_p}"):
             get_step_scores("top_p_size", alone, {"top_p": top_p})
 
 
@@ -551,7 +596,7 @@ def test_dropout_that_is_not_there() -> None:
     for n in (1, 0, -3):
         with pytest.raises(ValueError, match=f"n_mcd_steps must be 2 or more.*got {n}"):
             get_step_scores("mc_dropout_prob_avg", dropping, {"n_mcd_steps": n})
-    with pytest.raises(TypeError, match="n_mcd_steps must be an int: got float"):
+    with pytest.raises(TypeError, match="n_mcd_steps must be a whole number: got 2.5"):
         get_step_scores("mc_dropout_prob_avg", dropping, {"n_mcd_steps": 2.5})
     with pytest.raises(ValueError, match="eps must be finite and at least 0"):
         get_step_scores("mc_dropout_prob_avg", dropping, {"eps": -1.0})
@@ -584,6 +629,9 @@ def test_legacy_functions_are_in_bits(name: str) -> None:
         **given, contrast_ids=OTHER, contrast_attention_mask=torch.ones_like(OTHER)
     )
     close(contrast, contrasts((z, logp), theirs, OTHER[:, S])["contrast_prob_diff"])
+    embedding = dict(vars(step(model, Words(model)))) | {"decoder_input_embeds": None}
+    again = legacy.contrast_prob_diff_fn(**embedding, contrast_ids=OTHER)
+    torch.testing.assert_close(again, contrast)
     with pytest.raises(IndexError, match="contrast_ids end after 4 tokens"):
         legacy.contrast_prob_diff_fn(**given, contrast_ids=OTHER[:, :S])
     with pytest.raises(ValueError, match="contrast_ids must be as many texts"):
@@ -669,6 +717,8 @@ def test_register(registry: None, caplog: pytest.LogCaptureFixture) -> None:
         top = steps.last_logits(args.forward_output).topk(2).values
         return scale * (top[:, 0] - top[:, 1])
 
+    with pytest.raises(TypeError, match="identifier must be a string: got 3"):
+        steps.register_step_function(margin_fn, 3)  # type: ignore[arg-type]
     steps.register_step_function(margin_fn, "margin", {"spans": "mean", "subwords": "max"})
     args = step(model_of("gpt2_tied"))
     assert get_step_scores("margin", args, {"scale": 2.0}).equal(2 * margin_fn(args))

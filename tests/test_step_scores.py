@@ -31,7 +31,17 @@ from onepass.step_functions.text import CPU_SLAB_BYTES
 from support.tiny_models import D, V, tiny
 
 core = importlib.import_module("onepass.step_functions.core")
-MODELS = ("gpt2_tied", "llama", "t5_encoder_decoder")
+BART: dict[str, Any] = {
+    "vocab_size": V, "d_model": D, "max_position_embeddings": 64, "decoder_start_token_id": 2,
+    **{f"{side}_layers": 1 for side in ("encoder", "decoder")},
+    **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
+    **{f"{side}_ffn_dim": 48 for side in ("encoder", "decoder")},
+}  # fmt: skip
+COUNT_FROM_THE_EDGE = {  # their positions, and take none
+    "bart_encoder_decoder": lambda: hf.BartForConditionalGeneration(hf.BartConfig(**BART)),
+    "bart": lambda: hf.BartForCausalLM(hf.BartConfig(**BART)),
+}
+MODELS = ("gpt2_tied", "llama", "t5_encoder_decoder", *COUNT_FROM_THE_EDGE)
 DRAW = torch.Generator().manual_seed(6)
 B, S = 2, 7
 TEXT = torch.randint(3, V, (B, S), generator=DRAW)
@@ -43,17 +53,20 @@ SINGLE = ["logit", "probability", "entropy", "crossentropy", "perplexity"]
 
 
 def model_of(name: str, dropout: float = 0.0) -> Any:
-    model = tiny(name).eval()
+    torch.manual_seed(0)
+    make = COUNT_FROM_THE_EDGE.get(name)
+    model: Any = tiny(name).eval() if make is None else make().eval()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = dropout
+        for rate in ("attention_dropout", "dropout", "activation_dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, dropout)
     return model
 
 
 def inputs(name: str, text: Tensor = TEXT, source: Tensor = SOURCE) -> dict[str, Any]:
-    if name.startswith("t5"):
+    if name.endswith("encoder_decoder"):
         return {"input_ids": source, "decoder_input_ids": text}
     return {"input_ids": text}
 
@@ -169,13 +182,17 @@ def test_padding_does_not_count(name: str, side: str) -> None:
     padding = torch.zeros(B, 3, dtype=torch.int64)
     order = (padding, TEXT) if side == "left" else (TEXT, padding)
     padded, mask = torch.cat(order, 1), torch.cat([(t != 0).long() for t in order], 1)
-    mask_name = "decoder_attention_mask" if name.startswith("t5") else "attention_mask"
+    mask_name = "decoder_attention_mask" if name.endswith("encoder_decoder") else "attention_mask"
     scores = [*SINGLE, "top_p_size", "pcxmi", "kl_divergence"]
     others = torch.cat([padding, OTHER] if side == "left" else [OTHER, padding], 1)
     masks: dict[str, Any] = {mask_name: mask, "contrast_attention_mask": mask}
-    got = step_scores(model, **inputs(name, padded), scores=scores, contrast_ids=others, **masks)
+    source = torch.cat([padding, SOURCE] if side == "left" else [SOURCE, padding], 1)
+    given = {**inputs(name, padded, source), "scores": scores, "contrast_ids": others}
+    if "decoder_input_ids" in given:
+        masks["attention_mask"] = (source != 0).long()
+    got = step_scores(model, **given, **masks)
     halves = {key: value * 0.5 for key, value in masks.items()}
-    again = step_scores(model, **inputs(name, padded), scores=scores, contrast_ids=others, **halves)
+    again = step_scores(model, **given, **halves)
     assert all(torch.equal(value, again[score]) for score, value in got.items())
     alone = step_scores(model, **inputs(name), scores=scores, contrast_ids=OTHER)
     real = slice(3, None) if side == "left" else slice(None, S - 1)
@@ -290,7 +307,7 @@ def test_registered_functions(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     registry.register_step_function(halved, "logit", overwrite=True)
     model = model_of(name)
     mask = torch.tensor([[1] * S, [1] * 4 + [0] * 3])
-    mask_name = "decoder_attention_mask" if name.startswith("t5") else "attention_mask"
+    mask_name = "decoder_attention_mask" if name.endswith("encoder_decoder") else "attention_mask"
     scores = ["margin", "probability", "logit"]
     given: dict[str, Any] = {**inputs(name), mask_name: mask}
     got = step_scores(model, **given, scores=scores)
@@ -325,7 +342,35 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "a text has 3000 tokens, more than the",
     ),
-    "no such token": ({"input_ids": TEXT + 5000}, IndexError, "is 5027: wanted 0 <= label < 97"),
+    "no such token": (
+        {"input_ids": TEXT + 5000}, IndexError,
+        r"^input_ids\[0, 0\] is 5027: wanted 0 <= label < 97 \(the vocabulary size\)$",
+    ),
+    "ignored token": (
+        {"input_ids": torch.where(TEXT == TEXT[0, 2], -100, TEXT)}, IndexError,
+        r"^input_ids\[0, 2\] is -100: .* size\)$",
+    ),
+    "ignored token of the contrast": (
+        {**PCXMI, "contrast_ids": torch.where(OTHER == OTHER[0, 1], -100, OTHER)}, IndexError,
+        r"^contrast_ids\[0, 1\] is -100",
+    ),
+    "ignored token of a source": (
+        {"model": "t5_encoder_decoder", "input_ids": SOURCE - 200, "decoder_input_ids": TEXT},
+        IndexError, r"^input_ids\[0, 0\] is -",
+    ),
+    "truth": ({"input_ids": TEXT > 9}, ValueError, r"input_ids must be token ids.*torch.bool"),
+    "no text": ({"input_ids": TEXT[:0]}, ValueError, r"input_ids must be .*B >= 1.*\(0, 7\)"),
+    "pairs": (
+        {**PCXMI, "contrast_ids": OTHER, "contrast_targets_alignments": [1, 2]}, ValueError,
+        r"contrast_targets_alignments must be pairs of positions.*\[1, 2\]",
+    ),
+    "mask of a decoder": (
+        {"decoder_attention_mask": torch.ones_like(TEXT)}, ValueError,
+        "decoder_attention_mask is for encoder-decoder models: pass attention_mask",
+    ),
+    "mask of no contrast": (
+        {"contrast_attention_mask": torch.ones_like(TEXT)}, ValueError, "contrast_attention_mask:",
+    ),
     "no head": ({"model": hf.GPT2Model}, ValueError, "GPT2Model has no language-model head"),
     "encoder": ({"model": hf.BertForMaskedLM}, ValueError, "BertForMaskedLM sees what comes after"),
     "hole": (
@@ -349,12 +394,15 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "an encoder-decoder model needs decoder_input_ids",
     ),
-    "sources": ({**T5, "input_ids": SOURCE[:1]}, ValueError, "input_ids must be of 2 texts.*got 1"),
+    "sources": (
+        {**T5, "input_ids": SOURCE[:1]}, ValueError,
+        "input_ids must be as many texts as are scored, 2: got 1",
+    ),
     "no_contrast": (PCXMI, ValueError, "pcxmi needs contrast_ids: got None"),
     "contrast_batch": (
         {**PCXMI, "contrast_ids": OTHER[:1]},
         ValueError,
-        "contrast_ids must be of 2 texts, as many as are scored: got 1",
+        "contrast_ids must be as many texts as are scored, 2: got 1",
     ),
     "contrast_short": (
         {**PCXMI, "contrast_ids": OTHER[:, :-1]},
@@ -377,7 +425,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "n_mcd_steps must be 2 or more",
     ),
-    "top_p": ({"top_p": 1.5}, ValueError, "top_p must be between 0.0 and 1.0: got 1.5"),
+    "top_p": ({"top_p": 1.5}, ValueError, "top_p must be between 0 and 1: got 1.5"),
     "top_k": ({"top_k": -2}, ValueError, "top_k must be between 0 and 97"),
     "base": ({"base": "10"}, ValueError, "base must be one of e, 2"),
 }  # fmt: skip

@@ -40,6 +40,7 @@ _HOMES = {
     "reduce_rows": ".reduce",
 }
 _MODULES = (
+    "attribution",
     "circuit_breaker",
     "compat",
     "dpo",
@@ -79,6 +80,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from . import attribution as attribution
     from . import circuit_breaker as circuit_breaker
     from . import compat as compat
     from . import dpo as dpo

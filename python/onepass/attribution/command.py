@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -78,15 +79,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapter", metavar="DIR", help="of PEFT, or the folder of a run")
     add("--dtype", choices=DTYPES, metavar="NAME", default="auto", help="of the weights")
     add(
-        "--text", "--input_texts", "-i", nargs="+", metavar="TEXT", help="one text or several",
-        dest="texts",
+        "--text", "--input_texts", "-i", nargs="+", action="extend", metavar="TEXT", dest="texts",
+        help="one text or several",
     )  # fmt: skip
     add("--file", metavar="FILE", help="texts: json, jsonl, txt")
     add("--dataset_name", metavar="NAME", help="texts: of the Hub, or a folder")
     add("--dataset_split", metavar="NAME", default="train", help="its split [train]")
     add("--input_text_field", metavar="NAME", default="text", help="its column [text]")
     add(
-        "--generated", "--generated_texts", "-g", nargs="+", metavar="TEXT",
+        "--generated", "--generated_texts", "-g", nargs="+", action="extend", metavar="TEXT",
         help="what follows each text: the targets",
     )  # fmt: skip
     add("--max_new_tokens", type=int, metavar="N", help="or let the model write N tokens")
@@ -98,14 +99,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--attributed_fn", "-fn", metavar="NAME", default="probability",
-        help="step function, the target [probability]",
+        help=f"step function, the target: {', '.join(STEP_FUNCTIONS)} [probability]",
     )  # fmt: skip
-    add("--step_scores", nargs="+", metavar="NAME", default=[], help="step functions told beside")
+    add(
+        "--step_scores", nargs="+", action="extend", metavar="NAME", default=[],
+        help="step functions told beside",
+    )  # fmt: skip
     add("--attribution_kwargs", metavar="JSON", help='their options: {"top_p": 0.9}')
     add("--contrast_text", metavar="TEXT", help="read by contrastive functions")
     add("--contrast_generated", metavar="TEXT", help="tokens that they compare with")
     add("--n_steps", type=int, metavar="N", default=50, help="of integrated gradients [50]")
-    add("--baseline", choices=BASELINES, metavar="NAME", default="zeros", help="zeros, pad [zeros]")
+    add(
+        "--baseline", choices=BASELINES, metavar="NAME",
+        help="zeros, pad [pad, zeros where there is none]",
+    )  # fmt: skip
     add(
         "--reduction", "--attribution_aggregators", choices=REDUCTIONS, metavar="NAME",
         help="over the embedding: l2, sum",
@@ -150,9 +157,11 @@ def run(args: argparse.Namespace) -> int:
                     f"--model: got other weights than those that {args.save_path!r} was begun with",
                     hint="--overwrite begins anew",
                 )
-        kept, n_new, n_bad = go_through(args, asked, asks, before, work)
+        kept, later, n_new, n_bad = go_through(args, asked, asks, before, work)
     for file in write(args, kept, n_new):
         print(f"wrote {file}", file=sys.stderr)
+    for number, one in enumerate(later):
+        tell(one, number > 0)
     if n_bad:
         raise Failed(f"{n_bad} of {len(asked)} texts could not be attributed")
     return 0
@@ -182,12 +191,22 @@ def check(args: argparse.Namespace) -> list[Asked]:
         for name in names:
             if name not in STEP_FUNCTIONS:
                 raise _unknown(flag, "step function", name, STEP_FUNCTIONS)
-            other = (args.contrast_text, args.contrast_generated)
-            if name in CONTRASTIVE and other == (None, None):
-                hint = "--contrast_text, another text"
-                if name != "kl_divergence":
-                    hint += ", or --contrast_generated, other tokens"
-                raise UsageError(f"--{flag}: {name} compares, wanted what with", hint=hint)
+            given = {None} != {args.contrast_text, args.contrast_generated}
+            hint = "--contrast_text, another text"
+            if name != "kl_divergence":
+                hint += ", or --contrast_generated, other tokens"
+            elif args.contrast_text is None:
+                given = False
+            if name in CONTRASTIVE and not given:
+                raise UsageError(f"--{flag}: {name} has nothing to compare with", hint=hint)
+    for flag in ("contrast_text", "contrast_generated"):
+        if getattr(args, flag) is not None:
+            _check_text(flag, getattr(args, flag))
+            if not {args.attributed_fn, *args.step_scores} & set(CONTRASTIVE):
+                raise UsageError(
+                    f"--{flag}: is read by contrastive step functions, of which none is asked for",
+                    allowed=CONTRASTIVE,
+                )
     args.attribution_kwargs = _options(args.attribution_kwargs)
     try:
         check_options(args.attribution_kwargs, [args.attributed_fn, *args.step_scores])
@@ -254,11 +273,19 @@ def read_texts(args: argparse.Namespace) -> list[Asked]:
             raise UsageError(f"--generated: got {len(following)}, wanted one for each of {n} texts")
         found = [Asked(*pair) for pair in zip(args.texts, following, strict=True)]
     for text, generated in found:
-        if not text.strip():
-            raise UsageError("--text: the text is empty")
-        if generated == "":
-            raise UsageError("--generated: the text is empty")
+        _check_text("text", text.strip() and text)
+        if generated is not None:
+            _check_text("generated", generated)
     return found
+
+
+def _check_text(flag: str, text: str) -> None:
+    if not text:
+        raise UsageError(f"--{flag}: the text is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"--{flag}: {text[:40]!r} is not UTF-8") from None
 
 
 def _of_file(name: str) -> list[Asked]:
@@ -307,7 +334,7 @@ def check_files(args: argparse.Namespace, n_texts: int) -> None:
         if n_texts > 1 and path.suffix in (".json", ".png"):
             many = ".jsonl" if path.suffix == ".json" else ".html"
             raise UsageError(f"--{flag}: {name!r} holds one text, of {n_texts} wanted {many}")
-        check_writable(path.parent, f"--{flag}")
+        check_writable(path.parent, f"--{flag}", "FILE")
         if path.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:
             raise Failed('--viz_path needs matplotlib, not installed: pip install "onepass[viz]"')
 
@@ -322,16 +349,18 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         *("end_pos", "attribution_method", "attributed_fn", "step_scores", "contrast_text"),
         *("contrast_generated", "n_steps", "baseline", "reduction", "attribution_kwargs"),
     )
-    return {name: getattr(args, name) for name in names}
+    unread = () if args.attribution_method == "integrated_gradients" else ("n_steps", "baseline")
+    return {name: None if name in unread else getattr(args, name) for name in names}
 
 
 @dataclass
 class Begun:
     """What a .jsonl file holds: of each finished text where its line begins; where the next line
-    goes, and what ends the one before it; the weights that its lines are of."""
+    goes, and what ends the one before it; the weights that its lines are of; how it was left."""
 
     done: dict[Asked, int]
-    end: int | None = 0  # None: at the file's end
+    left: tuple[int, int] | None = None  # bytes, and when it was written
+    end: int = 0
     tail: bytes = b""
     weights: set[str] = field(default_factory=set)
 
@@ -344,7 +373,10 @@ def begun(args: argparse.Namespace, asked: Sequence[Asked], now: dict[str, Any])
         UsageError: it holds something else.
     """
     path, found = Path(args.save_path or ""), Begun({})
-    if path.suffix != ".jsonl" or not path.exists() or args.overwrite:
+    if path.suffix != ".jsonl" or not path.exists():
+        return found
+    found.left = _as_left(path.stat())
+    if args.overwrite:
         return found
     wanted, others = set(asked), 0
     try:
@@ -389,13 +421,29 @@ def _asked(path: Path, row: Any, now: dict[str, Any]) -> Asked:
 
 
 def add_line(path: Path, line: str, before: Begun) -> None:
-    """Put it behind the whole lines that are there."""
+    """Put it behind the whole lines that are there.
+
+    Raises:
+        Failed: something else has written to the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    added = before.tail + line.encode() + b"\n"
     with path.open("ab") as file:
-        if before.end is not None:
-            file.truncate(before.end)
-        file.write(before.tail + line.encode() + b"\n")
-    before.end, before.tail = None, b""
+        now = os.fstat(file.fileno())
+        if now.st_size if before.left is None else _as_left(now) != before.left:
+            raise Failed(
+                f"--save_path: something else has written to {str(path)!r} meanwhile: name another"
+                " file, or run this again when that is done"
+            )
+        file.truncate(before.end)
+        file.write(added)
+        file.flush()
+        before.left = _as_left(os.fstat(file.fileno()))
+    before.end, before.tail = before.end + len(added), b""
+
+
+def _as_left(found: os.stat_result) -> tuple[int, int]:
+    return found.st_size, found.st_mtime_ns
 
 
 def line_at(path: Path, where: int) -> str:
@@ -495,26 +543,40 @@ def _counted(asked: Sequence[Asked]) -> Generator[Asked]:
             bar.update()
 
 
+def tell(one: str | Attribution, again: bool) -> None:
+    """Print a line of JSON, or a table, below another with a line between."""
+    from .view import show
+
+    with above_bar():
+        if isinstance(one, str):
+            print(one)
+            return
+        if again:
+            print()
+        show(one)
+
+
 def go_through(
     args: argparse.Namespace,
     asked: Sequence[Asked],
     asks: dict[str, Any],
     before: Begun,
     work: Callable[[Asked], Attribution] | None,
-) -> tuple[list[Attribution], int, int]:
-    """Attribute each text that is not finished; print it and add it to a .jsonl file as soon as it
-    is there. Of several a bad one is told and left out.
+) -> tuple[list[Attribution], list[str | Attribution], int, int]:
+    """Attribute each text that is not finished; add it to a .jsonl file as soon as it is there, and
+    print it where no file is made at the end. Of several a bad one is told and left out.
 
-    Returns: the attributions that a file at the end is made of, how many are new and how many bad.
+    Returns: the attributions that a file at the end is made of, what is to be printed after it, how
+    many are new and how many bad.
     """
     from ..cli.files import strict_json
     from .result import Attribution
-    from .view import show
 
     save_path = args.save_path or ""
     lines = Path(save_path) if save_path.endswith(".jsonl") else None
     keeps = args.viz_path is not None or save_path.endswith(".json")
     kept, n_new, n_bad, size = [], 0, 0, None
+    later: list[str | Attribution] = []
     with contextlib.closing(_counted(asked)) as each:
         for number, one in enumerate(each, 1):
             if one in before.done:
@@ -527,9 +589,10 @@ def go_through(
                         raise Failed(
                             f"--save_path: {str(lines)!r}: text {number}: {error}"
                         ) from error
-                if args.json:
-                    with above_bar():
-                        print(line)
+                if args.json and keeps:
+                    later.append(line)
+                elif args.json:
+                    tell(line, False)
                 continue
             assert work is not None
             try:
@@ -547,17 +610,17 @@ def go_through(
                 line = strict_json(found.as_dict() | {"asked": its})
             if lines is not None:
                 add_line(lines, line, before)
-            with above_bar():
-                if args.json:
-                    print(line)
-                elif not args.hide:
-                    if n_new:
-                        print()
-                    show(found)
+            if args.json or not args.hide:
+                printed = line if args.json else found
+                if keeps:
+                    later.append(printed)
+                else:
+                    tell(printed, n_new > 0)
             n_new, size = n_new + 1, found.batch_size
     if size is not None:
-        print(f"{size} rows at once on {device_of(args.device)}", file=sys.stderr)
-    return kept, n_new, n_bad
+        rows = "1 row" if size == 1 else f"{size} rows"
+        print(f"{rows} at once on {device_of(args.device)}", file=sys.stderr)
+    return kept, later, n_new, n_bad
 
 
 def write(args: argparse.Namespace, found: Sequence[Attribution], n_new: int) -> list[str]:

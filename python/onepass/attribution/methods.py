@@ -60,7 +60,7 @@ def attribute(
     contrast_generated: str | None = None,
     reduction: str | None = None,
     n_steps: int = 50,
-    baseline: str = "zeros",
+    baseline: str | None = None,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Attribution:
@@ -95,7 +95,8 @@ def attribute(
         reduction: over D, "l2" or "sum". A saliency's sum is of magnitudes, the others' signed.
             None: "l2" of a saliency, else "sum".
         n_steps: nodes of the integral (Gauss-Legendre).
-        baseline: "zeros", or "pad": the embedding of the padding token.
+        baseline: "zeros", or "pad": the embedding of the padding token or, as in inseq, of the
+            token of the end where there is none. None: "pad", "zeros" where there is neither.
         batch_size: rows, each a target and a node, at once; None: by the memory there is. It is
             halved once where memory runs out.
         progress: draw a bar on a terminal.
@@ -112,10 +113,35 @@ def attribute(
     if not callable(tokenizer):
         kind = type(tokenizer).__name__
         raise TypeError(f"tokenizer must be one of transformers, loaded: got {kind}")
-    reduction = _check(method, target, step_scores, reduction, n_steps, baseline, batch_size)
-    how = dict(options or {})
-    check_options(how, [target, *step_scores])
-    with training_mode(model, False), frozen(model), lazy_within(model, DOING):
+    if isinstance(step_scores, str):
+        raise TypeError(f"step_scores must be a list of names: got {step_scores!r}")
+    step_scores = list(step_scores)
+    reduction = _check(method, target, step_scores, reduction, baseline)
+    for name, value in (
+        *(("n_steps", n_steps), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)),
+        *(("start", start), ("end", end)),
+    ):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} must be a whole number from 1 on: got {value!r}")
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if baseline == "pad" and pad is None:
+        raise ValueError(
+            "baseline='pad': the tokenizer has no padding token: set its pad_token, or take zeros"
+        )
+    baseline = baseline or ("zeros" if pad is None else "pad")
+    how, names = dict(options or {}), [target, *step_scores]
+    check_options(how, names)
+    if (contrast_text, contrast_generated) != (None, None) and not set(CONTRASTIVE) & set(names):
+        raise ValueError(
+            f"contrast_text and contrast_generated are read by {', '.join(CONTRASTIVE)}, of which"
+            " none is asked for"
+        )
+    with (
+        torch.inference_mode(False),
+        training_mode(model, False),
+        frozen(model),
+        lazy_within(model, DOING),
+    ):
         read = texts.encode(model, tokenizer, text, generated, max_new_tokens)
         low = read.first if start is None else start
         high = len(read.decoder) if end is None else end
@@ -137,30 +163,23 @@ def attribute(
                 low,
                 high,
             )
-        _check_contrast([target, *step_scores], other)
+        _check_contrast(names, other)
         embeds = embeddings_of(model, read, scales)[: len(read.encoder) + high - 1]
         inputs = Inputs(model, embeds, len(read.encoder), torch.arange(low, high))
         ids = torch.tensor(read.decoder[low:high], device=embeds.device)
         n_runs, seed = how.pop("n_mcd_steps", 5), how.pop("seed", None)
         scored = Scores(model, ids, other, how)
-        if "mc_dropout_prob_avg" in (target, *step_scores):
+        if "mc_dropout_prob_avg" in names:
             scored.draw(inputs, n_runs, seed)
         everything = torch.arange(len(ids), device=embeds.device)
         with torch.no_grad():
-            names = dict.fromkeys([target, *step_scores])
-            found = scored.named(list(names), inputs.rows(embeds), everything)
+            found = scored.named(list(dict.fromkeys(names)), inputs.rows(embeds), everything)
         x0 = None
         if method == "integrated_gradients":
             x0 = torch.zeros_like(embeds)
             if baseline == "pad":
-                if tokenizer.pad_token_id is None:
-                    raise ValueError(
-                        "baseline='pad': the tokenizer has no padding token: set its pad_token, or"
-                        " take zeros"
-                    )
-                pad = [tokenizer.pad_token_id] * len(embeds)
-                n = len(read.encoder)
-                x0 = embeddings_of(model, texts.Sequence(pad[:n], pad[n:], 0), scales)
+                padding, n = [pad] * len(embeds), len(read.encoder)
+                x0 = embeddings_of(model, texts.Tokens(padding[:n], padding[n:], 0), scales)
         matrix, deltas, size = _attributed(
             inputs, scored.of(target), method, reduction, x0, n_steps, batch_size, found[target],
             progress,
@@ -194,17 +213,13 @@ def _check(
     target: Target,
     step_scores: Sequence[str],
     reduction: str | None,
-    n_steps: int,
-    baseline: str,
-    batch_size: int | None,
+    baseline: str | None,
 ) -> str:
     """The reduction, after everything that can be refused without a model has been."""
     check_choice("method", method, METHODS)
     known = tuple(list_step_functions())
     if not callable(target):
         check_choice("target", target, known)
-    if isinstance(step_scores, str):
-        raise TypeError(f"step_scores must be a list of names: got {step_scores!r}")
     for name in step_scores:
         check_choice("step_scores", name, known)
     if not isinstance(target, str) and _name(target) in step_scores:
@@ -214,14 +229,12 @@ def _check(
         )
     if reduction is not None:
         check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("baseline", baseline, BASELINES)
-    for name, value in (("n_steps", n_steps), ("batch_size", batch_size)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{name} must be a whole number from 1 on: got {value!r}")
+    if baseline is not None:
+        check_choice("baseline", baseline, BASELINES)
     return reduction or ("l2" if method == "saliency" else "sum")
 
 
-def _check_contrast(names: Sequence[Target], other: Contrast | None) -> None:
+def _check_contrast(names: Sequence[Target], other: ContrastRows | None) -> None:
     for name in names:
         if name not in CONTRASTIVE:
             continue
@@ -264,14 +277,14 @@ def only_rows(model: nn.Module, row: Tensor, last: Tensor) -> Iterator[list[bool
         hook.remove()
 
 
-def embeddings_of(model: Any, read: texts.Sequence, scales: Sequence[float]) -> Tensor:
+def embeddings_of(model: Any, read: texts.Tokens, scales: Sequence[float]) -> Tensor:
     """What the model reads, as embeddings [R, D]: those of the encoder's tokens, the decoder's."""
     parts = zip(_parts(model, read), scales, strict=True)
     with torch.no_grad():
         return torch.cat([_embed(part, ids, model.device) * scale for (part, ids), scale in parts])
 
 
-def scales_of(model: Any, read: texts.Sequence) -> tuple[float, ...]:
+def scales_of(model: Any, read: texts.Tokens) -> tuple[float, ...]:
     """What a model multiplies the rows of its tables by where it embeds tokens itself, and not
     where it is given embeddings, as Marian's encoder does and its decoder does not: of each part
     1 or its `embed_scale`, whichever gives the row of logits that tokens give.
@@ -300,7 +313,7 @@ def scales_of(model: Any, read: texts.Sequence) -> tuple[float, ...]:
     return best
 
 
-def _parts(model: Any, read: texts.Sequence) -> list[tuple[Any, Sequence[int]]]:
+def _parts(model: Any, read: texts.Tokens) -> list[tuple[Any, Sequence[int]]]:
     """What embeds, and which tokens."""
     if not read.encoder:
         return [(model, read.decoder)]
@@ -351,7 +364,7 @@ class Inputs:
             given = {"inputs_embeds": x, "attention_mask": mask}
         return self._run(row, last, given)
 
-    def row_of_tokens(self, read: texts.Sequence) -> Tensor:
+    def row_of_tokens(self, read: texts.Tokens) -> Tensor:
         """The last target's logits [1, V], where the model embeds the tokens itself."""
         device, last = self.embeds.device, self.places[-1:] - 1
         tokens = torch.tensor([read.decoder[: int(self.places[-1])]], device=device)
@@ -387,7 +400,7 @@ class Inputs:
 
 
 @dataclass
-class Contrast:
+class ContrastRows:
     """What contrastive functions compare with: tokens [T], and logits [T, V] after another text."""
 
     ids: Tensor
@@ -398,21 +411,21 @@ def _contrast(
     model: Any,
     tokenizer: Any,
     text: str,
-    read: texts.Sequence,
+    read: texts.Tokens,
     scales: Sequence[float],
     follows: bool,
     other_text: str | None,
     other_generated: str | None,
     low: int,
     high: int,
-) -> Contrast:
+) -> ContrastRows:
     """That of the targets from `low` to `high`, which are the text's own or follow it."""
     before = text if other_text is None else other_text
     if other_generated is not None:
         other = texts.encode(model, tokenizer, before, other_generated, None, "contrast_text")
     elif follows:  # the same tokens after another text
         encoder, start = texts.prompt(model, tokenizer, before, "contrast_text")
-        other = texts.Sequence(encoder, start + read.targets, len(start))
+        other = texts.Tokens(encoder, start + read.targets, len(start))
     else:
         other = texts.encode(model, tokenizer, before, None, None, "contrast_text")
     skipped, n = low - read.first, high - low
@@ -426,12 +439,12 @@ def _contrast(
     targets = slice(skipped, skipped + n)
     ids = torch.tensor(other.targets[targets], device=model.device)
     if other_text is None:
-        return Contrast(ids, None)
+        return ContrastRows(ids, None)
     places = torch.arange(len(other.decoder))[other.first :][targets]
     embeds = embeddings_of(model, other, scales)[:-1]
     with torch.no_grad():
         rows = Inputs(model, embeds, len(other.encoder), places).rows(embeds)
-    return Contrast(ids, rows)
+    return ContrastRows(ids, rows)
 
 
 @dataclass
@@ -440,7 +453,7 @@ class Scores:
 
     model: Any
     ids: Tensor  # [T]
-    contrast: Contrast | None
+    contrast: ContrastRows | None
     options: dict[str, Any]
     noisy: Tensor | None = None  # [n, T] log p under dropout
 
@@ -562,7 +575,7 @@ def _attributed(
         at_baseline = score(inputs.rows(baseline.to(inputs.embeds.dtype)), everything)
     wanted = values.to(exact) - at_baseline.to(exact)
     deltas = torch.cat(sums) - wanted
-    _tell_deltas(deltas, wanted)
+    _tell_deltas(deltas, wanted, bool(baseline.any()))
     return matrix, deltas, size
 
 
@@ -620,14 +633,16 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _tell_deltas(deltas: Tensor, wanted: Tensor) -> None:
-    """A line where attributions do not sum to what they should."""
+def _tell_deltas(deltas: Tensor, wanted: Tensor, from_a_token: bool) -> None:
+    """A line where attributions do not sum to what they should. At embeddings of 0 the norms of
+    layers jump, which no number of steps mends."""
     large = deltas.abs() > (LARGE_DELTA * wanted.abs()).clamp_min(1e-4)
     if large.any():
         logger.warning(
             "integrated gradients of %d of %d targets miss their sum by more than %d %% (%.2g at"
-            " most): raise n_steps",
+            " most): %s",
             int(large.sum()), len(deltas), round(100 * LARGE_DELTA), float(deltas.abs().max()),
+            "raise n_steps" if from_a_token else "start from a token, --baseline pad",
         )  # fmt: skip
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from ..step_functions.ranges import check_range
 
 PROGRAM, SCHEMA = "onepass attribute", 1  # of JSON
 METHODS = ("saliency", "input_x_gradient", "integrated_gradients")
@@ -30,8 +31,6 @@ READ = {  # which of them read an option
     "seed": ("mc_dropout_prob_avg",),
 }
 OPTIONS = tuple(READ)
-LEAST = {"top_k": 0, "min_tokens_to_keep": 1, "n_mcd_steps": 2, "seed": 0}  # whole numbers
-MOST = {"top_p": 1.0, "eps": sys.float_info.max}  # numbers from 0 on
 
 
 def check_options(options: Mapping[str, Any], scores: Sequence[Any]) -> None:
@@ -47,17 +46,8 @@ def check_options(options: Mapping[str, Any], scores: Sequence[Any]) -> None:
             raise ValueError(f"base must be one of e, 2: got {value!r}")
         if name == "logprob" and not isinstance(value, bool):
             raise TypeError(f"logprob must be True or False: got {value!r}")
-        if name in LEAST and not (name == "seed" and value is None):
-            if type(value) is not int:
-                raise TypeError(f"{name} must be a whole number: got {value!r}")
-            if not LEAST[name] <= value < 1 << 63:
-                raise ValueError(f"{name} must be {LEAST[name]} or more: got {value}")
-        if name in MOST:
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number: got {value!r}")
-            if not 0 <= value <= MOST[name]:
-                bounds = "between 0 and 1" if name == "top_p" else "finite and at least 0"
-                raise ValueError(f"{name} must be {bounds}: got {value}")
+        if name != "seed" or value is not None:
+            check_range(name, value)
         if not set(READ[name]) & {score for score in scores if isinstance(score, str)}:
             readers = " or ".join(READ[name])
             raise ValueError(f"{name} is read by {readers}, of which none is asked for")

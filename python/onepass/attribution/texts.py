@@ -13,7 +13,7 @@ from ..training.generation import no_settings, padding_of
 logger = logging.getLogger("onepass")
 
 
-class Sequence(NamedTuple):
+class Tokens(NamedTuple):
     """What the model reads, and where the targets begin."""
 
     encoder: list[int]  # empty of a model without one
@@ -32,7 +32,7 @@ def encode(
     generated: str | None = None,
     max_new_tokens: int | None = None,
     name: str = "text",
-) -> Sequence:
+) -> Tokens:
     """The text, and after it `generated` or what the model goes on with: the targets. Of neither
     each token of the text but the first is a target.
 
@@ -44,8 +44,6 @@ def encode(
         raise TypeError(f"{name} and generated must be strings: got {kind}")
     if generated is not None and max_new_tokens is not None:
         raise ValueError("generated and max_new_tokens exclude each other")
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1: got {max_new_tokens}")
     if generated == "":
         raise ValueError("generated is empty")
     encoder, start = prompt(model, tokenizer, text, name)
@@ -69,7 +67,7 @@ def encode(
     if len(decoder) == len(start):
         raise ValueError(f"{name} has one token, and none before it: wanted two or more")
     _check_length(model, max(len(encoder), len(decoder)), name)
-    return Sequence(encoder, decoder, len(start))
+    return Tokens(encoder, decoder, len(start))
 
 
 @functools.cache

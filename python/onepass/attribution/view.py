@@ -245,7 +245,7 @@ def write_png(path: Path, attribution: Attribution) -> None:
     from matplotlib.figure import Figure
 
     n_rows, n_columns = attribution.matrix.shape
-    size = (min(20.0, 3.5 + 0.3 * n_columns), min(20.0, 2.2 + 0.22 * n_rows))
+    size = (min(20.0, 3.5 + 0.3 * n_columns), min(20.0, max(3.6, 2.2 + 0.22 * n_rows)))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     signed = bool((attribution.matrix < 0).any())
@@ -260,7 +260,8 @@ def write_png(path: Path, attribution: Attribution) -> None:
     _label(axes.xaxis, attribution.targets, rotation=90)
     _label(axes.yaxis, attribution.tokens)
     axes.set(xlabel="predicted", ylabel="read")
-    figure.colorbar(shown, label="share of the column's largest magnitude")
+    bar = figure.colorbar(shown)
+    bar.set_label("share of the column's largest magnitude", fontsize=8)
     figure.suptitle(title_of(attribution), fontsize=9, wrap=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a token of a script without a font

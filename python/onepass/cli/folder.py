@@ -8,8 +8,9 @@ from pathlib import Path
 from .errors import UsageError
 
 
-def check_writable(folder: Path, flag: str = "--output") -> None:
-    """UsageError unless files can be made in `folder`, or where it is missing, `folder` itself."""
+def check_writable(folder: Path, flag: str = "--output", value: str = "DIR") -> None:
+    """UsageError unless files can be made in `folder`, or where it is missing, `folder` itself.
+    `value` is what the flag takes: DIR, or the FILE that goes there."""
     existing = folder
     try:
         while not existing.exists() and existing != existing.parent:
@@ -21,4 +22,5 @@ def check_writable(folder: Path, flag: str = "--output") -> None:
                 return
     except OSError as error:
         why = f"cannot write to {str(folder)!r}: {error.strerror}"
-    raise UsageError(f"{flag}: {why}", hint=f"name a folder of yours with {flag} DIR")
+    wanted = "a folder" if value == "DIR" else "a file in a folder"
+    raise UsageError(f"{flag}: {why}", hint=f"name {wanted} of yours with {flag} {value}")

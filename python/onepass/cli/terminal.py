@@ -32,8 +32,9 @@ def above_bar() -> AbstractContextManager[None]:
 
 
 def width_of(text: str) -> int:
-    """Columns of a terminal: East Asian characters take two."""
-    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+    """Columns of a terminal: East Asian characters take two, marks on another none."""
+    shown = (c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))
+    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in shown)
 
 
 def progress_bar(n_steps: int, done: int) -> Any:

@@ -99,7 +99,8 @@ def install(overwrite: bool = True) -> None:
     attribution method that asks inseq's models for their output, for models loaded already too.
     Values and attributions are inseq's, but where it gives NaN or fails (docs/migrate.md). A
     function that the user registered stays under its own id, and gets LazyLogits as
-    `forward_output.logits`. Outside of inseq's forwards the model is as before. The head's own
+    `forward_output.logits`; one that was registered with onepass alone is there too, under an id
+    that inseq has not. Outside of inseq's forwards the model is as before. The head's own
     weight and bias get no gradient.
 
     Args:
@@ -110,14 +111,15 @@ def install(overwrite: bool = True) -> None:
         is replaced, or changed its arguments. Nothing is changed then.
     """
     version = installed_version("inseq", LEAST)
-    from ..step_functions import STEP_SCORES_MAP as ours
+    from ..step_functions import STEP_SCORES_MAP, functions
+    from ..step_functions.core import SCORES as NAMES
 
     registry = getattr(import_module(SCORES), NAME, None)
     if not isinstance(registry, dict):
         raise _moved(f"{SCORES}.{NAME}", registry, version)
-    functions = {}
-    for score, function in ours.items():
-        current = registry.get(score)
+    placed = {name: fn for name, fn in STEP_SCORES_MAP.items() if name not in {*NAMES, *registry}}
+    for score in NAMES:
+        function, current = getattr(functions, f"{score}_fn"), registry.get(score)
         if current is function:
             continue
         if getattr(current, "__module__", None) == SCORES or current is None:
@@ -125,7 +127,7 @@ def install(overwrite: bool = True) -> None:
                 raise _moved(f"{SCORES}'s {score!r}", current, version)
         elif not overwrite:
             continue
-        functions[score] = function
+        placed[score] = function
     kinds = {}
     for name in KINDS:
         kind = getattr(import_module(MODELS), name, None)
@@ -134,8 +136,8 @@ def install(overwrite: bool = True) -> None:
             if theirs is None or arguments(theirs) != FORWARD_ARGUMENTS:
                 raise _moved(f"{MODELS}.{name}.{FORWARD}", theirs, version)
             kinds[name] = kind
-    for score, function in functions.items():
-        _their_functions[score] = registry[score], function
+    for score, function in placed.items():
+        _their_functions[score] = registry.get(score), function
         registry[score] = function
     for name, kind in kinds.items():
         theirs = getattr(kind, FORWARD)
@@ -150,6 +152,8 @@ def uninstall() -> None:
     for score, (theirs, ours) in _their_functions.items():
         if scores is not None and getattr(scores, NAME).get(score) is ours:
             getattr(scores, NAME)[score] = theirs
+            if theirs is None:
+                del getattr(scores, NAME)[score]
     for name, (theirs, ours) in _their_forwards.items():
         kind = getattr(models, name, None)
         if getattr(kind, FORWARD, None) is ours:

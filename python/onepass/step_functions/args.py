@@ -15,7 +15,8 @@ class StepFunctionBaseArgs:
 
     attribution_model       inseq's AttributionModel, or a transformers model; None will do for
                             scores that need no further forward
-    forward_output          has `logits` [B, S, V], or LazyLogits
+    forward_output          has `logits` [B, S, V], or LazyLogits; of a prefix padded on the left
+                            those of positions that count from its first token, as in generate()
     target_ids              [B] or [B, 1], the tokens that follow
     decoder_input_ids       [B, S], the prefix
     decoder_input_embeds    [B, S, D], its embeddings

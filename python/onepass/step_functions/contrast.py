@@ -6,6 +6,8 @@ Through inseq's AttributionModel where that is the model, else a transformers mo
 from __future__ import annotations
 
 import contextlib
+import inspect
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ..lazy_logits import LazyLogits
-from ..training.hidden_states import lazy_within
+from ..training.hidden_states import lazy_within, without_adapter
 from .args import StepFunctionArgs
+from .core import check_ids
 from .last_row import state_of
 
 KEPT_UNDER = "_onepass_contrasts"
@@ -71,11 +74,13 @@ def contrast_of(
             warnings.warn(
                 "a score that is differentiated compares tokens in its own context: the contrast's"
                 " inputs are left aside (contrast_force_inputs=True uses them)",
-                stacklevel=3,
+                stacklevel=4,
             )
         return Contrast(target_ids, args.forward_output)
     with torch.set_grad_enabled(grad):
         found = Contrast(target_ids.clone(), run_again(other))
+    if state is None:
+        return found
     with contextlib.suppress(AttributeError, TypeError):  # an output that takes no attribute
         setattr(args.forward_output, KEPT_UNDER, [*kept, (asked, state, found)])
     return found
@@ -86,6 +91,7 @@ def _after(
 ) -> tuple[Any, Tensor]:
     """The step after as long a prefix of another text, and that text's next token [B]."""
     ids, mask = _encoded(args, text, skip_special_tokens, as_targets=is_encoder_decoder(args))
+    check_ids("contrast_targets", ids, args.forward_output.logits.shape[-1])
     prefix = args.decoder_input_ids
     if len(ids) != len(prefix):
         raise ValueError(
@@ -112,9 +118,10 @@ def aligned_position(position: int, alignments: Alignments) -> int:
     """The contrast's position for one of the text: itself where nothing is said. Of alignments for
     each text the first counts, as in inseq."""
     pairs: Any = alignments if alignments is not None else []
-    if len(pairs) and len(pairs[0]) and isinstance(pairs[0][0], list | tuple):
-        pairs = pairs[0]
-    if any(len(pair) != 2 for pair in pairs):
+    first = pairs[0] if len(pairs) else None
+    if isinstance(first, list | tuple) and first and isinstance(first[0], list | tuple):
+        pairs = first
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise ValueError(
             f"contrast_targets_alignments must be pairs of positions, [(ours, theirs), ...]: got "
             f"{alignments!r:.60}"
@@ -133,6 +140,7 @@ def _from_source(args: Any, source: Any, skip_special_tokens: bool) -> Any:
             "context as the beginning of contrast_targets"
         )
     ids, mask = _encoded(args, source, skip_special_tokens, as_targets=False)
+    check_ids("contrast_sources", ids, sys.maxsize)  # an encoder may have tokens of its own
     if len(ids) != len(args.encoder_input_ids):
         raise ValueError(
             f"contrast_sources must be as many texts as are scored, {len(args.encoder_input_ids)}: "
@@ -180,7 +188,8 @@ def embedded(args: Any, ids: Tensor, as_targets: bool) -> Tensor | None:
 
 def run_again(args: Any) -> Any:
     """The model's output for the inputs of a step, of which the last position alone is kept. As in
-    inseq, an encoder-decoder model is given embeddings and a decoder-only model ids."""
+    inseq, an encoder-decoder model is given embeddings and a decoder-only model ids. Positions of a
+    prefix that is padded on the left count from its first token, as in generate()."""
     model = args.attribution_model
     if model is None:
         raise ValueError("this score runs the model again: attribution_model is None")
@@ -190,6 +199,9 @@ def run_again(args: Any) -> Any:
     given = _inputs("decoder_" if is_encoder_decoder(args) else "", args, "decoder")
     if is_encoder_decoder(args):
         given |= _inputs("", args, "encoder")
+    elif (mask := given["attention_mask"]) is not None and not mask[:, 0].all():
+        if "position_ids" in inspect.signature(without_adapter(model).forward).parameters:
+            given["position_ids"] = ((mask != 0).cumsum(-1) - 1).clamp_min(0)
     with lazy_within(model, None):
         return last_of(model(**given, use_cache=False))
 

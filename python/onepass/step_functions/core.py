@@ -19,7 +19,6 @@ from ..ops._check import (
     check_floating,
     check_labels,
     check_logits,
-    check_number,
     check_same_device,
     check_tokens,
     values_checked,
@@ -28,6 +27,7 @@ from ..ops._launch import IMPLS, accumulation_dtype
 from ..ops.vocab_pair_stats import vocab_pair_stats
 from ..ops.vocab_stats import vocab_stats
 from .filters import check_filter, kept_of_both, top_p_count
+from .ranges import check_range
 
 BASES = ("e", "2")
 SLAB_NUMEL = 1 << 19  # logits that are sorted at one time
@@ -80,7 +80,8 @@ class Options(NamedTuple):
 
     def z_score(self, f: Facts) -> Tensor:
         noisy = self.probability(f.noisy)
-        return (self.probability(f.logp) - noisy.mean(0)) / (noisy.std(0) + self.eps)
+        deviation = noisy.std(0) if noisy.numel() else noisy.sum(0)  # std warns of no rows
+        return (self.probability(f.logp) - noisy.mean(0)) / (deviation + self.eps)
 
 
 class Score(NamedTuple):
@@ -155,8 +156,8 @@ def scores(
 
     Returns:
         float32 (float64 for float64 logits) and differentiable in both logits, but top_p_size,
-        int64. `logits` are read once for all scores of one row, and once more, beside
-        `contrast_logits`, for kl_divergence.
+        int64. `logits` are read once for all scores of one row, once more, beside
+        `contrast_logits`, for kl_divergence, and once more for top_p_size.
 
     Raises:
         AttributeError: a name that is none of these. TypeError: not a tensor. ValueError: shapes,
@@ -192,6 +193,12 @@ def scores(
             raise ValueError(
                 f"contrast_logits must have the shape of logits, {tuple(logits.shape)}: "
                 f"got {tuple(contrast_logits.shape)}"
+            )
+        dtypes = logits.dtype, contrast_logits.dtype
+        if "kl" in needs and dtypes.count(torch.float64) == 1:
+            raise ValueError(
+                "kl_divergence needs logits and contrast_logits both float64 or neither: got "
+                f"{dtypes[0]}, {dtypes[1]}"
             )
         check_same_device("contrast_logits", contrast_logits, "logits", logits)
     if contrast_ids is not None:
@@ -231,8 +238,7 @@ def scores(
 
 def check_names(names: Sequence[str]) -> list[str]:
     """The names, after checking that all are known."""
-    if isinstance(names, str):
-        names = [names]
+    names = [names] if isinstance(names, str) else list(names)
     if not names:
         raise ValueError(f"no score is asked for: wanted some of {', '.join(SCORES)}")
     for name in names:
@@ -245,7 +251,7 @@ def check_options(base: object, impl: object, eps: object) -> None:
     """Raises for what scores cannot be expressed in."""
     check_choice("base", base, BASES)
     check_choice("impl", impl, IMPLS)
-    check_number("eps", eps, 0.0)
+    check_range("eps", eps)
 
 
 def check_noisy(noisy_logps: object, target: Tensor) -> None:
@@ -266,6 +272,29 @@ def token_rows(name: str, ids: Tensor, logits: Tensor) -> Tensor:
     if values_checked(ids):
         check_labels(name, ids, logits.shape[-1])
     return ids
+
+
+def check_ids(
+    name: str, ids: object, vocab_size: int, n_texts: int | None = None, least: int = 1
+) -> None:
+    """Raises unless these are tokens of the vocabulary [B, S], S >= least."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor: got {type(ids).__name__}")
+    integers = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] < least or not integers:
+        raise ValueError(
+            f"{name} must be token ids [B, S], B >= 1, S >= {least}: got {ids.dtype} "
+            f"{tuple(ids.shape)}"
+        )
+    if n_texts is not None and len(ids) != n_texts:
+        raise ValueError(f"{name} must be as many texts as are scored, {n_texts}: got {len(ids)}")
+    if values_checked(ids):
+        check_labels(name, ids, vocab_size, ignore_index=None)
+
+
+def counted(score: Tensor, target: Tensor) -> Tensor:
+    """The scores, 0 of a target that does not count."""
+    return torch.where(target != IGNORED, score, 0)
 
 
 def own_needs(needs: Iterable[str]) -> set[str]:

@@ -9,17 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._check import check_number
 from ..training.hidden_states import same_draws, training_mode
+from .ranges import check_range
 
 
 def check_dropout(model: nn.Module, n_mcd_steps: object, eps: float) -> None:
     """Raises unless there are two runs or more, and something in the model drops."""
-    check_number("eps", eps, 0.0)
-    if type(n_mcd_steps) is not int:
-        raise TypeError(f"n_mcd_steps must be an int: got {type(n_mcd_steps).__name__}")
-    if n_mcd_steps < 2:
-        raise ValueError(f"n_mcd_steps must be 2 or more, for a deviation: got {n_mcd_steps}")
+    check_range("eps", eps)
+    check_range("n_mcd_steps", n_mcd_steps)
     if not any(map(_drops, model.modules())):
         raise ValueError(
             f"no dropout in {type(model).__name__}: Monte Carlo dropout needs layers with a "

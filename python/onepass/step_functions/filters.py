@@ -8,19 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops._check import check_number
+from .ranges import check_range
 
 
 def check_filter(top_k: object, top_p: object, min_tokens_to_keep: object, vocab_size: int) -> None:
     """TypeError or ValueError for what filters nothing sensibly."""
-    check_number("top_p", top_p, 0.0, 1.0)
-    for name, value, low in (("top_k", top_k, 0), ("min_tokens_to_keep", min_tokens_to_keep, 1)):
-        if type(value) is not int:
-            raise TypeError(f"{name} must be an int: got {type(value).__name__}")
-        if not low <= value <= vocab_size:
-            raise ValueError(
-                f"{name} must be between {low} and {vocab_size}, the vocabulary size: got {value}"
-            )
+    check_range("top_p", top_p)
+    check_range("top_k", top_k, vocab_size)
+    check_range("min_tokens_to_keep", min_tokens_to_keep, vocab_size)
 
 
 @torch.no_grad()
@@ -42,7 +37,8 @@ def top_p_count(logits: Tensor, top_p: float) -> Tensor:
 
 
 def _kept_of_ascending(ascending: Tensor, top_p: float, min_tokens_to_keep: int) -> Tensor:
-    kept = ascending.softmax(-1).cumsum(-1).clamp_(max=1) > 1 - top_p  # a sum may round above 1
+    mass = ascending.softmax(-1).cumsum(-1).clamp_(max=1)  # a sum may round above 1
+    kept = ~(mass <= 1 - top_p)  # NaN is kept, to be seen
     kept[..., -min_tokens_to_keep:] = True
     return kept
 
@@ -51,7 +47,7 @@ def _kept_of_ascending(ascending: Tensor, top_p: float, min_tokens_to_keep: int)
 def top_k_kept(logits: Tensor, top_k: int, min_tokens_to_keep: int = 1) -> Tensor:
     """What is not below the k-th largest logit of its row, bool [..., V]."""
     k = max(top_k, min_tokens_to_keep)
-    return logits >= logits.topk(k, dim=-1).values[..., -1:]
+    return ~(logits < logits.topk(k, dim=-1).values[..., -1:])  # NaN is kept, to be seen
 
 
 @torch.no_grad()

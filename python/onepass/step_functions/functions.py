@@ -12,59 +12,62 @@ import torch
 from torch import Tensor, nn
 
 from .args import StepFunctionArgs
-from .contrast import Alignments, Contrast, contrast_of, run_again
-from .core import SCORES, Options, kl_rows, scores
+from .contrast import Alignments, contrast_of, run_again
+from .core import SCORES, Options, counted, kl_rows, scores
 from .dropout import check_dropout, noisy_runs
 from .filters import check_filter
 from .last_row import last_facts, last_logits, last_pair, last_targets
 
-CURRENT = {"base": "e", "power": "2"}
+CURRENT = Options(base="e", power="2")
 
 
-def _of_row(name: str, args: StepFunctionArgs, **options: Any) -> Tensor:
+def of_row(name: str, forward_output: Any, target_ids: Tensor, options: Options) -> Tensor:
+    """A score of the last position's own row, 0 of a target of -100."""
     score = SCORES[name]
-    return score.of(
-        last_facts(args.forward_output, args.target_ids, score.needs), Options(**options)
-    )
+    found = score.of(last_facts(forward_output, target_ids, score.needs), options)
+    return counted(found, last_targets(target_ids, found))
+
+
+def _of_step(name: str, args: StepFunctionArgs, options: Options = CURRENT) -> Tensor:
+    return of_row(name, args.forward_output, args.target_ids, options)
 
 
 def logit_fn(args: StepFunctionArgs) -> Tensor:
     """z_t, the target's logit."""
-    return _of_row("logit", args)
+    return _of_step("logit", args)
 
 
 def probability_fn(args: StepFunctionArgs, logprob: bool = False) -> Tensor:
     """p_t, the target's probability, or its logarithm."""
-    return _of_row("probability", args, logprob=logprob)
+    return _of_step("probability", args, Options(logprob))
 
 
 def entropy_fn(args: StepFunctionArgs) -> Tensor:
     """-sum_v p_v log p_v of the next token, in nats."""
-    return _of_row("entropy", args)
+    return _of_step("entropy", args)
 
 
 def crossentropy_fn(args: StepFunctionArgs) -> Tensor:
     """-log p_t, in nats."""
-    return _of_row("crossentropy", args, **CURRENT)
+    return _of_step("crossentropy", args)
 
 
 def perplexity_fn(args: StepFunctionArgs) -> Tensor:
     """2 to the power of the cross-entropy in nats, p_t ** -log(2)."""
-    return _of_row("perplexity", args, **CURRENT)
+    return _of_step("perplexity", args)
 
 
-def _of_contrast(
-    name: str, args: StepFunctionArgs, contrast: Contrast, logprob: bool = False
-) -> Tensor:
+def _of_contrast(name: str, args: StepFunctionArgs, options: Options, *given: Any) -> Tensor:
+    contrast = contrast_of(args, *given)
     rows = last_logits(args.forward_output)
+    target = last_targets(args.target_ids, rows)
     if contrast.output is args.forward_output:
-        target = last_targets(args.target_ids, rows)
-        ids = last_targets(contrast.target_ids, rows)
+        ids, logprob = last_targets(contrast.target_ids, rows), options.logprob
         return scores(rows, target, [name], contrast_ids=ids, logprob=logprob)[name]
     facts = last_pair(
         name, args.forward_output, args.target_ids, contrast.output, contrast.target_ids
     )
-    return SCORES[name].of(facts, Options(logprob))
+    return counted(SCORES[name].of(facts, options), target)
 
 
 def contrast_logits_fn(
@@ -91,15 +94,11 @@ def contrast_logits_fn(
         ValueError: another batch size, a source for a decoder-only model, no model to run.
         IndexError: a contrastive text that ends before the step.
     """
-    contrast = contrast_of(
-        args,
-        contrast_sources,
-        contrast_targets,
-        contrast_targets_alignments,
-        contrast_force_inputs,
-        skip_special_tokens,
+    return _of_contrast(
+        *("contrast_logits", args, Options()),
+        *(contrast_sources, contrast_targets, contrast_targets_alignments),
+        *(contrast_force_inputs, skip_special_tokens),
     )
-    return _of_contrast("contrast_logits", args, contrast)
 
 
 def contrast_prob_fn(
@@ -114,15 +113,11 @@ def contrast_prob_fn(
     """The probability of the contrast's token in the contrast's context, or its log; arguments
     as of `contrast_logits_fn`.
     """
-    contrast = contrast_of(
-        args,
-        contrast_sources,
-        contrast_targets,
-        contrast_targets_alignments,
-        contrast_force_inputs,
-        skip_special_tokens,
+    return _of_contrast(
+        *("contrast_prob", args, Options(logprob)),
+        *(contrast_sources, contrast_targets, contrast_targets_alignments),
+        *(contrast_force_inputs, skip_special_tokens),
     )
-    return _of_contrast("contrast_prob", args, contrast, logprob)
 
 
 def contrast_logits_diff_fn(
@@ -137,15 +132,11 @@ def contrast_logits_diff_fn(
 
     Source: Yin and Neubig 2202.10419.
     """
-    contrast = contrast_of(
-        args,
-        contrast_sources,
-        contrast_targets,
-        contrast_targets_alignments,
-        contrast_force_inputs,
-        skip_special_tokens,
+    return _of_contrast(
+        *("contrast_logits_diff", args, Options()),
+        *(contrast_sources, contrast_targets, contrast_targets_alignments),
+        *(contrast_force_inputs, skip_special_tokens),
     )
-    return _of_contrast("contrast_logits_diff", args, contrast)
 
 
 def contrast_prob_diff_fn(
@@ -162,15 +153,11 @@ def contrast_prob_diff_fn(
 
     Source: Yin and Neubig 2202.10419.
     """
-    contrast = contrast_of(
-        args,
-        contrast_sources,
-        contrast_targets,
-        contrast_targets_alignments,
-        contrast_force_inputs,
-        skip_special_tokens,
+    return _of_contrast(
+        *("contrast_prob_diff", args, Options(logprob)),
+        *(contrast_sources, contrast_targets, contrast_targets_alignments),
+        *(contrast_force_inputs, skip_special_tokens),
     )
-    return _of_contrast("contrast_prob_diff", args, contrast, logprob)
 
 
 def pcxmi_fn(
@@ -185,15 +172,11 @@ def pcxmi_fn(
 
     Source: Yin et al. 2109.07446.
     """
-    contrast = contrast_of(
-        args,
-        contrast_sources,
-        contrast_targets,
-        contrast_targets_alignments,
-        contrast_force_inputs,
-        skip_special_tokens,
+    return _of_contrast(
+        *("pcxmi", args, Options()),
+        *(contrast_sources, contrast_targets, contrast_targets_alignments),
+        *(contrast_force_inputs, skip_special_tokens),
     )
-    return _of_contrast("pcxmi", args, contrast)
 
 
 def in_context_pvi_fn(
@@ -208,15 +191,11 @@ def in_context_pvi_fn(
 
     Source: Lu et al. 2310.12300.
     """
-    contrast = contrast_of(
-        args,
-        contrast_sources,
-        contrast_targets,
-        contrast_targets_alignments,
-        contrast_force_inputs,
-        skip_special_tokens,
+    return _of_contrast(
+        *("in_context_pvi", args, Options()),
+        *(contrast_sources, contrast_targets, contrast_targets_alignments),
+        *(contrast_force_inputs, skip_special_tokens),
     )
-    return _of_contrast("in_context_pvi", args, contrast)
 
 
 def kl_divergence_fn(
@@ -246,15 +225,12 @@ def kl_divergence_fn(
     filters = (top_k, top_p, min_tokens_to_keep)
     check_filter(*filters, rows.shape[-1])
     contrast = contrast_of(
-        args,
-        contrast_sources,
-        contrast_targets,
-        contrast_targets_alignments,
-        contrast_force_inputs,
-        skip_special_tokens,
+        *(args, contrast_sources, contrast_targets, contrast_targets_alignments),
+        *(contrast_force_inputs, skip_special_tokens),
     )
     others = last_logits(contrast.output).to(rows.device)
-    return kl_rows(rows, others, *filters, None, "auto")
+    found = kl_rows(rows, others, *filters, None, "auto")
+    return counted(found, last_targets(args.target_ids, found))
 
 
 def mc_dropout_prob_avg_fn(
@@ -294,7 +270,8 @@ def mc_dropout_prob_avg_fn(
     grad = args.is_attributed_fn and torch.is_grad_enabled()
     noisy = noisy_runs(model, run, n_mcd_steps, seed, grad)
     facts = own._replace(noisy=noisy)
-    return SCORES["mc_dropout_prob_avg"].of(facts, Options(logprob, eps=eps))
+    found = SCORES["mc_dropout_prob_avg"].of(facts, Options(logprob, eps=eps))
+    return counted(found, last_targets(args.target_ids, found))
 
 
 def top_p_size_fn(args: StepFunctionArgs, top_p: float) -> Tensor:

@@ -69,8 +69,9 @@ def last_facts(forward_output: Any, target_ids: Tensor, needs: Iterable[str]) ->
     made = missing if graph else set(OWN)
     found = row_facts(rows, target, made, "auto")
     facts = facts._replace(**{fact: getattr(found, fact) for fact in made})
-    with contextlib.suppress(AttributeError, TypeError):  # an output that takes no attribute
-        setattr(forward_output, KEPT_UNDER, Kept(logits, target_ids, state, facts))
+    if state is not None:
+        with contextlib.suppress(AttributeError, TypeError):  # an output that takes no attribute
+            setattr(forward_output, KEPT_UNDER, Kept(logits, target_ids, state, facts))
     return facts
 
 
@@ -85,7 +86,10 @@ def last_pair(
     return against(own, Facts(*(None if f is None else f.to(device) for f in theirs)))
 
 
-def state_of(*tensors: Tensor) -> tuple[Any, ...]:
-    """What has to be as it was: gradients on or off, and nothing written to."""
+def state_of(*tensors: Tensor) -> tuple[Any, ...] | None:
+    """What has to be as it was: gradients on or off, and nothing written to. None where a tensor of
+    inference mode, which counts no writes, cannot say so."""
+    if any(t.is_inference() for t in tensors):
+        return None
     grad = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    return (*grad, *(None if t.is_inference() else t._version for t in tensors))
+    return (*grad, *(t._version for t in tensors))

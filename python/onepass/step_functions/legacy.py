@@ -16,30 +16,26 @@ from torch import Tensor, nn
 from . import registry
 from .args import StepFunctionDecoderOnlyArgs, StepFunctionEncoderDecoderArgs
 from .contrast import embedded, run_again
-from .core import SCORES, Options
+from .core import SCORES, Options, check_ids, counted
 from .dropout import check_dropout, noisy_runs
-from .last_row import last_facts, last_pair
+from .functions import of_row
+from .last_row import last_facts, last_pair, last_targets
 
 LEGACY = Options(base="2", power="2")
-
-
-def _of_row(name: str, forward_output: Any, target_ids: Tensor) -> Tensor:
-    score = SCORES[name]
-    return score.of(last_facts(forward_output, target_ids, score.needs), LEGACY)
 
 
 def logit_fn(
     attribution_model: Any, forward_output: Any, target_ids: Tensor, **kwargs: Any
 ) -> Tensor:
     """z_t, the target's logit, [B]."""
-    return _of_row("logit", forward_output, target_ids)
+    return of_row("logit", forward_output, target_ids, LEGACY)
 
 
 def probability_fn(
     attribution_model: Any, forward_output: Any, target_ids: Tensor, **kwargs: Any
 ) -> Tensor:
     """p_t, the target's probability, [B]."""
-    return _of_row("probability", forward_output, target_ids)
+    return of_row("probability", forward_output, target_ids, LEGACY)
 
 
 def entropy_fn(
@@ -49,21 +45,21 @@ def entropy_fn(
     if target_ids is None:
         logits = forward_output.logits
         target_ids = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-    return _of_row("entropy", forward_output, target_ids)
+    return of_row("entropy", forward_output, target_ids, LEGACY)
 
 
 def crossentropy_fn(
     attribution_model: Any, forward_output: Any, target_ids: Tensor, **kwargs: Any
 ) -> Tensor:
     """-log2 p_t, in bits, [B]."""
-    return _of_row("crossentropy", forward_output, target_ids)
+    return of_row("crossentropy", forward_output, target_ids, LEGACY)
 
 
 def perplexity_fn(
     attribution_model: Any, forward_output: Any, target_ids: Tensor, **kwargs: Any
 ) -> Tensor:
     """2 to the power of the cross-entropy in bits, 1 / p_t, [B]."""
-    return _of_row("perplexity", forward_output, target_ids)
+    return of_row("perplexity", forward_output, target_ids, LEGACY)
 
 
 def contrast_prob_diff_fn(
@@ -97,11 +93,8 @@ def contrast_prob_diff_fn(
             raise ValueError(f"contrast_prob_diff needs {name}: got None")
     assert decoder_input_ids is not None and target_ids is not None and contrast_ids is not None
     at = decoder_input_ids.shape[1]
-    if len(contrast_ids) != len(decoder_input_ids):
-        raise ValueError(
-            f"contrast_ids must be as many texts as are scored, {len(decoder_input_ids)}: got "
-            f"{len(contrast_ids)}"
-        )
+    vocab_size = forward_output.logits.shape[-1]
+    check_ids("contrast_ids", contrast_ids, vocab_size, len(decoder_input_ids))
     if contrast_ids.shape[1] <= at:
         raise IndexError(
             f"contrast_ids end after {contrast_ids.shape[1]} tokens: wanted one at position {at}"
@@ -113,7 +106,8 @@ def contrast_prob_diff_fn(
     output = _run(attribution_model, forward_output, target_ids, (ids, None, mask), source)
     name = "contrast_prob_diff"
     facts = last_pair(name, forward_output, target_ids, output, contrast_ids[:, at])
-    return SCORES[name].of(facts, LEGACY)
+    found = SCORES[name].of(facts, LEGACY)
+    return counted(found, last_targets(target_ids, found))
 
 
 def mc_dropout_prob_avg_fn(
@@ -163,7 +157,8 @@ def mc_dropout_prob_avg_fn(
     grad = bool(kwargs.get("is_attributed_fn")) and torch.is_grad_enabled()
     noisy = noisy_runs(aux_model, run, n_mcd_steps, seed, grad)
     facts = own._replace(noisy=noisy)
-    return SCORES["mc_dropout_prob_avg"].of(facts, LEGACY._replace(eps=eps))
+    found = SCORES["mc_dropout_prob_avg"].of(facts, LEGACY._replace(eps=eps))
+    return counted(found, last_targets(target_ids, found))
 
 
 def register_step_function(

@@ -76,10 +76,12 @@ def register_step_function(
         overwrite: put it in the place of another of that name.
 
     Raises:
-        ValueError: the name is taken. TypeError: not a function.
+        ValueError: the name is taken. TypeError: not a function, or not a name.
     """
     if not callable(fn):
         raise TypeError(f"fn must be callable: got {type(fn).__name__}")
+    if not isinstance(identifier, str):
+        raise TypeError(f"identifier must be a string: got {identifier!r}")
     if identifier in STEP_SCORES_MAP:
         if not overwrite:
             raise ValueError(f"{identifier!r} is a step function: overwrite=True replaces it")

@@ -3,7 +3,6 @@ had said it, and no logits [B, S, V] are made."""
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._check import IGNORED, check_labels, check_weights, values_checked
+from ..ops._check import IGNORED, check_weights
 from ..training.hidden_states import (
     check_language_model,
     lazy_within,
@@ -20,12 +19,12 @@ from ..training.hidden_states import (
     without_adapter,
 )
 from .contrast import aligned_position
-from .core import PAIRED, SCORES, check_names, check_options
+from .core import PAIRED, SCORES, check_ids, check_options
 from .core import scores as scores_of_rows
 from .dropout import check_dropout, noisy_runs
 from .filters import check_filter
 from .on_rows import is_own, row_function, score_of_rows
-from .registry import check_is_step_function
+from .registry import STEP_SCORES_MAP, check_is_step_function
 
 # Of 512 tokens, 50257 logits and 64 hidden features 10 MB at the peak in 199 ms, where whole logits
 # are 98 MB; slabs of 8 MB take 23 MB and 165 ms, of 64 MB 64 MB and 133 ms (one thread).
@@ -89,12 +88,18 @@ def step_scores(
         that is too short. TypeError: not a model.
     """
     asked = dict.fromkeys([scores] if isinstance(scores, str) else scores)
+    if not asked:
+        raise ValueError(f"no score is asked for: wanted some of {', '.join(STEP_SCORES_MAP)}")
     for name in asked:
         check_is_step_function(name)
     names = [name for name in asked if is_own(name)]
-    if not asked:
-        check_names(names)
     check_language_model(model)
+    for mask_name, mask, ids in (
+        ("contrast_attention_mask", contrast_attention_mask, contrast_ids),
+        ("contrast_source_mask", contrast_source_mask, contrast_source_ids),
+    ):
+        if mask is not None and ids is None:
+            raise ValueError(f"{mask_name}: pass the ids that it is of, too")
     text = _text(model, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
     needs = {fact for name in names for fact in SCORES[name].needs}
     paired = [name for name in names if PAIRED & set(SCORES[name].needs)]
@@ -104,7 +109,7 @@ def step_scores(
             raise ValueError(f"{paired[0]} needs contrast_ids: got None")
         contrast = text.contrast(
             *(contrast_ids, contrast_attention_mask, contrast_source_ids, contrast_source_mask),
-            contrast_targets_alignments,
+            *(contrast_targets_alignments, model),
         )
         if same_context and (contrast_source_ids is not None or "kl" in needs):
             what = "kl_divergence" if "kl" in needs else "contrast_source_ids"
@@ -171,6 +176,7 @@ class Text:
         source_ids: Tensor | None,
         source_mask: Tensor | None,
         alignments: Any,
+        model: nn.Module,
     ) -> Text:
         """The text that this one is compared with."""
         if source_ids is not None and self.source is None:
@@ -179,7 +185,7 @@ class Text:
         positions = [aligned_position(at, alignments) for at in range(1, length)]
         if ids is None:
             ids, mask = self.ids, self.mask
-        _check_ids("contrast_ids", ids, mask, n_texts)
+        _check_text("contrast_ids", ids, mask, _vocab_size(model), n_texts)
         if min(positions) < 1 or max(positions) >= ids.shape[1]:
             raise IndexError(
                 f"contrast_ids have {ids.shape[1]} tokens: wanted one before and at each of the "
@@ -187,13 +193,14 @@ class Text:
             )
         source = self.source
         if source_ids is not None:
-            _check_ids("contrast_source_ids", source_ids, source_mask, n_texts, least=1)
+            size = _vocab_size(model, "input")
+            _check_text("contrast_source_ids", source_ids, source_mask, size, n_texts, least=1)
             source = source_ids, _whole(source_mask)
         return Text(ids, _whole(mask), source, torch.tensor(positions, device=ids.device))
 
     def check(self, model: nn.Module) -> None:
-        """Raises where the text has more tokens than the model takes, tokens that it has not, or
-        padding within, which some models count as positions and others do not."""
+        """Raises where the text has more tokens than the model takes, or padding within, which some
+        models count as positions and others do not."""
         if self.mask is not None:
             parts = (self.mask.diff(dim=1, prepend=torch.zeros_like(self.mask[:, :1])) == 1).sum(1)
             if bool((parts > 1).any()):
@@ -209,9 +216,6 @@ class Text:
                 f"a text has {self.ids.shape[1]} tokens, more than the {positions} that the model"
                 " takes: cut it"
             )
-        for ids in (self.ids, *([] if self.source is None else self.source[:1])):
-            if values_checked(ids):
-                check_labels("token ids", ids, _vocab_size(model))
 
     def labels(self) -> Tensor:
         """The tokens that are scored [B, S - 1]; -100 where they or those before are padding."""
@@ -222,15 +226,18 @@ class Text:
 
     def rows(self, model: nn.Module) -> Tensor:
         """The logits [B, S - 1, V] that predict them."""
-        given: dict[str, Any] = {"input_ids": self.ids, "attention_mask": self.mask}
+        ids, mask, moved = _at_the_left(self.ids, self.mask)
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if self.source is not None:
             given = {f"decoder_{name}": value for name, value in given.items()}
-            given |= {"input_ids": self.source[0], "attention_mask": self.source[1]}
-        elif self.mask is not None and bool((self.mask[:, 0] == 0).any()):
-            if "position_ids" in inspect.signature(without_adapter(model).forward).parameters:
-                # padding on the left moves no token
-                given["position_ids"] = (self.mask.cumsum(-1) - 1).clamp_min(0)
-        return self._at(model(**given, use_cache=False).logits, -1)
+            source, source_mask, _ = _at_the_left(*self.source)
+            given |= {"input_ids": source, "attention_mask": source_mask}
+        logits: Tensor = model(**given, use_cache=False).logits
+        if moved is None:
+            return self._at(logits, -1)
+        n_texts, length = ids.shape
+        places = self._at(torch.arange(length, device=ids.device)[None], -1) - moved
+        return logits[torch.arange(n_texts, device=ids.device)[:, None], places % length]
 
     def _at(self, tensor: Tensor, shift: int) -> Tensor:
         """What stands at the scored positions, or before them."""
@@ -246,16 +253,21 @@ def _text(
     decoder_input_ids: Tensor | None,
     decoder_attention_mask: Tensor | None,
 ) -> Text:
-    config = getattr(without_adapter(model), "config", None)
+    config, size = getattr(without_adapter(model), "config", None), _vocab_size(model)
     if not getattr(config, "is_encoder_decoder", False):
         if decoder_input_ids is not None:
             raise ValueError("decoder_input_ids are for encoder-decoder models: pass input_ids")
-        _check_ids("input_ids", input_ids, attention_mask)
+        if decoder_attention_mask is not None:
+            raise ValueError(
+                "decoder_attention_mask is for encoder-decoder models: pass attention_mask"
+            )
+        _check_text("input_ids", input_ids, attention_mask, size)
         return Text(input_ids, _whole(attention_mask))
     if decoder_input_ids is None:
         raise ValueError("an encoder-decoder model needs decoder_input_ids, the text: got None")
-    _check_ids("decoder_input_ids", decoder_input_ids, decoder_attention_mask)
-    _check_ids("input_ids", input_ids, attention_mask, len(decoder_input_ids), least=1)
+    _check_text("decoder_input_ids", decoder_input_ids, decoder_attention_mask, size)
+    size, n_texts = _vocab_size(model, "input"), len(decoder_input_ids)
+    _check_text("input_ids", input_ids, attention_mask, size, n_texts, least=1)
     source = input_ids, _whole(attention_mask)
     return Text(decoder_input_ids, _whole(decoder_attention_mask), source)
 
@@ -265,25 +277,30 @@ def _whole(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else (mask != 0).long()
 
 
-def _vocab_size(model: nn.Module) -> int:
-    """The rows of the output head; where they cannot be asked for, `scores` finds out."""
-    find = getattr(without_adapter(model), "get_output_embeddings", lambda: None)
+def _at_the_left(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Ids and mask with padding behind each text, for the models that count positions from the left
+    edge whatever the mask; and by how much each was moved [B, 1], None where none was."""
+    if mask is None or bool(mask[:, 0].all()):
+        return ids, mask, None
+    moved, length = mask.argmax(1, keepdim=True), ids.shape[1]
+    order = (torch.arange(length, device=ids.device) + moved) % length
+    return ids.gather(1, order), mask.gather(1, order), moved
+
+
+def _vocab_size(model: nn.Module, side: str = "output") -> int:
+    """The rows of the output head, or of the embedding of an encoder's tokens; where they cannot be
+    asked for, `scores` or the model finds out."""
+    find = getattr(without_adapter(model), f"get_{side}_embeddings", lambda: None)
     return len(getattr(find(), "weight", range(sys.maxsize)))
 
 
-def _check_ids(
-    name: str, ids: object, mask: object, n_texts: int | None = None, least: int = 2
+def _check_text(
+    name: str,
+    ids: Tensor,
+    mask: Tensor | None,
+    vocab_size: int,
+    n_texts: int | None = None,
+    least: int = 2,
 ) -> None:
-    """Raises unless these are ids [B, S] and a mask of their shape, or none."""
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor: got {type(ids).__name__}")
-    if ids.dim() != 2 or ids.shape[1] < least or ids.is_floating_point():
-        raise ValueError(
-            f"{name} must be token ids [B, S], S >= {least}: got {ids.dtype} {tuple(ids.shape)}"
-        )
-    if n_texts is not None and len(ids) != n_texts:
-        raise ValueError(
-            f"{name} must be of {n_texts} texts, as many as are scored: got {len(ids)}"
-        )
-    if mask is not None:
-        check_weights(f"the mask of {name}", mask, ids.shape)
+    check_ids(name, ids, vocab_size, n_texts, least)
+    check_weights(f"the mask of {name}", mask, ids.shape)
