@@ -46,7 +46,9 @@ def get_bag_of_words_indices(
     words = [read_words(name) for name in names]
     bags = [[_encoded(word, tokenizer) for word in bag] for bag in words]
     if not any(map(_n_counting, bags)):
-        own = {bag: _n_counting(_encoded(w, tokenizer) for w in read_words(bag)) for bag in bag_names()}
+        own = {
+            bag: _n_counting(_encoded(w, tokenizer) for w in read_words(bag)) for bag in bag_names()
+        }
         most = max(own, key=own.__getitem__)
         mend = f"; {most} has {own[most]}" if own[most] else ""
         raise ValueError(
@@ -122,7 +124,9 @@ def _tell_dropped(name: str, words: Sequence[str], ids: Sequence[Sequence[int]])
         logger.warning("bag of words %s is empty", name)
     elif dropped:
         few = 0 < len(kept) < len(dropped)
-        named, told = (kept, "one token and count") if few else (dropped, "not one token and do not count")
+        named, told = (
+            (kept, "one token and count") if few else (dropped, "not one token and do not count")
+        )
         more = f", ... ({len(named) - MAX_TOLD} more)" if len(named) > MAX_TOLD else ""
         logger.warning(
             "bag of words %s: %d of %d words are %s: %s%s",

@@ -78,7 +78,9 @@ class SteerFlags:
 
     bag_of_words: str | None = flag(None, 'also -B: names or files, "a;b"', metavar="NAME")
     discrim: str | None = flag(None, "also -D: head's folder, file, name", metavar="NAME")
-    class_label: str | None = flag(None, "a class by name, else number; -1: default", metavar="NAME")
+    class_label: str | None = flag(
+        None, "a class by name, else number; -1: default", metavar="NAME"
+    )
     discrim_weights: str | None = flag(None, "file of a known or generic head", metavar="FILE")
     discrim_meta: str | None = flag(None, "its metadata, JSON", metavar="FILE")
     variant: str = flag("uber", "or PPLM.jl's", choices=list(VARIANTS))
