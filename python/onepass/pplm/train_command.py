@@ -251,7 +251,8 @@ def read_rows(path: str, data: DataFlags, flag: str) -> Rows:
         raise UsageError(f"{flag}: {one_line(error, 1000)}") from error
     once = list(dict.fromkeys(found))
     if len(once) < len(found):
-        tell(f"{flag}: {len(found) - len(once)} rows came before: each is used once")
+        n = len(found) - len(once)
+        tell(f"{flag}: {n} row{'s' * (n > 1)} came before: each is used once")
     return Rows([text for text, _ in once], [label for _, label in once])
 
 
