@@ -132,6 +132,11 @@ def test_words_that_do_not_count_are_named(
     for nothing in (empty, long):
         with pytest.raises(ValueError, match="leaves nothing to steer to"):
             bags.get_bag_of_words_indices([nothing], gpt2)
+    caplog.clear()
+    few = bag_file(tmp_path, WORDS[0], "armada1", "armada2", name="few.txt")
+    bags.get_bag_of_words_indices([few], gpt2)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"bag of words {few}: 1 of 3 words are one token and count: {WORDS[0]}"
 
 
 def test_what_is_no_bag(gpt2: Any, tmp_path: Path) -> None:

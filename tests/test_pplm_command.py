@@ -197,6 +197,8 @@ def test_bags_and_head_together(files, capsys):
 def test_variants_of_pplm_jl(files, capsys, variant):
     facts = facts_of(capsys, *asked(files, *bag(files), "--variant", variant, "--stepsize", "0.1"))
     how: Any = {"perturb": variant, "stepsize": 0.1, "top_k": 1, "max_length": 6}
+    if variant == "probs":  # whose KL moves every token by Adam's whole step
+        how["fusion_kl_scale"] = 0.0
     args = PPLM.pplm(bow_list=str(files / "war.txt"), **how)
     text = PPLM.sample_pplm(
         args, tokenizer=tiny_pplm.tokenizer(), model=tiny_pplm.model(), prompt="<s> the w1 w2",
@@ -363,6 +365,48 @@ def test_without_a_model_a_small_one_is_made_once(tmp_path, monkeypatch, capsys)
     assert main(["generate", "pplm", "--output_dir", str(other)]) == 2
     assert "of another model than the small one" in capsys.readouterr().err
     assert len(calls) == 1
+
+
+def test_a_length_is_what_the_model_has_positions_for(files, capsys):
+    model = [
+        "--model",
+        str(files / "model"),
+        "--prompt",
+        "the w1 w2",
+        "--device",
+        "cpu",
+        *bag(files),
+    ]
+    assert main(["generate", "pplm", *model, "--json"]) == 0
+    out, err = capsys.readouterr()
+    (text,) = json.loads(out)["texts"][0]["steered"]
+    places = tiny_pplm.model().config.max_position_embeddings
+    assert len(text["ids"]) == places - 4 + 1  # the last needs no place; <s> the w1 w2
+    assert f"--length {places - 3}: the model has {places} positions" in err
+    assert main(["generate", "pplm", *model, "--length", "5000"]) == 2
+    assert f"at most --length {places - 3}" in capsys.readouterr().err
+
+
+def test_short_flags_in_every_spelling(files, capsys):
+    words = files / "war.txt"
+    wanted = facts_of(capsys, *asked(files, "-B", str(words)))["texts"]
+    for spelling in (f"-B{words}", f"-B={words}", f"--bag_of_words={words}"):
+        assert facts_of(capsys, *asked(files, spelling))["texts"] == wanted
+
+
+def test_a_head_is_pooled_as_it_was_trained(files, tmp_path, capsys):
+    own = META | {"pool": "mean", "pretrained_model": str(files / "model")}
+    PPLM.save_discriminator(tiny_pplm.head(3), path=tmp_path, file_name="h.safetensors", args=own)
+    flags = asked(files, "-D", str(tmp_path / "h.safetensors"), "--variant", "hidden")
+    assert facts_of(capsys, *flags)["settings"]["pool"] == "mean"
+    assert facts_of(capsys, *flags, "--pool", "sum")["settings"]["pool"] == "sum"
+
+
+def test_what_steered_nothing_is_told(files, capsys):
+    assert main(asked(files, *bag(files), "--stepsize", "1e-9")) == 0
+    assert "steering changed no token: raise --stepsize" in capsys.readouterr().err
+    assert main(asked(files, *bag(files), "--stepsize", "0.5")) == 0
+    assert "changed no token" not in capsys.readouterr().err
 
 
 def test_the_default_writes_code_where_the_model_alone_does_not(tmp_path):

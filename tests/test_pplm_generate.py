@@ -410,6 +410,17 @@ def test_a_past_that_is_given() -> None:
         generate_text_pplm(model, tokenizer, prompt(), past=walk.past, **how)
 
 
+def test_what_changes_nothing_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = setting()
+    (tmp_path / "bag.txt").write_text("\n".join(WORDS), "utf-8")
+    full_text_generation(
+        model, tokenizer, prompt(), 2, bag_of_words=str(tmp_path / "bag.txt"), length=1, step_size=5
+    )
+    told = [record.getMessage() for record in caplog.records]
+    assert "full_text_generation does not know step_size: not used" in told
+    assert "without sample=True all 2 steered texts are the same" in told
+
+
 def test_full_text_generation(tmp_path: Path) -> None:
     model, tokenizer = setting()
     (tmp_path / "bag.txt").write_text("\n".join(WORDS), "utf-8")

@@ -228,7 +228,7 @@ def test_files_of_each_kind_are_the_same_rows(
     asked = train_command.DataFlags(text_column="body", label_column="kind")
     found = train_command.read_rows(str(path), asked, "--data")
     assert found == ([r["text"] for r in own], [r["label"] for r in own])
-    assert "1 rows came before" in capsys.readouterr().err
+    assert "1 row came before" in capsys.readouterr().err
 
 
 def test_json_val_and_one_logit(

@@ -7,13 +7,13 @@ in a bag counts twice.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .names import read_words, split_names
+from .names import bag_names, read_words, split_names
 
 logger = logging.getLogger("onepass")
 MAX_TOLD = 12  # words named in a warning
@@ -43,16 +43,20 @@ def get_bag_of_words_indices(
         FileNotFoundError, ValueError: see `read_words`; no bag has a word of one token.
     """
     names = split_names(bag_of_words_ids_or_paths)
-    bags = []
-    for name in names:
-        words = read_words(name)
-        bags.append([_encoded(word, tokenizer) for word in words])
-        _tell_dropped(name, words, bags[-1])
-    if not any(len(word) == 1 for bag in bags for word in bag):
+    words = [read_words(name) for name in names]
+    bags = [[_encoded(word, tokenizer) for word in bag] for bag in words]
+    if not any(map(_n_counting, bags)):
+        own = {
+            bag: _n_counting(_encoded(w, tokenizer) for w in read_words(bag)) for bag in bag_names()
+        }
+        most = max(own, key=own.__getitem__)
+        mend = f"; {most} has {own[most]}" if own[most] else ""
         raise ValueError(
             f"bag of words {', '.join(names)}: no word is one token of this tokenizer, which leaves"
-            " nothing to steer to; wanted shorter or more common words"
+            f" nothing to steer to: wanted shorter or more common words{mend}"
         )
+    for name, of_bag, ids in zip(names, words, bags, strict=True):
+        _tell_dropped(name, of_bag, ids)
     return bags
 
 
@@ -106,14 +110,25 @@ def _encoded(word: str, tokenizer: Any) -> list[int]:
     return [] if found == [tokenizer.unk_token_id] else found
 
 
+def _n_counting(bag: Iterable[Sequence[int]]) -> int:
+    return sum(len(word) == 1 for word in bag)
+
+
 def _tell_dropped(name: str, words: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
-    """A warning that names the words that do not count."""
-    dropped = [word for word, word_ids in zip(words, ids, strict=True) if len(word_ids) != 1]
+    """A warning that names the words that do not count, or those that do where they are few."""
+    parts: tuple[list[str], list[str]] = ([], [])
+    for word, word_ids in zip(words, ids, strict=True):
+        parts[len(word_ids) == 1].append(word)
+    dropped, kept = parts
     if not words:
         logger.warning("bag of words %s is empty", name)
     elif dropped:
-        more = f", ... ({len(dropped) - MAX_TOLD} more)" if len(dropped) > MAX_TOLD else ""
+        few = 0 < len(kept) < len(dropped)
+        named, told = (
+            (kept, "one token and count") if few else (dropped, "not one token and do not count")
+        )
+        more = f", ... ({len(named) - MAX_TOLD} more)" if len(named) > MAX_TOLD else ""
         logger.warning(
-            "bag of words %s: %d of %d words are not one token and do not count: %s%s",
-            *(name, len(dropped), len(words), ", ".join(dropped[:MAX_TOLD]), more),
+            "bag of words %s: %d of %d words are %s: %s%s",
+            *(name, len(named), len(words), told, ", ".join(named[:MAX_TOLD]), more),
         )

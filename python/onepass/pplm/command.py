@@ -42,7 +42,7 @@ SPELT = {
     "--pretrained_model": "--model_name_or_path",
     "-o": "--output",
 }
-VARIANTS = ("uber", "hidden", "past", "probs")
+VARIANTS, POOLS = ("uber", "hidden", "past", "probs"), ("sum", "mean")
 # PPLM.jl's defaults, where its variants are asked for, and what they do not know.
 JL: dict[str, Any] = {"stepsize": 0.01, "num_iterations": 2, "top_k": 50, "temperature": 1.1}
 UBER = ("grad_length", "horizon_length", "window_length", "window_side", "decay", "gamma")
@@ -62,7 +62,7 @@ class TextFlags:
     )
     prompts: str | None = flag(None, "several: json, jsonl, txt", metavar="FILE")
     uncond: bool = flag(False, "begin with the BOS token alone")
-    length: int = flag(100, "new tokens")
+    length: int = flag(100, "new tokens, or as many as the model takes")
     num_samples: int = flag(1, "texts of each prompt")
     sample: bool = flag(False, "draw tokens (default: the likeliest)")
     temperature: float = flag(1.0, "of the steered model's logits")
@@ -78,7 +78,9 @@ class SteerFlags:
 
     bag_of_words: str | None = flag(None, 'also -B: names or files, "a;b"', metavar="NAME")
     discrim: str | None = flag(None, "also -D: head's folder, file, name", metavar="NAME")
-    class_label: str | None = flag(None, "the head's class: a name or number", metavar="NAME")
+    class_label: str | None = flag(
+        None, "a class by name, else number; -1: default", metavar="NAME"
+    )
     discrim_weights: str | None = flag(None, "file of a known or generic head", metavar="FILE")
     discrim_meta: str | None = flag(None, "its metadata, JSON", metavar="FILE")
     variant: str = flag("uber", "or PPLM.jl's", choices=list(VARIANTS))
@@ -92,7 +94,9 @@ class SteerFlags:
     window_length: int = flag(0, "positions that move; 0: all")
     window_side: str = flag("first", "of the window", choices=["first", "last"])
     decay: bool = flag(False, "smaller steps on older positions")
-    pool: str = flag("sum", "PPLM.jl's, over tokens", choices=["sum", "mean"], advanced=True)
+    pool: str = flag(
+        "sum", "PPLM.jl's, over tokens (default: the head's)", choices=list(POOLS), advanced=True
+    )
 
 
 @dataclass
@@ -138,10 +142,19 @@ def run_tokens(tokens: Sequence[str]) -> int:
     if name not in METHODS:
         raise unknown("method", name, METHODS, prog=PROGRAM)
     try:
-        return run(f"{PROGRAM} {name}", [SPELT.get(token, token) for token in rest])
+        return run(f"{PROGRAM} {name}", [spelt(token) for token in rest])
     except UsageError as error:
         error.prog = f"{PROGRAM} {name}"
         raise
+
+
+def spelt(token: str) -> str:
+    """The flag's own name in the place of a short or another one: -B x, -B=x, -Bx."""
+    for short, name in SPELT.items():
+        rest = token.removeprefix(short)
+        if rest != token and (not rest or rest[0] == "=" or len(short) == 2):
+            return f"{name}={rest.removeprefix('=')}" if rest else name
+    return token
 
 
 def run(prog: str, tokens: Sequence[str]) -> int:
@@ -185,7 +198,8 @@ def check(flags: Flags) -> list[str]:
     if own.adapter is not None:
         find_adapter(own.adapter)
     if steer.variant != "uber":
-        flags.prefer(JL)
+        # Adam makes a whole step of the KL's least gradient, which every token has.
+        flags.prefer(JL | ({"kl_scale": 0.0} if steer.variant == "probs" else {}))
         for name in UBER:
             if name in flags.given:
                 raise UsageError(f"--{name}: is of --variant uber, got {steer.variant}")
@@ -375,11 +389,14 @@ def write_texts(flags: Flags, prompts: list[str], head: Head | None, device: Any
             bags = tuple(bag for bag in found if len(bag.ids))
         module = None if head is None else head.module.to(device).eval()
         goal = Goal(bags, module, 0 if head is None else head.label)
+        if head is not None and head.meta.get("pool") in POOLS and "pool" not in flags.given:
+            steer.pool = head.meta["pool"]
         check_goal(goal, model)
         prompts = prompts or [text.prompt or PROMPT]
         rows = begun(tokenizer, prompts)
     except ValueError as error:
         raise UsageError(one_line(error, 1000)) from error
+    fit_length(flags, model, max(map(len, rows)), head is not None)
     if text.num_samples > 1 and not text.sample:
         tell(f"without --sample the {text.num_samples} texts of a prompt are one")
         text.num_samples = 1
@@ -393,6 +410,8 @@ def write_texts(flags: Flags, prompts: list[str], head: Head | None, device: Any
         raise UsageError(one_line(error, 1000)) from error
     except torch.cuda.OutOfMemoryError as error:
         raise Failed(f"out of memory: {len(every)} texts at once, wanted fewer") from error
+    if all(before.new == after.new for before, after in zip(*texts, strict=True)):
+        tell("steering changed no token: raise --stepsize")
     n = text.num_samples
     entries = [
         {
@@ -420,6 +439,29 @@ def write_texts(flags: Flags, prompts: list[str], head: Head | None, device: Any
     }
 
 
+def fit_length(flags: Flags, model: Any, n_tokens: int, with_head: bool) -> None:
+    """A default --length that the model has no positions for becomes what it has.
+
+    Raises:
+        UsageError: one that was given.
+    """
+    from .forward import places_of
+
+    text, steer = flags[TextFlags], flags[SteerFlags]
+    limit = places_of(model)
+    ahead = steer.horizon_length if with_head and steer.variant == "uber" else 0
+    most = text.length if limit is None else limit - n_tokens + 1 - ahead
+    if text.length <= most:
+        return
+    if "length" in flags.given or most < 1:
+        raise UsageError(
+            f"--length: got {text.length} after {n_tokens} tokens, the model has {limit} positions",
+            hint=f"at most --length {most}" if most > 0 else "wanted a shorter prompt",
+        )
+    tell(f"--length {most}: the model has {limit} positions")
+    text.length = most
+
+
 def begun(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     """Tokens of each prompt after the BOS token, where the tokenizer has one."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -427,8 +469,11 @@ def begun(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     for prompt in prompts:
         row = start + tokenizer.encode(prompt, add_special_tokens=False)
         if not row:
-            lacks = "has no BOS token to begin with" if not prompt else f"has none for {prompt!r}"
-            raise ValueError(f"--prompt: no token: the tokenizer {lacks}")
+            if not prompt:
+                raise ValueError(
+                    "--uncond: the tokenizer has no BOS token to begin with: wanted --prompt"
+                )
+            raise ValueError(f"--prompt: no token: the tokenizer has none for {prompt!r}")
         rows.append(row)
     return rows
 

@@ -156,7 +156,7 @@ def full_text_generation(
         num_samples: perturbed texts; they are one batch, each steered as if it were alone.
         bag_of_words: names of bags or files, "a;b" or a list.
         discrim, class_label, discrim_weights, discrim_meta: see `get_classifier`.
-        kwargs: taken and not used, as upstream.
+        kwargs: taken and not used, as upstream; a warning names them.
         The others are those of `generate_text_pplm`; the unperturbed text has top_k 10 and
         temperature 1 whatever they are, as upstream.
 
@@ -166,6 +166,10 @@ def full_text_generation(
         ValueError: neither bag nor discriminator. FileNotFoundError: one that is not there.
     """
     check_count("num_samples", num_samples, 1)
+    if kwargs:
+        logger.warning("full_text_generation does not know %s: not used", ", ".join(kwargs))
+    if num_samples > 1 and not sample:
+        logger.warning("without sample=True all %d steered texts are the same", num_samples)
     how = Steps(
         stepsize, num_iterations, horizon_length, window_length, decay, gamma, kl_scale, window_side
     )

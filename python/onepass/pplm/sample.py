@@ -51,8 +51,7 @@ def sample_pplm(
         plain cache, a head or bag that does not fit it.
     """
     if tokenizer is None or model is None:
-        medium = args.embed_size == 1024 or args.discrim in ("sentiment", "clickbait")
-        tokenizer, model = _gpt2("gpt2-medium" if medium else "gpt2")
+        tokenizer, model = _gpt2("gpt2-medium" if args.embed_size == 1024 else "gpt2")
     if args.cuda is not None and args.cuda[0]:
         model.to(torch.device("cuda", args.cuda[1]))
     pick = _sampler(sample_method, args.top_k, args.top_p)

@@ -44,7 +44,7 @@ class pplm:
         fusion_kl_scale: weight of KL(unperturbed || perturbed), nats (the opposite direction of
             `perturb_past`'s).
         cuda: (True, n) lets `sample_pplm` move the model to that GPU; None leaves it where it is.
-        embed_size, window_length, gamma: taken and not used, as upstream.
+        embed_size: becomes the head's. window_length, gamma: taken and not used, as upstream.
         pool: what the head sees of the hidden states of all positions: their "sum" (upstream's,
             whose heads are trained on a mean) or "mean".
         seed_compat_offset: `perturb_past_*` take the KL to the `original_probs` they are given,
@@ -125,6 +125,7 @@ class pplm:
             head, meta = head_of(self.discrim), getattr(self.discrim, "metadata", {})
         found = {"class_size": head.class_size} | (meta or {})
         self._set("target_class_id", label_id(found, self.target_class_id, "target_class_id"))
+        self._set("embed_size", head.embed_size)
         return head
 
     def goal(self, method: str, model: nn.Module | None, tokenizer: Any = None) -> Goal:

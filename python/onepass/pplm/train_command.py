@@ -251,7 +251,8 @@ def read_rows(path: str, data: DataFlags, flag: str) -> Rows:
         raise UsageError(f"{flag}: {one_line(error, 1000)}") from error
     once = list(dict.fromkeys(found))
     if len(once) < len(found):
-        tell(f"{flag}: {len(found) - len(once)} rows came before: each is used once")
+        n = len(found) - len(once)
+        tell(f"{flag}: {n} row{'s' * (n > 1)} came before: each is used once")
     return Rows([text for text, _ in once], [label for _, label in once])
 
 
@@ -479,7 +480,10 @@ def tell_result(facts: dict[str, Any]) -> None:
         facts["held_out_accuracy"] is not None
         and facts["held_out_accuracy"] <= facts["largest_class"]
     ):
-        tell("no better than always naming the largest class: such a head steers nothing")
+        tell(
+            "no better than always naming the largest class, such a head steers nothing: try"
+            " --learning_rate 1e-2 and more --epochs (with --overwrite), or more texts"
+        )
 
 
 def _shortened(words: Sequence[str]) -> str:
