@@ -388,6 +388,7 @@ def train(flags: Flags, rows: Rows, val: Rows | None) -> DiscriminatorV2:
     model, tokenizer = load_policy(named, None, device_of(flags[OutputFlags].device))
     try:
         with progress_bar(len(rows.texts) + len(val.texts if val else ()), 0) as bar:
+            bar.set_description("texts read")
             discrim = train_discriminator(
                 rows.texts,
                 rows.labels,

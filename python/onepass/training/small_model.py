@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..cli.files import replace_text
+from ..cli.terminal import progress_bar
 from .made_once import wait_for
 from .run_folder import RunFolder, is_main_process, tell
 
@@ -80,13 +81,15 @@ def _train(run: RunFolder, text: Text, size: Settings, seed: int) -> None:
     model = language_model(size, text.tokenizer.get_vocab_size(), seed)
     lazy_head(model)
     stage = stages.language_model_stage(model, text.train, size, seed)
-    train.fit(
-        stage,
-        train.make_optimizer(stage),
-        start=0,
-        max_gradient_norm=size.max_gradient_norm,
-        after_step=lambda step, notes: None,
-    )
+    with progress_bar(stage.n_steps, 0) as bar:
+        bar.set_description("small model")
+        train.fit(
+            stage,
+            train.make_optimizer(stage),
+            start=0,
+            max_gradient_norm=size.max_gradient_norm,
+            after_step=lambda step, notes: bar.update(),
+        )
     found = evaluate.of_model(model, text.held_out, size.table_rows)
     told = ", ".join(f"{kind} {found[kind]['nats_per_token']:.2f}" for kind in SIDES.values())
     tell(f"small model: nats per held-out token: {told}")
