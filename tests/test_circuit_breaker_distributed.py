@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.two_processes import run_two
+from support.processes import run_processes
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a file for each case and rank: what was raised there."""
     folder = tmp_path_factory.mktemp("two_processes")
-    run_two("rerouting_on_two", folder, str(folder))
+    run_processes(2, "rerouting_on_two", folder, str(folder))
     return folder
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.two_processes import run_two
+from support.processes import run_processes
 
 pytest.importorskip("transformers", reason="the models are those of transformers")
 
@@ -38,7 +38,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a file for each case and rank: what was raised there."""
     folder = tmp_path_factory.mktemp("two_processes")
     cases = " ".join(CASES + WITH_ACCELERATE if HAS_ACCELERATE else CASES)
-    run_two("heads_on_two", folder, cases, str(folder))
+    run_processes(2, "heads_on_two", folder, cases, str(folder))
     return folder
 
 

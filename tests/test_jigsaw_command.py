@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from onepass.cli import main
+from support.processes import run_processes
 from support.tiny_language_model import save
-from support.two_processes import run_two
 
 PYTHON = Path(__file__).resolve().parents[1] / "python"
 RUN = ["-m", "onepass", "train", "jigsaw"]
@@ -261,7 +261,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(
     reason="this torch was built without gloo",
 )
 def test_two_processes_train_and_have_the_gradients_of_one(files: Path, tmp_path: Path) -> None:
-    run_two("jigsaw_on_two", tmp_path)
+    run_processes(2, "jigsaw_on_two", tmp_path)
     flags = [*given(files), *QUICK, "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     code, out, err = finish(start(flags, *launcher))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 import onepass
 from onepass import LazyLogits
 
+from .processes import answer, join, leave
 from .tiny_models import V, batch_of, tiny
-from .two_processes import join, leave
 
 Grads = dict[str, Tensor]
 
@@ -246,19 +246,9 @@ def raised(call: Callable[[], Any]) -> str:
 
 
 def main(rank: int, rendezvous: str, cases: list[str], answers: Path) -> None:
-    """Each case in turn; what it raised goes to a file of its name, empty where it is right."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # accelerate asks, in vain
     join(rank, rendezvous)
-    for case in cases:
-        try:
-            globals()[case](rank)
-            said = ""
-        except Exception:
-            said = traceback.format_exc()
-        (answers / f"{case}.{rank}").write_text(said, "utf-8")
-        dist.barrier()
+    answer({case: functools.partial(globals()[case], rank) for case in cases}, answers, rank)
     leave()
 
 

@@ -17,8 +17,8 @@ from onepass.jigsaw import JigsawArguments, JigsawModel, TransformerCloak
 from onepass.jigsaw.trainer import lora_config
 from onepass.training.flags import LoraFlags
 
+from .processes import join, leave
 from .tiny_language_model import model
-from .two_processes import join, leave
 
 
 def pair() -> Any:

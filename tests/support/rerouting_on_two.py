@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from onepass.circuit_breaker import LoraArguments, LorraArguments, Rerouting, jitter, lora_config
 from onepass.circuit_breaker.loss import rerouting_loss
 
+from .processes import answer, join, leave
 from .tiny_language_model import model
-from .two_processes import join, leave
 
 OPTIONS = Rerouting((2, 3))
 COEFFICIENTS = (2.0, 3.0)
@@ -92,15 +92,9 @@ CASES: dict[str, Callable[[int], None]] = {"ddp": ddp, "fsdp2": fsdp2}
 
 
 def main(rank: int, rendezvous: str, answers: str) -> None:
-    """Write what each case raised, nothing where it did not, to <answers>/<case>.<rank>."""
     join(rank, rendezvous)
-    for name, case in CASES.items():
-        try:
-            case(rank)
-            said = ""
-        except Exception:
-            said = traceback.format_exc()
-        Path(answers, f"{name}.{rank}").write_text(said, encoding="utf-8")
+    cases = {name: functools.partial(case, rank) for name, case in CASES.items()}
+    answer(cases, Path(answers), rank)
     leave()
 
 

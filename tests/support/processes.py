@@ -1,0 +1,92 @@
+"""Several processes of one support module over gloo: their start, their joining and their end."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from traceback import format_exc
+from typing import NoReturn
+
+TESTS = Path(__file__).parent.parent
+LONGEST = 240  # seconds, of which pytest-timeout's 300 leave enough to read what was said
+
+
+def run_processes(n: int, module: str, folder: Path, *rest: str) -> None:
+    """`python -m support.<module> rank rendezvous *rest` as ranks 0 to n - 1; fails with what they
+    said unless all end well."""
+    codes, heard = ends_of_processes(n, module, folder, *rest)
+    assert codes == [0] * n, "\n".join(text[-6000:] for text in heard)
+
+
+def ends_of_processes(n: int, module: str, folder: Path, *rest: str) -> tuple[list[int], list[str]]:
+    """The same, whatever they end with: exit codes and what each said."""
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent / "python")])
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env["WORLD_SIZE"] = str(n)
+    if sys.platform == "linux":
+        env["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the host's name stands for
+    command = [sys.executable, "-m", f"support.{module}"]
+    heard = [folder / f"heard.{rank}" for rank in range(n)]
+    runs = []
+    for rank in range(n):
+        arguments = [*command, str(rank), f"file://{folder}/rendezvous", *rest]
+        with heard[rank].open("w", encoding="utf-8") as file:
+            runs.append(
+                subprocess.Popen(
+                    arguments,
+                    env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        codes = [run.wait(timeout=LONGEST + 20) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+            run.wait()
+    return codes, [file.read_text(encoding="utf-8") for file in heard]
+
+
+def join(rank: int, rendezvous: str, seconds: float = 60) -> None:
+    """Joins the other processes, whose collectives wait so long for each other; who hangs later
+    says where, and ends."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(LONGEST, exit=True)
+    size, patience = int(os.environ["WORLD_SIZE"]), timedelta(seconds=seconds)
+    dist.init_process_group("gloo", rendezvous, timeout=patience, rank=rank, world_size=size)
+
+
+def answer(cases: dict[str, Callable[[], None]], answers: Path, rank: int) -> None:
+    """Each case in turn; what it raised goes to the file <case>.<rank>, empty where it is right."""
+    import torch.distributed as dist
+
+    for name, case in cases.items():
+        try:
+            case()
+            said = ""
+        except Exception:
+            said = format_exc()
+        (answers / f"{name}.{rank}").write_text(said, encoding="utf-8")
+        dist.barrier()
+
+
+def leave() -> NoReturn:
+    """Ends all together and at once: gloo's destructors have waited for ever for a peer that was
+    gone before them."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    time.sleep(0.5)  # the others' barrier must have ended before this one's sockets close
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
