@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from traceback import format_exc
@@ -66,7 +66,7 @@ def join(rank: int, rendezvous: str, seconds: float = 60) -> None:
     dist.init_process_group("gloo", rendezvous, timeout=patience, rank=rank, world_size=size)
 
 
-def answer(cases: dict[str, Callable[[], None]], answers: Path, rank: int) -> None:
+def answer(cases: Mapping[str, Callable[[], None]], answers: Path, rank: int) -> None:
     """Each case in turn; what it raised goes to the file <case>.<rank>, empty where it is right."""
     import torch.distributed as dist
 
