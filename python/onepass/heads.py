@@ -20,6 +20,7 @@ from torch.nn import functional
 from .lazy_logits import GATHER, LazyLogits, autocasts
 from .lazy_probs import LazyProbs
 from .ops._check import FLOATS
+from .zero3 import is_released, is_sharded, shape_of
 
 Model = TypeVar("Model", bound=nn.Module)
 # by name: the cast and what it was made of, neither kept alive, and how often that was written to
@@ -239,8 +240,6 @@ def obstacle(part: Part, managed: bool) -> str:
     if not isinstance(weight, Tensor):
         quantised = "quantized" in type(module).__module__ or hasattr(module, "qweight")
         return f"is quantised ({kind})" if quantised else f"({kind}) has no weight [V, D]"
-    if hasattr(weight, "ds_id"):
-        return f"has a weight sharded by ZeRO-3: {GATHER}, or use ZeRO-2"
     kind_of_weight = type(weight).__name__
     if kind_of_weight == "DTensor":
         if managed:
@@ -250,9 +249,10 @@ def obstacle(part: Part, managed: bool) -> str:
         return f"is quantised ({weight.dtype} {kind_of_weight}): float32, bfloat16, float16 needed"
     if type(weight) not in (Tensor, nn.Parameter):
         return f"has a weight of type {kind_of_weight}, not a plain tensor (quantised or sharded?)"
-    if weight.dim() != 2 or not weight.numel():
-        sharded = "; FSDP1 shards it: call lazy_head before wrapping" if weight.dim() == 1 else ""
-        return f"has a weight of shape {tuple(weight.shape)}, not [V, D]{sharded}"
+    shape = shape_of(weight)
+    if len(shape) != 2 or not shape.numel():
+        sharded = "; FSDP1 shards it: call lazy_head before wrapping" if len(shape) == 1 else ""
+        return f"has a weight of shape {tuple(shape)}, not [V, D]{sharded}"
     hook = module.__dict__.get("_hf_hook")
     if any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ()))):
         return "is offloaded by accelerate, which takes its weight away after the forward"
@@ -267,7 +267,7 @@ def not_linear(module: nn.Module, weight: Tensor) -> str:
     """Why a module is not x W^T + b, by trying it on one row; empty where it is."""
     kind = type(module)
     own = kind.forward
-    if own is nn.Linear.forward or weight.is_meta:
+    if own is nn.Linear.forward or weight.is_meta or is_released(weight):
         return "" if own is nn.Linear.forward else f"({kind.__name__}) is not torch.nn.Linear"
     row = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
     with torch.no_grad(), torch.random.fork_rng(_gpus(weight)):
@@ -420,10 +420,8 @@ def probe(name: str, head: nn.Module, first: nn.Module) -> None:
     """One row through the head must come back lazy. Raises where it does not."""
     weight = first.weight
     assert isinstance(weight, Tensor)
-    if (
-        type(weight).__name__ == "DTensor" or weight.is_meta
-    ):  # whole in the model's forward, or later
-        return
+    if type(weight).__name__ == "DTensor" or weight.is_meta or is_sharded(weight):
+        return  # whole in the model's forward, or later
     row = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
     with torch.no_grad(), torch.random.fork_rng(_gpus(weight)):
         got = head(row)
@@ -534,7 +532,7 @@ def state_of(part: Part, past: str, managed: bool, model: nn.Module) -> HeadStat
         return HeadState(part.name, False, why_not)
     weight = part.module.weight
     assert isinstance(weight, Tensor)
-    said = f"weight {list(weight.shape)} {str(weight.dtype).removeprefix('torch.')}"
+    said = f"weight {list(shape_of(weight))} {str(weight.dtype).removeprefix('torch.')}"
     ties = [
         name
         for name, tensor in unwrapped(model).named_parameters(remove_duplicate=False)

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from .ops._check import check_choice, check_floating, check_number, check_same_device
 from .ops.head import MODES, Head
+from .zero3 import held, is_released, through
 
 GATHER = "gather it first (weight.full_tensor(), deepspeed.zero.GatheredParameters)"
 _strict: ContextVar[bool] = ContextVar("onepass_strict", default=False)
@@ -99,7 +100,8 @@ class LazyLogits(Lazy):
         TypeError: not a tensor. ValueError: shapes, dtypes, devices or numbers that do not fit.
     """
 
-    onepass_head: Head
+    _head: Head
+    _passing = False  # through an autograd.Function of DeepSpeed's
     _normalized: float  # they stand for log-probabilities times this; 0 where for logits
 
     @staticmethod
@@ -117,6 +119,7 @@ class LazyLogits(Lazy):
         mode: str = "auto",
     ) -> LazyLogits:
         check_head(hidden, weight, bias)
+        weight, bias = held(weight), None if bias is None else held(bias)
         written = [t for t in (weight, bias) if t is not None and not t.is_inference()]
         versions = tuple((t, t._version) for t in written)
         check_choice("mode", mode, MODES)
@@ -141,6 +144,17 @@ class LazyLogits(Lazy):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+    @property
+    def onepass_head(self) -> Head:
+        if self._passing:
+            self._passing, head = False, self._head
+            self._head = detached_head(head) if self.grad_fn is None else through(head, self)
+        return self._head
+
+    @onepass_head.setter
+    def onepass_head(self, head: Head) -> None:
+        self._head = head
 
     def materialize(self) -> Tensor:
         """The logits (or log-probabilities) themselves, [..., V], differentiable."""
@@ -257,8 +271,8 @@ def check_head(
     check_floating(of_weight, weight)
     assert isinstance(hidden, Tensor) and isinstance(weight, Tensor)
     for name, tensor in ((of_hidden, hidden), (of_weight, weight), (of_bias, bias)):
-        kind = "a weight sharded by ZeRO-3" if hasattr(tensor, "ds_id") else type(tensor).__name__
-        if kind == "DTensor" or hasattr(tensor, "ds_id"):
+        kind = "a weight sharded by ZeRO-3" if is_released(tensor) else type(tensor).__name__
+        if kind == "DTensor" or is_released(tensor):
             raise ValueError(f"{name} must be a whole tensor: got {kind}; {GATHER}")
         if isinstance(tensor, Tensor) and tensor.is_meta and hidden.device == weight.device:
             shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
