@@ -1,8 +1,8 @@
 """What LazyLogits do under DeepSpeed, which is never imported here.
 
-ZeRO-3 gathers a head before its forward and takes it away after: logits hold on to what was gathered.
-Its modules' outputs go through an identity whose backward gathers the head for its gradient: that
-of LazyLogits goes there as well, without anything of the logits' size.
+ZeRO-3 gathers a head for its forward and releases it after: logits hold on to what was gathered.
+The outputs of its modules go through an identity, whose backward gathers the head for its
+gradient: gradients of LazyLogits pass there too, without anything of the logits' size.
 """
 
 from __future__ import annotations
@@ -12,11 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from .ops.head import Head
-
-_held = WeakIdKeyDictionary()  # by parameter: a reference to what was gathered of it last
 
 
 def is_sharded(tensor: object) -> bool:
@@ -34,18 +31,31 @@ def shape_of(weight: Tensor) -> torch.Size:
     return torch.Size(getattr(weight, "ds_shape", weight.shape))
 
 
-def held(weight: Tensor) -> Tensor:
-    """A gathered parameter as a tensor that stays when DeepSpeed releases the parameter; another
-    tensor as it is. Its gradient is the parameter's. One tensor for one gathering, so that logits
-    of two forwards are known to have one head."""
-    if not is_sharded(weight):
-        return weight
-    found = _held[weight]() if weight in _held else None
-    learns = weight.requires_grad and torch.is_grad_enabled()
-    if found is None or found.requires_grad != learns or found.data_ptr() != weight.data_ptr():
-        found = weight.view_as(weight)
-        _held[weight] = TensorWeakRef(found)
-    return found
+class _Held(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        ctx.parameter = parameter
+        return parameter.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        if is_released(ctx.parameter):
+            raise RuntimeError(
+                "the head's gradient came when ZeRO-3 had released its weight: logits of a module "
+                "pass one backward, and those of a weight of one's own want it gathered in theirs "
+                "(deepspeed.zero.register_external_parameter)"
+            )
+        return grads[0]
+
+
+def held(parameter: Tensor) -> Tensor:
+    """A gathered parameter as a tensor that stays when DeepSpeed releases the parameter, whose
+    gradient is the parameter's; another tensor as it is. A new one each time: an older one's
+    gradient would come when its forward's turn is, and the parameter be released by then."""
+    if not is_sharded(parameter):
+        return parameter
+    whole: Tensor = _Held.apply(parameter)  # type: ignore[no-untyped-call]
+    return whole
 
 
 class _Through(torch.autograd.Function):
@@ -67,20 +77,14 @@ def through(head: Head, logits: Tensor) -> Head:
     backward runs within theirs."""
     node: Any = logits.grad_fn
     node.set_materialize_grads(False)  # they would be of the logits' size
+    hidden, weight, bias = list(head.hidden), list(head.weight), [head.bias]
     with torch.inference_mode(False), torch.enable_grad():  # the graph is there, whoever looks
-        return with_first(head, lambda part: _Through.apply(part, logits))
-
-
-def with_first(head: Head, change: Callable[[Tensor], Tensor]) -> Head:
-    """The head with one of its parts changed, through which gradients pass."""
-    for name in ("hidden", "weight"):
-        parts = list(getattr(head, name))
-        for at, part in enumerate(parts):
-            if part.requires_grad:
-                parts[at] = change(part)
-                return head._replace(**{name: tuple(parts)})
-    assert head.bias is not None
-    return head._replace(bias=change(head.bias))
+        for parts in (hidden, weight, bias):
+            for at, part in enumerate(parts):
+                if part is not None and part.requires_grad:
+                    parts[at] = _Through.apply(part, logits)  # type: ignore[no-untyped-call]
+                    return head._replace(hidden=tuple(hidden), weight=tuple(weight), bias=bias[0])
+    return head
 
 
 class Handles(NamedTuple):
