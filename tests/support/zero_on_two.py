@@ -1,4 +1,4 @@
-"""What two processes do with lazy heads under DeepSpeed; one process's truth is worked out in both."""
+"""What two processes do with lazy heads under DeepSpeed; each works out one process's truth."""
 
 from __future__ import annotations
 
