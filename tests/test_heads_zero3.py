@@ -5,6 +5,7 @@ do stands in support/zero_on_two.py), and with stand-ins of what DeepSpeed does 
 from __future__ import annotations
 
 import importlib.util
+import weakref
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -196,6 +197,19 @@ def test_a_gathered_head_is_held_when_it_is_released() -> None:
     gather(at, whole_bias)
     for grad, expected in zip(torch.autograd.grad(loss, [hidden, head, at]), wanted, strict=True):
         torch.testing.assert_close(grad, expected)
+
+
+def test_what_was_gathered_goes_with_the_logits() -> None:
+    """No cycle keeps it: a gathered head may be a gigabyte."""
+    hidden, weight, _, labels = parts()
+    lazy = identity([]).apply(LazyLogits(hidden, of_zero3(weight)))
+    for keep in (True, False):
+        loss = functional.cross_entropy(lazy, labels)
+        held = weakref.ref(lazy.onepass_head.weight[0])
+        loss.backward(retain_graph=keep)
+        assert held() is not None
+    del lazy
+    assert held() is None
 
 
 def test_lazy_head_takes_a_head_in_shards() -> None:
