@@ -6,6 +6,7 @@ What the processes do stands in support/parallel_on_ranks.py; they start once fo
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import subprocess
@@ -21,17 +22,18 @@ from torch import Tensor
 import onepass
 from onepass import circuit_breaker, dpo, jigsaw
 from onepass.compat import cce, liger
+from onepass.jigsaw import input_losses
 from support.processes import run_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 V, D, B, S = 11, 8, 2, 3
 HAS_GLOO = torch.distributed.is_available() and torch.distributed.is_gloo_available()
-HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
+HAS_MODELS = all(importlib.util.find_spec(name) for name in ("transformers", "accelerate"))
 
 # ---------------------------------------------------------------- several processes
 
 OF_ROWS = ("means", "counts", "losses", "groups")
-OF_MODELS = ("ddp", "fsdp2", "context_parallel")
+OF_MODELS = ("ddp", "fsdp2", "context_parallel", "trainer")
 CASES = {2: (*OF_ROWS, *OF_MODELS), 4: (*OF_ROWS, "context_parallel")}
 
 
@@ -43,7 +45,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     def of(n: int) -> Path:
         if n not in folders:
             folders[n] = tmp_path_factory.mktemp(f"of_{n}")
-            run = [case for case in CASES[n] if HAS_TRANSFORMERS or case in OF_ROWS]
+            run = [case for case in CASES[n] if HAS_MODELS or case in OF_ROWS]
             run_processes(n, "parallel_on_ranks", folders[n], " ".join(run), str(folders[n]))
         return folders[n]
 
@@ -53,8 +55,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 @pytest.mark.skipif(not HAS_GLOO, reason="this torch was built without gloo")
 @pytest.mark.parametrize(("n", "case"), [(n, case) for n, cases in CASES.items() for case in cases])
 def test_processes(n: int, case: str, answers: Callable[[int], Path]) -> None:
-    if case in OF_MODELS and not HAS_TRANSFORMERS:
-        pytest.skip("the models are those of transformers")
+    if case in OF_MODELS and not HAS_MODELS:
+        pytest.skip("models and Trainer are those of transformers, over accelerate")
     for rank in range(n):
         assert (answers(n) / f"{case}.{rank}").read_text("utf-8") == ""
 
@@ -62,7 +64,9 @@ def test_processes(n: int, case: str, answers: Callable[[int], Path]) -> None:
 # ---------------------------------------------------------------- one process
 
 
-@pytest.mark.parametrize("mask", [None, [True, False, True], [1, 0, 2], [0.5, 0.0, 0.25], [0, 0, 0]])
+@pytest.mark.parametrize(
+    "mask", [None, [True, False, True], [1, 0, 2], [0.5, 0.0, 0.25], [0, 0, 0]]
+)
 def test_alone_it_is_the_mean(mask: Any, device: str) -> None:
     rows = torch.tensor([1.0, torch.nan if mask else 2.0, 4.0], device=device, requires_grad=True)
     weights = None if mask is None else torch.tensor(mask, device=device)
@@ -131,7 +135,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "mask-graph": (
         lambda: onepass.global_mean(ROWS, ROWS.clone().requires_grad_()),
         ValueError,
-        "mask is not differentiated here",
+        "mask is not differentiated: got one",
     ),
     "rows-complex": (
         lambda: onepass.global_mean(ROWS.to(torch.complex64)),
@@ -201,13 +205,12 @@ def flat(call: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor], Any]:
     return lambda logits: call(logits.view(B * S, V), LABELS.view(-1))
 
 
-def jigsaw_ce(logits: Tensor, **options: Any) -> Tensor:
+def jigsaw_ce(logits: Tensor, **options: Any) -> Any:
     twice = torch.cat([logits, logits])
-    sides = {"student_logits": twice, "teacher_logits": twice}
-    found = jigsaw.compute_jigsaw_ce_losses(
-        sides, B, S, V, NOTHING, NOTHING, {}, 4.0, 1.0, **options  # type: ignore[arg-type]
-    )
-    return sum(found.values())  # type: ignore[arg-type, return-value]
+    sides: Any = {"student_logits": twice, "teacher_logits": twice}
+    found: Any = {}
+    jigsaw.compute_jigsaw_ce_losses(sides, B, S, V, NOTHING, NOTHING, found, 4.0, 1.0, **options)
+    return sum(found.values())
 
 
 def dpo_of(logits: Tensor) -> Tensor:
@@ -258,17 +261,28 @@ def of_layers(call: Callable[..., Tensor], **options: Any) -> Callable[[Tensor, 
     return lambda x, y: call([x, x * 2], [y, y], NOTHING, **options)
 
 
-def jigsaw_l2(x: Tensor, y: Tensor) -> Tensor:
-    sides = {"student_embeddings": x.repeat(2, 1, 1), "teacher_embeddings": (x + y).repeat(2, 1, 1)}
-    found = jigsaw.compute_jigsaw_l2_losses(sides, 2 * B, NOTHING, {})  # type: ignore[arg-type]
-    return sum(found.values())  # type: ignore[arg-type, return-value]
+def jigsaw_l2(x: Tensor, y: Tensor) -> Any:
+    sides: Any = {"student_embeddings": x.repeat(2, 1, 1), "teacher_embeddings": y.repeat(2, 1, 1)}
+    found: Any = {}
+    jigsaw.compute_jigsaw_l2_losses(sides, 2 * B, NOTHING, found)
+    return sum(found.values())
+
+
+def distance(x: Tensor, y: Tensor, normalization: str) -> Tensor:
+    return onepass.masked_normalized_l2(x, y, NOTHING, normalization=normalization)
+
+
+def median(x: Tensor, y: Tensor, form: str) -> Tensor:
+    return input_losses.median_norm_loss(y, x, 1.0, NOTHING, form=form)
+
+
+def deviations(x: Tensor, y: Tensor, form: str) -> Tensor:
+    return input_losses.std_log_ratio_loss(x.square() + 0.1, NOTHING, form=form)
 
 
 OF_STATES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     **{
-        f"l2 {name}": lambda x, y, name=name: onepass.masked_normalized_l2(
-            x, y, NOTHING, normalization=name
-        )
+        f"l2 {name}": functools.partial(distance, normalization=name)
         for name in ("target", "target_sq", "unit", "dim")
     },
     "cosine": lambda x, y: onepass.masked_inner_product(x, y, NOTHING, relu=True),
@@ -277,21 +291,13 @@ OF_STATES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "circuit breaker": of_layers(circuit_breaker.circuit_breaker_loss),
     "circuit breaker total": of_layers(circuit_breaker.circuit_breaker_loss, relu_scope="total"),
     "jigsaw l2": jigsaw_l2,
-    "jigsaw cosine": lambda x, y: jigsaw.cosine_similarity_loss(y, x, NOTHING),
-    "jigsaw power law": lambda x, y: jigsaw.inverse_l2_power_law_loss(y, x, NOTHING),
+    "jigsaw cosine": lambda x, y: input_losses.cosine_similarity_loss(y, x, NOTHING),
+    "jigsaw power law": lambda x, y: input_losses.inverse_l2_power_law_loss(y, x, NOTHING),
     "jigsaw entropy": lambda x, y: jigsaw.gaussian_entropy_log_loss(x.square(), NOTHING),
-    **{
-        f"jigsaw median {form}": lambda x, y, form=form: jigsaw.median_norm_loss(
-            y, x, 1.0, NOTHING, form=form
-        )
-        for form in ("token", "batch")
-    },
-    **{
-        f"jigsaw std {form}": lambda x, y, form=form: jigsaw.std_log_ratio_loss(
-            x.square() + 0.1, NOTHING, form=form
-        )
-        for form in ("mean", "entropy")
-    },
+    "jigsaw median token": functools.partial(median, form="token"),
+    "jigsaw median batch": functools.partial(median, form="batch"),
+    "jigsaw std mean": functools.partial(deviations, form="mean"),
+    "jigsaw std entropy": functools.partial(deviations, form="entropy"),
 }
 
 

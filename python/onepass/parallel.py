@@ -47,8 +47,8 @@ def global_mean(
     none, so that whatever its engine does with them does not hang; where no rank has any, it is 0.
 
     Args:
-        rows: [...] this rank's per-row losses (reduction="none"), any number of them, 0 too; sums
-            are float32 (float64 for float64 rows).
+        rows: [...] this rank's per-row losses (reduction="none"), any number of them, 0 too, not
+            weighted yet: the loss that made them gets `mask != 0`, where it takes a mask.
         mask: [...] weights; bool or integers count as 0/1. Of labels: `labels != -100`.
         process_group: the ranks whose rows belong together, a group or a DeviceMesh of one
             dimension; None is all processes, or this one where torch.distributed is not set up.
@@ -76,7 +76,9 @@ def global_mean(
         check_local("mask", mask)
         check_same_device("mask", mask, "rows", rows)
         if mask.requires_grad:
-            raise ValueError("mask is not differentiated here: got one that requires grad; detach()")
+            raise ValueError(
+                "mask is not differentiated: got one that requires grad; mask.detach()"
+            )
     group = group_of(process_group)
     dtype = accumulation_dtype(rows.dtype)
     own = reduce_rows(rows.to(dtype), mask, reduction="sum")

@@ -4,6 +4,8 @@ each."""
 from __future__ import annotations
 
 import functools
+import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,31 +59,31 @@ def masks(n: int, size: int) -> Iterator[tuple[str, Tensor | None]]:
 def means(rank: int, size: int) -> None:
     """Values and gradients of global_mean, and its one collective."""
     mine, n = own_part(rank, size)
-    groups = [None, dist.new_group(list(range(size))), init_device_mesh("cpu", (size,))]
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    every_rank = dist.new_group(list(range(size)))
+    same = itertools.cycle([None, every_rank, init_device_mesh("cpu", (size,))])
+    kinds = itertools.product(
+        (torch.float32, torch.bfloat16, torch.float64),
+        masks(n, size),
+        (None, torch.tensor(7), 4.5, torch.tensor(0)),
+        (("averaged", size), ("summed", 1)),
+    )
+    for dtype, (name, mask), items, (gradients, factor) in kinds:
         every = seeded(n, dtype=dtype).requires_grad_()
         wide = torch.promote_types(dtype, torch.float32)
-        for name, mask in masks(n, size):
-            for items in (None, torch.tensor(7), 4.5, torch.tensor(0)):
-                wanted = onepass.reduce_rows(every.to(wide), mask, num_items=items)
-                (grad,) = torch.autograd.grad(wanted, every)
-                for group in groups:
-                    for gradients, factor in (("averaged", size), ("summed", 1)):
-                        rows = every.detach()[mine].clone().requires_grad_()
-                        part = None if mask is None else mask[mine].clone()
-                        call = functools.partial(
-                            onepass.global_mean,
-                            *(rows, part, group),
-                            num_items=items,
-                            gradients=gradients,
-                        )
-                        got, collectives = counted(call)
-                        assert collectives == ["c10d.allreduce_"], (name, collectives)
-                        assert got.dtype == wide and got.requires_grad
-                        torch.testing.assert_close(got, wanted, msg=name)
-                        _, collectives = counted(got.backward)
-                        assert collectives == [], collectives
-                        close(rows.grad, (factor * grad[mine]), name)
+        wanted = onepass.reduce_rows(every.to(wide), mask, num_items=items)
+        (grad,) = torch.autograd.grad(wanted, every)
+        rows = every.detach()[mine].clone().requires_grad_()
+        part, group = None if mask is None else mask[mine].clone(), next(same)
+        options: Any = {"num_items": items, "gradients": gradients}
+        got, collectives = counted(
+            functools.partial(onepass.global_mean, rows, part, group, **options)
+        )
+        assert collectives == ["c10d.allreduce_"], (name, collectives)
+        assert got.dtype == wide and got.requires_grad
+        torch.testing.assert_close(got, wanted, msg=name)
+        _, collectives = counted(got.backward)
+        assert collectives == [], collectives
+        close(rows.grad, factor * grad[mine], name)
 
 
 def close(got: Tensor | None, wanted: Tensor, name: str) -> None:
@@ -130,6 +132,10 @@ def losses(rank: int, size: int) -> None:
         items = onepass.count_items(target, mask)
         return onepass.masked_cross_entropy(logits, target, mask, num_items=items)
 
+    def added(logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        share = shared(logits, target, mask)
+        return onepass.global_mean(share, num_items=1, gradients="summed")
+
     lazy = onepass.LazyLogits
     other = seeded(n, D, seed=7)
     of_labels: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
@@ -144,8 +150,9 @@ def losses(rank: int, size: int) -> None:
         ),
         "mean capped": (cap, capped),
         "shares by num_items": (onepass.masked_cross_entropy, shared),
+        "shares added": (onepass.masked_cross_entropy, added),
     }
-    of_states = {
+    of_states: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
         "l2": (onepass.masked_normalized_l2, of_rows(onepass.masked_normalized_l2)),
         "cosine": (
             functools.partial(onepass.masked_inner_product, relu=True),
@@ -157,14 +164,14 @@ def losses(rank: int, size: int) -> None:
         kept = torch.where(labels != -100, mask, 0)
         for mode in ("logits", "auto", "ahead", "recompute", "frozen"):
             for case, (single, many) in of_labels.items():
-                if mode == "ahead" and case != "shares by num_items":
+                if mode == "ahead" and "share" not in case:
                     continue  # rows have weights that none knows ahead
                 whole = leaves(mode)
                 wanted = single(made(whole, slice(None), mode, lazy), labels, kept)
                 wanted.backward()
                 own = leaves(mode)
                 got = many(made(own, mine, mode, lazy), labels[mine], mask=kept[mine])
-                check_shares(f"{case} {mode} {name}", got, own, wanted, whole, case[:6] == "shares")
+                check_shares(f"{case} {mode} {name}", got, own, wanted, whole, many is shared)
         for case, (single, many) in of_states.items():
             whole, own = [seeded(n, D).requires_grad_()], [seeded(n, D).requires_grad_()]
             wanted = single(whole[0], other, mask)
@@ -262,7 +269,7 @@ def texts(rank: int) -> dict[str, Tensor]:
 
     ids = batch_of("llama")["input_ids"][rank % 2 : rank % 2 + 1].clone()
     labels = ids.clone()
-    labels[:, : (3, 9, 5, 1)[rank]] = -100
+    labels[:, : (3, 9, 5, 1)[rank % 4]] = -100
     return {"input_ids": ids, "labels": labels}
 
 
@@ -338,6 +345,50 @@ def masked_rank(kind: str, rank: int, size: int) -> None:
                 check_grads(model, wanted, f"{kind} frozen={frozen} nothing={nothing}")
 
 
+def trainer(folder: Path, rank: int, size: int) -> None:
+    """transformers' Trainer, which counts the items of all ranks and multiplies by their number:
+    its num_items_in_batch is ours, and a bare share is what its compute_loss_func gives."""
+    import transformers
+
+    from .tiny_models import tiny
+
+    every = [{key: value[0] for key, value in texts(r).items()} for r in range(2 * size)]
+    found = []
+
+    def share(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        found.append(num_items_in_batch)
+        shifted = onepass.shift_labels(labels)
+        return onepass.masked_cross_entropy(outputs.logits, shifted, num_items=num_items_in_batch)
+
+    model = onepass.lazy_head(tiny("llama"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        use_cpu=True,
+        max_steps=1,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        learning_rate=1.0,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    transformers.Trainer(model, arguments, train_dataset=every, compute_loss_func=share).train()
+    labels = onepass.shift_labels(torch.stack([text["labels"] for text in every]))
+    ids = torch.stack([text["input_ids"] for text in every])
+    items = onepass.count_items(labels[rank::size])
+    assert [int(n) for n in found] == [int(items)] * 2 and int(items) == int((labels != -100).sum())
+    single = tiny("llama")
+    logits = single(input_ids=ids).logits.float()
+    functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+    for name, parameter in single.named_parameters():
+        moved = before[name] - dict(model.named_parameters())[name].detach()
+        torch.testing.assert_close(moved, parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
 class Gathered(torch.autograd.Function):
     """Keys or values of a group's ranks, one after the other along the sequence."""
 
@@ -386,7 +437,9 @@ def context_parallel(rank: int, size: int) -> None:
     mine = slice(mesh["dp"].get_local_rank() * n_texts, (mesh["dp"].get_local_rank() + 1) * n_texts)
     transformers.AttentionInterface.register("over_ranks", attention_over(mesh["cp"].get_group()))
     shape = (size // 2 * n_texts, 12)
-    ids = torch.randint(3, vocab, shape, generator=torch.Generator().manual_seed(5)).expand(5, -1, -1)
+    ids = torch.randint(3, vocab, shape, generator=torch.Generator().manual_seed(5)).expand(
+        5, -1, -1
+    )
     labels = ids.clone()
     labels[:, :, :2] = -100
     labels[1, :, :7] = -100  # a step in which the first half of every text has no label
@@ -461,8 +514,10 @@ CASES: dict[str, Callable[[int, int], None]] = {
 
 
 def main(rank: int, rendezvous: str, cases: list[str], answers: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # accelerate asks, in vain
     join(rank, rendezvous)
     size = dist.get_world_size()
+    CASES["trainer"] = functools.partial(trainer, answers)
     answer({case: functools.partial(CASES[case], rank, size) for case in cases}, answers, rank)
     leave()
 
