@@ -20,6 +20,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional
 
 import onepass
+from onepass.compat import cce, liger
 
 from .processes import answer, join, leave
 
@@ -159,6 +160,28 @@ def losses(rank: int, size: int) -> None:
             of_rows(onepass.masked_inner_product, relu=True),
         ),
     }
+
+    def liger_of(hidden: Tensor, weight: Tensor, target: Tensor, reduction: str) -> Any:
+        return liger.LigerFusedLinearCrossEntropyLoss(reduction=reduction)(weight, hidden, target)
+
+    of_head: dict[str, Callable[..., Tensor]] = {
+        "linear_cross_entropy": onepass.linear_cross_entropy,
+        "cce": cce.linear_cross_entropy,
+        "liger": liger_of,
+    }
+    for case, loss in of_head.items():
+        for way in ("rows", "sum"):
+            whole, own = leaves("auto"), leaves("auto")
+            wanted = loss(whole[0][:n], whole[1], labels, reduction="mean")
+            wanted.backward()
+            target, states = labels[mine], own[0][:n][mine]
+            if way == "rows":
+                rows = loss(states, own[1], target, reduction="none")
+                got = onepass.global_mean(rows, target != -100, gradients="summed")
+            else:
+                share = loss(states, own[1], target, reduction="sum") / onepass.count_items(target)
+                got = onepass.global_mean(share, num_items=1, gradients="summed")
+            check_shares(f"{case} {way}", got, own, wanted, whole)
     for name, mask in masks(n, size):
         mask = torch.ones(n, dtype=torch.bool) if mask is None else mask
         kept = torch.where(labels != -100, mask, 0)
