@@ -32,7 +32,7 @@ HAS_MODELS = all(importlib.util.find_spec(name) for name in ("transformers", "ac
 
 # ---------------------------------------------------------------- several processes
 
-OF_ROWS = ("means", "counts", "losses", "groups")
+OF_ROWS = ("means", "counts", "losses", "groups", "refused")
 OF_MODELS = ("ddp", "fsdp2", "context_parallel", "trainer")
 CASES = {2: (*OF_ROWS, *OF_MODELS), 4: (*OF_ROWS, "context_parallel")}
 

@@ -1,7 +1,8 @@
 """Means over rows that lie on several processes: sequence- and context-parallel inputs, data
 parallel batches with unequal counts of tokens.
 
-Each rank has its rows' losses; one all-reduce of two numbers makes sum and count those of all.
+Each rank has its rows' losses; one all-reduce of three numbers makes sum and count those of all,
+and tells whether a rank refused its arguments.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from .ops._check import (
     check_same_device,
     check_strided,
     check_weights,
+    values_checked,
 )
 from .ops._launch import accumulation_dtype
+from .ops._shards import this_rank
 from .reduce import check_num_items, mean_divisor, reduce_rows, row_weights
 
 if TYPE_CHECKING:
@@ -42,8 +45,8 @@ def global_mean(
     """Mean of the rows of all ranks in a group, the same 0-dim value on each; its gradient reaches
     this rank's rows.
 
-    One all-reduce of two numbers in the forward, none in the backward, no wait for the device. All
-    ranks of the group must call it. A rank without any row that counts gets zero gradients, not
+    One all-reduce of three numbers in the forward, none in the backward, no wait for the device.
+    All ranks of the group must call it. A rank without any row that counts gets zero gradients, not
     none, so that whatever its engine does with them does not hang; where no rank has any, it is 0.
 
     Args:
@@ -62,24 +65,20 @@ def global_mean(
 
     Raises:
         TypeError: not a tensor, no group. ValueError: shapes, dtypes or devices that do not fit, a
-        mask that requires grad, a group without this rank, a mesh of several dimensions.
+        mask that requires grad, a group without this rank, a mesh of several dimensions; on the
+        other ranks, where one refuses its arguments (on a GPU with ONEPASS_STRICT=1, else NaN).
 
     Formula: sum over ranks of sum(mask * rows) / max(sum over ranks of sum(mask), 1); gradient of
     a row: mask / that divisor, times the number of ranks where they are averaged.
     """
-    check_choice("gradients", gradients, GRADIENTS)
-    check_floating("rows", rows)
-    check_local("rows", rows)
-    check_weights("mask", mask, rows.shape)
-    check_num_items(num_items, "mean")
-    if mask is not None:
-        check_local("mask", mask)
-        check_same_device("mask", mask, "rows", rows)
-        if mask.requires_grad:
-            raise ValueError(
-                "mask is not differentiated: got one that requires grad; mask.detach()"
-            )
     group = group_of(process_group)
+    try:
+        check_rows(rows, mask)
+        check_choice("gradients", gradients, GRADIENTS)
+        check_num_items(num_items, "mean")
+    except (TypeError, ValueError):
+        refuse(group, rows, 2)
+        raise
     dtype = accumulation_dtype(rows.dtype)
     own = reduce_rows(rows.to(dtype), mask, reduction="sum")
     total, count = sums_over(group, own, weight_of(rows, mask)).unbind()
@@ -100,8 +99,8 @@ def count_items(
 ) -> Tensor:
     """How many rows count on all ranks of a group, for `num_items`; 0-dim, the same on each.
 
-    One all-reduce of a number; all ranks of the group must call it. For micro-batches, count their
-    labels together, once: `torch.cat([labels.flatten() for labels in ...])`.
+    One all-reduce of two numbers; all ranks of the group must call it. For micro-batches, count
+    their labels together, once: `torch.cat([labels.flatten() for labels in ...])`.
 
     Args:
         labels: [...] integers, already shifted where they are next tokens (see `shift_labels`);
@@ -118,25 +117,18 @@ def count_items(
 
     Formula: sum over ranks of sum((labels != ignore_index) * mask), as masked_cross_entropy's mean.
     """
-    if labels is None and mask is None:
-        raise TypeError("count_items needs labels or a mask: got neither")
-    if labels is not None:
-        check_integers("labels", labels, "; a mask goes to mask=")
-        check_local("labels", labels)
-        check_weights("mask", mask, labels.shape)
-    else:
-        assert mask is not None
-        check_weights("mask", mask, getattr(mask, "shape", ()))
-    if mask is not None:
-        check_local("mask", mask)
+    group = group_of(process_group)
+    try:
+        check_counted(labels, mask)
+    except (TypeError, ValueError):
+        refuse(group, mask if labels is None else labels, 1)
+        raise
     counts = mask
     if labels is not None:
         counts = labels != ignore_index
         if mask is not None:
-            check_same_device("mask", mask, "labels", labels)
             counts = torch.where(counts, mask, 0)
     assert counts is not None
-    group = group_of(process_group)
     dtype = accumulation_dtype(counts.dtype) if counts.is_floating_point() else torch.int64
     return sums_over(group, weight_of(counts, counts))[0].to(dtype)
 
@@ -155,6 +147,32 @@ def shift_labels(labels: Tensor, *, ignore_index: int = IGNORED) -> Tensor:
     if labels.dim() == 0:
         raise ValueError("labels must be [..., T]: got a single number")
     return functional.pad(labels[..., 1:], (0, min(labels.shape[-1], 1)), value=ignore_index)
+
+
+def check_rows(rows: Tensor, mask: Tensor | None) -> None:
+    """Raises for what `global_mean` has no mean of."""
+    check_floating("rows", rows)
+    check_local("rows", rows)
+    check_weights("mask", mask, rows.shape)
+    if mask is not None:
+        check_local("mask", mask)
+        check_same_device("mask", mask, "rows", rows)
+        if mask.requires_grad:
+            raise ValueError("mask is not differentiated: got one that requires grad; detach it")
+
+
+def check_counted(labels: Tensor | None, mask: Tensor | None) -> None:
+    """Raises for what `count_items` cannot count."""
+    if labels is None and mask is None:
+        raise TypeError("count_items needs labels or a mask: got neither")
+    if labels is not None:
+        check_integers("labels", labels, "; a mask goes to mask=")
+        check_local("labels", labels)
+    check_weights("mask", mask, getattr(mask if labels is None else labels, "shape", ()))
+    if mask is not None:
+        check_local("mask", mask)
+        if labels is not None:
+            check_same_device("mask", mask, "labels", labels)
 
 
 def check_integers(name: str, labels: object, mend: str = "") -> None:
@@ -213,11 +231,27 @@ def weight_of(rows: Tensor, mask: Tensor | None) -> Tensor:
 
 def sums_over(group: Any, *numbers: Tensor) -> Tensor:
     """0-dim numbers, added up over the ranks in one collective. Always float64: exact for counts,
-    and of one size whatever the dtype of a rank's rows."""
-    sums = torch.stack([number.detach().to(torch.float64) for number in numbers])
-    if group is not None and group.size() > 1:
-        dist.all_reduce(sums, group=group)
-    return sums
+    and of one size whatever the dtype of a rank's rows. Where a rank refused, ValueError if values
+    are checked, else NaN."""
+    fine = torch.zeros((), dtype=torch.float64, device=numbers[0].device)
+    sums = torch.stack([*(number.detach().to(torch.float64) for number in numbers), fine])
+    if group is None or group.size() == 1:
+        return sums[:-1]
+    dist.all_reduce(sums, group=group)
+    if values_checked(sums) and sums[-1] > 0:
+        raise ValueError(
+            f"{this_rank()}: {int(sums[-1])} other rank(s) of the group refused their arguments, "
+            "and say why"
+        )
+    return torch.where(sums[-1] > 0, torch.nan, sums[:-1])
+
+
+def refuse(group: Any, like: object, n: int) -> None:
+    """Comes to the others' collective of n numbers and says so: they would wait for this rank."""
+    if group is not None and group.size() > 1 and isinstance(like, Tensor):
+        told = torch.zeros(n + 1, dtype=torch.float64, device=like.device)
+        told[-1] = 1
+        dist.all_reduce(told, group=group)
 
 
 class _ValueOf(torch.autograd.Function):

@@ -274,6 +274,25 @@ def groups(rank: int, size: int) -> None:
     assert "rows must be this rank's own: got a DTensor; rows.to_local()" in said, said
 
 
+def refused(rank: int, size: int) -> None:
+    """What one rank refuses is an error on all, before the group's patience ends."""
+    rows = torch.ones(3)
+    for bad in range(2):
+        mask = torch.ones(2 if rank == bad else 3)
+        for call in (
+            lambda m=mask: onepass.global_mean(rows, m),
+            lambda m=mask: onepass.count_items(rows.long(), m),
+            lambda m=mask: onepass.count_items(None, m * torch.nan if len(m) == 2 else m),
+        ):
+            said = raised(call)
+            if rank == bad:
+                assert said.startswith("mask "), said
+            else:
+                wanted = f"rank {rank}: 1 other rank(s) of the group refused their arguments"
+                assert said.startswith(wanted), said
+    assert float(onepass.global_mean(rows)) == 1.0
+
+
 def raised(call: Callable[[], Any]) -> str:
     try:
         call()
@@ -530,6 +549,7 @@ CASES: dict[str, Callable[[int, int], None]] = {
     "counts": counts,
     "losses": losses,
     "groups": groups,
+    "refused": refused,
     "ddp": functools.partial(masked_rank, "ddp"),
     "fsdp2": functools.partial(masked_rank, "fsdp2"),
     "context_parallel": context_parallel,
