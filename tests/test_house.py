@@ -229,7 +229,10 @@ def no_retired_or_tuned_triton(tree: ast.Module, path: str) -> Found:
                 yield node.lineno, f"{node.attr}: block pointers are gone, tuning is a table"
 
 
-HOT_PATH = ("ops", "python/onepass/losses.py", "python/onepass/reduce.py")
+HOT_PATH = (
+    "ops",
+    *(f"python/onepass/{file}.py" for file in ("losses", "parallel", "reduce")),
+)
 # Functions that are there to read values: free to do so, so a call of one counts as a read.
 # Checks that their callers ask `values_checked` about, and what only the torch path calls.
 VALUE_READERS = {"check_labels", "check_probabilities", "kept_rows", "_kept_slabs", "_pairs"}
@@ -380,8 +383,10 @@ PUBLIC = [
     "VocabStats",
     "__version__",
     "cloak",
+    "count_items",
     "cross_entropy",
     "gaussian_stats",
+    "global_mean",
     "lazy_head",
     "lazy_head_within",
     "linear_cross_entropy",
@@ -392,6 +397,7 @@ PUBLIC = [
     "reduce_rows",
     "report",
     "row_moments",
+    "shift_labels",
     "strict",
     "unlazy_head",
     "vocab_pair_stats",
