@@ -318,7 +318,11 @@ def test_modes_and_slabs(
     def loss(z: Tensor) -> Tensor:
         return onepass.masked_cross_entropy(z, case.labels, case.bag[:6].view(2, 3), impl=impl)
 
-    options = {"max_slab_bytes": 4 * V * slab_rows, "compact": compact, "mode": mode}
+    options: dict[str, Any] = {
+        "max_slab_bytes": 4 * V * slab_rows,
+        "compact": compact,
+        "mode": mode,
+    }
     for sizes in ((3, 20, 14), (36, 1, 0, 0)):
         wanted, found, ranks = both(case, sizes, loss, monkeypatch, **options)
         check(wanted, found)
