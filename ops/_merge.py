@@ -102,11 +102,12 @@ def merged_pair_stats(parts: Parts, want: Sequence[str], probs: bool) -> dict[st
         return facts
     q = Mass.of(parts["target_max"], parts["target_rest"])
     facts |= {"target_max": q.top, "target_rest": q.rest, "target_lse": q.lse}
-    if "cross_entropy" in want or "kl" in want:
+    if "cross_entropy" in want:
         own = torch.where(ruled_out, torch.inf, parts["cross_entropy"] - p.log_share)
         facts["cross_entropy"] = q.mean(own)
     if "kl" in want:
-        facts["kl"] = q.mean(parts["kl"]) + between_shares(q, p, parts["log_ratio"])
+        own = torch.where(ruled_out, torch.inf, parts["kl"])
+        facts["kl"] = q.mean(own) + between_shares(q, p, parts["log_ratio"])
     if "reverse_kl" in want:
         own = torch.where(q.log_share == -torch.inf, torch.inf, parts["reverse_kl"])
         facts["reverse_kl"] = p.mean(own) + between_shares(p, q, -parts["log_ratio"])

@@ -96,7 +96,7 @@ class Side:
         """One slab's share of the gradients, from that of the logits."""
         if self.weight:
             du = self.cap.gradient(dlogits, u).to(u.dtype)
-            self.made.add(at, states, du.view(-1, self.vocab_size))
+            self.made.add(at, states, du.flatten(0, 1))
         elif self.made.hidden:
             self.made.hidden[0][:, at] = dlogits
 
@@ -160,7 +160,9 @@ class Pairs:
         z, t = logits[0], logits[1][0]
         dt = None if dt is None else dt[0]
         args = (dict(facts), dict(coefficients))
-        if triton:
+        if not z.numel():  # a shard without columns
+            pass
+        elif triton:
             dz_, dt_ = (None if d is None else d.unsqueeze(-3) for d in (dz, dt))
             flat = None if counts is None else counts.view(-1)
             _backward_triton(dz_, dt_, z[:, None], t[None], flat, probs, beta, *args)

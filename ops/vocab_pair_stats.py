@@ -32,6 +32,7 @@ from ._launch import (
     IMPLS,
     Rows,
     accumulation_dtype,
+    capturing,
     choose,
     dense_like,
     device_of,
@@ -844,7 +845,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor]:
     *values, need_logits, need_target, triton = rest
     dlogits, dtarget = _empty_grads(logits, target, need_logits, need_target, triton)
-    if row_max.numel():
+    if row_max.numel() and logits.shape[-1]:
         z, t = (_stack if triton else _flat_stack)(logits, target)
         shape = (z.shape[0], row_max.numel() // z.shape[0])
         if not triton and mask is not None:
@@ -1079,7 +1080,7 @@ def vocab_pair_stats(
         outputs = head_pair_stats(logits, target, *given, impl, foretold)
     else:
         logits, target, shard = pair_of_columns(logits, target)
-        if shard is not None:
+        if shard is not None and not capturing(logits):
             counts = None if flags is None else flags.to(torch.int64)
             check_alike(shard, logits.reshape(-1, logits.shape[-1]), counts, (want, probs), 0)
         where = (*of_operator(shard), choose(impl, logits, target))

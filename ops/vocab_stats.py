@@ -32,6 +32,7 @@ from ._launch import (
     Rows,
     accumulation_dtype,
     as_matrix,
+    capturing,
     choose,
     dense_like,
     device_of,
@@ -801,7 +802,7 @@ def vocab_stats(
         outputs = head_stats(head, *given_rows, impl, foretold, gradient_of)
     else:
         logits, shard = own_columns("logits", logits)
-        if shard is not None:
+        if shard is not None and not capturing(logits):
             check_alike(shard, logits.reshape(-1, logits.shape[-1]), labels, want, 0)
         outputs = _vocab_stats(logits, *given_rows, *of_operator(shard), choose(impl, logits))
     fields = dict(zip(FACTS, outputs[2:], strict=True))

@@ -21,6 +21,10 @@ T = TypeVar("T")
 NAME = "threads"
 
 
+class Alone(Exception):
+    """A rank waits for others that are gone."""
+
+
 class Ranks:
     """A group of n ranks; `counted` holds the shape and dtype of every collective's payload."""
 
@@ -36,9 +40,10 @@ class Ranks:
         monkeypatch.setattr(_shards, "all_summed", self._summed)
 
     def run(self, call: Callable[[int], T]) -> list[T]:
-        """call(rank) on every rank; what each returns. Raises what the first raised, if any did."""
+        """call(rank) on every rank; what each returns. Raises what one of them raised."""
         self._turn = threading.Lock()
-        self._barrier = threading.Barrier(self.n, timeout=20)
+        self._met = threading.Condition()
+        self._arrived, self._meeting, self._left = 0, 0, False
         self._slots: list[Any] = [None] * self.n
         results: list[Any] = [None] * self.n
         self.raised: list[BaseException | None] = [None] * self.n
@@ -51,16 +56,17 @@ class Ranks:
                     results[rank] = call(rank)
                 except BaseException as error:
                     self.raised[rank] = error
-                    self._barrier.abort()  # nobody waits for a rank that is gone
+            with self._met:  # nobody waits for a rank that is gone
+                self._left = True
+                self._met.notify_all()
 
         threads = [threading.Thread(target=body, args=(rank,)) for rank in range(self.n)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        broken = threading.BrokenBarrierError
         errors = [error for error in self.raised if error is not None]
-        errors.sort(key=lambda error: isinstance(error, broken))
+        errors.sort(key=lambda error: isinstance(error, Alone))
         if errors:
             raise errors[0]
         return results
@@ -79,7 +85,15 @@ class Ranks:
     def _wait(self) -> None:
         self._turn.release()
         try:
-            self._barrier.wait()
+            with self._met:
+                meeting = self._meeting
+                self._arrived += 1
+                if self._arrived == self.n:
+                    self._arrived, self._meeting = 0, meeting + 1
+                    self._met.notify_all()
+                self._met.wait_for(lambda: self._meeting != meeting or self._left, timeout=20)
+                if self._meeting == meeting:
+                    raise Alone("the other ranks do not come to this collective")
         finally:
             self._turn.acquire()
 
