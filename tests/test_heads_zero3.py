@@ -29,6 +29,7 @@ CASES = (
     "lora",
     "checkpointing",
     "checkpointed_head",
+    "own_module",
     "partitioned_before",
     "half_precision",
     "two_uses",

@@ -308,6 +308,28 @@ def checkpointed_head(rank: int) -> None:
         check(trained(engine_of(model), rank, lambda m, batch: m(**batch)), wanted)
 
 
+def own_module(rank: int) -> None:
+    """A module that takes another's weight, which DeepSpeed then gathers for it."""
+
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny("llama")
+
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+            hidden = self.inner.model(input_ids=input_ids).last_hidden_state[:, :-1]
+            given = hidden.reshape(-1, hidden.shape[-1]), self.inner.lm_head.weight
+            return onepass.linear_cross_entropy(*given, labels[:, 1:].reshape(-1))
+
+    def loss_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        loss: Tensor = model(**batch)
+        return loss
+
+    for zero in ({}, RELEASED):
+        got = trained(engine_of(Fused(), **zero), rank, loss_of)
+        check(got, truth(Fused(), rank, loss_of))
+
+
 def partitioned_before(rank: int) -> None:
     """transformers' from_pretrained under a ZeRO-3 configuration: the head is called lazy while it
     is in shards."""
