@@ -16,7 +16,7 @@ import torch
 
 from support.processes import run_processes
 
-CASES = ("process_group", "dtensor", "sharded_logits", "refused")
+CASES = ("process_group", "dtensor", "sharded_logits", "page", "refused")
 MODELS = {2: ("tensor_parallel", "tensor_parallel_lora"), 4: ("tp_and_dp", "tp_and_fsdp")}
 NEEDS = {"tensor_parallel_lora": "peft", "tensor_parallel": "transformers"}
 NEEDS["tp_and_fsdp"] = "transformers"

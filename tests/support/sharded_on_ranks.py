@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
+import runpy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -162,6 +163,20 @@ def sharded_logits() -> None:
             loss.backward()
         assert isinstance(z.grad, DTensor) and z.grad.placements == (Shard(2),)
         check(loss, [z.grad], (wanted.detach(), [whole(whole_logits.grad)]))
+
+
+def page(folder: Path) -> None:
+    """docs/sharded-head.md, as it stands there."""
+    text = (Path(__file__).parents[2] / "docs" / "sharded-head.md").read_text(encoding="utf-8")
+    script = folder.with_suffix(f".{dist.get_rank()}.py")
+    script.write_text(text.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    with onepass.strict():
+        held = runpy.run_path(str(script))
+    hidden, head, labels = held["hidden"], held["head"], held["labels"]
+    leaves = [t.requires_grad_() for t in (hidden.detach(), head.detach().full_tensor())]
+    loss = torch.nn.functional.cross_entropy(leaves[0] @ leaves[1].T, labels)
+    loss.backward()
+    check(held["loss"], [hidden.grad, head.grad], (loss.detach(), [whole(t.grad) for t in leaves]))
 
 
 def refused() -> None:
@@ -375,26 +390,22 @@ def truth_of_rows() -> tuple[Tensor, list[Tensor]]:
     hidden, weight, bias, labels = parts()
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
     loss: Any = 0.0
-    for row in range(2):
-        loss = (
-            loss
-            + loss_of(LazyLogits(hidden[row : row + 1], weight, bias), labels[row : row + 1]) / 2
-        )
+    for row in (slice(0, 1), slice(1, 2)):
+        loss = loss + loss_of(LazyLogits(hidden[row], weight, bias), labels[row]) / 2
     loss.backward()
     return loss.detach(), [whole(t.grad) for t in leaves]
 
 
 ON_ANY = (process_group, dtensor, sharded_logits, refused)
-WITH_MODELS = {2: (tensor_parallel, tensor_parallel_lora), 4: (tp_and_fsdp, tp_and_dp)}
 
 
 def main(rank: int, rendezvous: str, names: list[str], folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # transformers asks, in vain
     warnings.filterwarnings("ignore", category=FutureWarning)
     join(rank, rendezvous)
-    models = (tensor_parallel, tensor_parallel_lora, tp_and_fsdp, tp_and_dp)
+    in_folders = (page, tensor_parallel, tensor_parallel_lora, tp_and_fsdp, tp_and_dp)
     known: dict[str, Any] = {case.__name__: case for case in ON_ANY}
-    known |= {case.__name__: partial(case, folder / case.__name__) for case in models}
+    known |= {case.__name__: partial(case, folder / case.__name__) for case in in_folders}
     answer({name: known[name] for name in names}, folder, rank)
     leave()
 
