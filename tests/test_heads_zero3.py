@@ -157,6 +157,17 @@ def test_what_detaches_still_does() -> None:
     assert hidden.grad is not None and weight.grad is not None and bias.grad is not None
 
 
+def test_probabilities_do_not_pass() -> None:
+    hidden, weight, bias, _ = parts()
+    probs = LazyLogits(hidden, weight, bias).softmax(-1)
+    with pytest.raises(RuntimeError, match="lazy probabilities cannot pass DeepSpeed's hooks"):
+        identity([]).apply(probs)
+    assert not probs.detach().requires_grad
+    with torch.no_grad():
+        probs = LazyLogits(hidden, weight, bias).softmax(-1)
+        assert torch.equal(identity([]).apply(probs).argmax(-1), probs.argmax(-1))
+
+
 def test_a_hook_of_deepspeeds_scales_every_gradient() -> None:
     hidden, weight, bias, labels = parts()
     wanted = torch.autograd.grad(

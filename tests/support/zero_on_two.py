@@ -171,15 +171,14 @@ def of_head(run: Run, head: str = "lm_head.weight") -> list[int]:
 
 
 def zero3(rank: int) -> None:
-    """Trained heads, tied or not, the loss inside of the model or outside, lazy before or after."""
-    for family in ("llama", "qwen2_tied"):
-        for at, (name, loss_of) in enumerate(LOSSES.items()):
-            wanted = truth(tiny(family), rank, LOSSES[name])
-            model = tiny(family)
-            if at:
-                engine = engine_of(onepass.lazy_head(model))
+    """Trained heads, tied, with a bias or not; the loss inside of the model or outside, lazy before or after."""
+    for family in ("llama", "qwen2_tied", "phi_bias"):
+        for name, loss_of in LOSSES.items():
+            wanted = truth(tiny(family), rank, loss_of)
+            if name == "model":
+                engine = engine_of(onepass.lazy_head(tiny(family)))
             else:
-                engine = onepass.lazy_head(engine_of(model))
+                engine = onepass.lazy_head(engine_of(tiny(family)))
             report = onepass.report(engine)
             assert report.fused and f"weight [{V}, 32] float32" in str(report), report
             check(trained(engine, rank, loss_of), wanted)
