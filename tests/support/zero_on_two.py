@@ -171,7 +171,7 @@ def of_head(run: Run, head: str = "lm_head.weight") -> list[int]:
 
 
 def zero3(rank: int) -> None:
-    """Trained heads, tied, with a bias or not; the loss inside of the model or outside, lazy before or after."""
+    """Trained heads, tied, with a bias or without; the loss in the model or outside."""
     for family in ("llama", "qwen2_tied", "phi_bias"):
         for name, loss_of in LOSSES.items():
             wanted = truth(tiny(family), rank, loss_of)
