@@ -4,13 +4,20 @@ beside them, weights gathered whole, and who is lost where a collective fails.""
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+import sys
+import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from datetime import timedelta
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import distributed, nn
+
+from ..cli.errors import one_line
+from .run_folder import n_processes
 
 ANSWER = 3.0  # seconds in which a process that lives says so
 FAILED = ("gloo/transport", "NCCL", "ProcessGroup", "Connection closed by peer", "DistStoreError")
@@ -91,6 +98,15 @@ def _gathered(module: Any) -> Any:
     return made
 
 
+def reduces_twice(model: nn.Module) -> bool:
+    """Whether DDP averages a weight's gradient each time that a reentrant checkpoint makes a part
+    of it, and so, of a model that runs twice in one backward, not the sum."""
+    if type(model).__name__ != "DistributedDataParallel":
+        return False
+    made = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
+    return any(getattr(func, "keywords", {}).get("use_reentrant") for func in made)
+
+
 def rounds(n_items: int) -> Iterator[tuple[int, bool]]:
     """(index, whether it is this process's) of its share of the items. All processes go as many
     rounds, as a sharded model wants it: the last may be of an item that is another's."""
@@ -125,9 +141,51 @@ def who_is_lost() -> tuple[list[int], bool]:
     try:
         store = distributed.distributed_c10d._get_default_store()
         store.set(lives[rank], "")
-        with contextlib.suppress(RuntimeError):  # DistStoreError: some never did
-            store.wait(lives, timedelta(seconds=ANSWER))
+        ends = time.monotonic() + ANSWER
+        while not store.check(lives) and time.monotonic() < ends:
+            time.sleep(0.1)
         here = [store.check([key]) for key in lives]
     except (RuntimeError, ValueError):  # the process with the store is the one that is gone
         return [], True
     return [n for n, found in enumerate(here) if not found], here.index(True) == rank
+
+
+class Ended(BaseException):
+    """SIGTERM: a launcher ends the processes that are left where one has failed."""
+
+
+@contextlib.contextmanager
+def together(line: Callable[[str], str]) -> Iterator[None]:
+    """In a launch of several processes: where one is lost, the first of the others tells it by
+    `line` of what there is to say, and all end at once with exit code 1; elsewhere nothing."""
+    if n_processes() == 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _ended)
+    try:
+        yield
+    except (Ended, RuntimeError) as error:
+        if not (isinstance(error, Ended) or is_lost(error)):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if distributed.is_initialized():
+            gone, tells = who_is_lost()
+            if tells:
+                print(line(_told(error, gone)), file=sys.stderr, flush=True)
+        os._exit(1)  # destructors of a process group have waited for ever for what is gone
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _ended(*_: object) -> None:
+    raise Ended
+
+
+def _told(error: BaseException, gone: list[int]) -> str:
+    n = n_processes()
+    if gone:
+        ranks = f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}"
+        return f"{ranks} of {n} ended or hang{'s' * (len(gone) == 1)} (what was said stands above)"
+    if isinstance(error, Ended):
+        return f"ended by SIGTERM, as all {n} processes"
+    return f"the {n} processes lost each other ({one_line(error, 120)})"
