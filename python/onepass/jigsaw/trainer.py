@@ -63,6 +63,9 @@ class JigsawModel(nn.Module):
         self.loss, self.components, self.hyperparameters = jigsaw_sgt_loss_factory(
             self.teacher, self.student, **jigsaw.loss_options()
         )
+        # The student has no weight that the teacher has not: a state has each once.
+        self.register_state_dict_post_hook(_drop_student)
+        self.register_load_state_dict_post_hook(_miss_no_student)
 
     @property
     def base(self) -> Any:
@@ -236,14 +239,14 @@ class JigsawTrainer(Trainer):
 
     def save_adapter(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """The adapter as PEFT keeps it; of a sharded model, out of its `whole_state`."""
-        own = _below("student.base_model.", state)
+        own = _below("teacher.base_model.", state)
         self.pair.base.save_pretrained(folder, state_dict=own, save_embedding_layers=False)
         with contextlib.suppress(FileNotFoundError):
             (folder / "README.md").unlink()  # PEFT's unfilled form
 
     def save_sgt(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """The transform, as `TransformerCloak.from_pretrained` takes it; out of `whole_state`."""
-        self.pair.cloak.save_pretrained(folder, _below("student.cloak.", state))
+        self.pair.cloak.save_pretrained(folder, _below("teacher.cloak.", state))
 
     @property
     def pair(self) -> JigsawModel:
@@ -263,6 +266,9 @@ class JigsawTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:  # what it has kept beside ours, which is in shards or knows them
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
@@ -272,7 +278,10 @@ class JigsawTrainer(Trainer):
         self.pair.cloak.load_state_dict(load_file(folder / SGT / "model.safetensors"))
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if is_sharded(self):
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def lora_config(model: nn.Module, lora: LoraFlags, jigsaw: JigsawArguments) -> LoraConfig:
@@ -281,6 +290,15 @@ def lora_config(model: nn.Module, lora: LoraFlags, jigsaw: JigsawArguments) -> L
     if jigsaw.is_truncated and jigsaw.distillation_layer_index is not None:
         run = run[: run[jigsaw.distillation_layer_index] + 1]
     return lora_in_blocks(model, lora, run)
+
+
+def _drop_student(_: nn.Module, state: dict[str, Any], prefix: str, __: object) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}student.")]:
+        del state[name]
+
+
+def _miss_no_student(_: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [name for name in keys.missing_keys if "student." not in name]
 
 
 def _below(start: str, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
