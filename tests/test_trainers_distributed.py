@@ -6,12 +6,19 @@ What the processes do stands in support/trainers_on_two.py; they start once for 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from onepass.cli import main
 from support.processes import run_processes
+from support.tiny_language_model import save
 
 pytest.importorskip("transformers", reason="the trainers are transformers'")
 pytest.importorskip("accelerate", reason="transformers.Trainer needs it")
@@ -47,3 +54,94 @@ def answers(truths: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes(case: str, answers: Path) -> None:
     for rank in range(2):
         assert (answers / f"{case}.{rank}").read_text("utf-8") == ""
+
+
+# -- launched ---------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = [
+    *("--use_cpu", "--per_device_train_batch_size", "1", "--learning_rate", "5e-3"),
+    *("--logging_steps", "1", "--save_steps", "2", "--max_steps", "4", "--validation_ratio", "0"),
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model/, and what the trainings of support/trainers_on_two.py read."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save(folder, n_layers=2)
+    for name, rows in (
+        ("pairs", two.pairs()),
+        ("retain", [{"text": text} for text in two.TEXTS]),
+        ("harmful", [{"text": text} for text in two.CODE]),
+    ):
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def command(system: str, files: Path, folder: Path, *more: str) -> list[str]:
+    texts = ("--retain", str(files / "retain.jsonl"), "--harmful", str(files / "harmful.jsonl"))
+    given: tuple[str, ...] = {
+        "dpo": ("--data", str(files / "pairs.jsonl")),
+        "circuit-breaker": (*texts, "--lora_dropout", "0", "--model_max_length", "32"),
+    }[system]
+    model = ("--model", str(files / "model"))
+    return ["train", system, *model, *given, *QUICK, "--output_dir", str(folder), *more]
+
+
+def launch(engine: str, arguments: list[str], **env: str) -> tuple[int, str, str, float]:
+    """The exit code, what was said, and the seconds it took, of two processes as a file of examples/
+    has them, but on CPUs."""
+    config = ROOT / "examples" / "accelerate" / f"{engine}.yaml"
+    start = ("-m", "accelerate.commands.launch", "--config_file", str(config))
+    ours = ("--num_processes", "2", "--main_process_port", "0", "-m", "support.launched")
+    path = os.pathsep.join([str(ROOT / "python"), str(ROOT / "tests")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"} | env
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, *start, *ours, *arguments],
+        env=env, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr, time.monotonic() - began
+
+
+def metrics(folder: Path) -> dict[str, object]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {"lines": [json.loads(line) for line in lines]}
+
+
+@pytest.mark.parametrize(("engine", "system"), [("ddp", "circuit-breaker"), ("fsdp2", "dpo")])
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(
+    engine: str, system: str, files: Path, tmp_path: Path
+) -> None:
+    """Killed in the third step; the whole run of one process has the same curve."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    accumulates = "--gradient_accumulation_steps"
+    assert main(command(system, files, whole, accumulates, "4")) == 0
+    flags = command(system, files, folder, accumulates, "2")
+    code, _, err, seconds = launch(engine, flags, DIES="1,2")
+    assert code == 1 and seconds < 120, err
+    last = folder / "checkpoint-2"
+    told = [line for line in err.splitlines() if line.startswith("onepass train")]
+    assert told == [
+        f"onepass train {system}: rank 1 of 2 ended or hangs (what was said stands above); {last} is"
+        f" the last checkpoint; go on, under the same launcher, with: onepass train {system}"
+        f" --output_dir {folder} --resume_from_checkpoint"
+    ]
+    resumed = ["train", system, "--output_dir", str(folder), "--resume_from_checkpoint"]
+    code, _, err, _ = launch(engine, resumed)
+    assert code == 0, err
+    two.check(metrics(folder), metrics(whole))
+    made = "adapter/adapter_model.safetensors" if system == "dpo" else "adapter_model.safetensors"
+    found, wanted = load_file(folder / made), load_file(whole / made)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=2e-4, msg=key)
+
+
+def test_example_of_zero3_is_accelerates() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    read = load_config_from_file(str(ROOT / "examples" / "accelerate" / "zero3.yaml"))
+    assert read.distributed_type == "DEEPSPEED" and read.deepspeed_config["zero_stage"] == 3

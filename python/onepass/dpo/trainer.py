@@ -28,7 +28,13 @@ from ..training.hidden_states import (
     training_mode,
 )
 from ..training.monitor import check_one_gpu, forget_evaluation
-from ..training.processes import is_sharded, prepare_reference, rounds, shard_now
+from ..training.processes import (
+    check_reference,
+    is_sharded,
+    prepare_reference,
+    rounds,
+    shard_now,
+)
 from .arguments import DPOArguments
 from .data import IGNORED, PreferenceCollator, PreferenceDataset
 from .examples import REFERENCE, SIDES
@@ -251,6 +257,7 @@ class DPOTrainer(Trainer):
                 raise ValueError("sync_ref_model: is not for FSDP and DeepSpeed: leave it out")
             self.add_callback(SyncReference(self))
         if self.precomputes:
+            check_reference(self)
             self.train_dataset = self.precompute(train_dataset)
             self.eval_dataset = self.precompute(eval_dataset)
             self.ref_model = None

@@ -53,19 +53,26 @@ def prepare_reference(trainer: Any, reference: nn.Module) -> nn.Module:
     under its autocast.
 
     Raises:
-        ValueError: FSDP1 or DeepSpeed, of which each device would hold it whole.
+        ValueError: as `check_reference`.
     """
+    check_reference(trainer)
     accelerator = trainer.accelerator
     if getattr(accelerator, "is_fsdp2", False):
         from accelerate.utils import fsdp2_prepare_model
 
         return fsdp2_prepare_model(accelerator, reference)  # type: ignore[no-any-return]
-    if is_sharded(trainer):
-        raise ValueError(
-            "FSDP1 and DeepSpeed: a reference of its own would stand whole on every device: use"
-            " FSDP2, train an adapter, whose reference is the model without it, or precompute"
-        )
     return accelerator.prepare_model(reference, evaluation_mode=True)  # type: ignore[no-any-return]
+
+
+def check_reference(trainer: Any) -> None:
+    """ValueError for a reference that runs outside of the training's steps under FSDP1 or DeepSpeed,
+    where it would stand whole on every device."""
+    if is_sharded(trainer) and not getattr(trainer.accelerator, "is_fsdp2", False):
+        raise ValueError(
+            "FSDP1 and DeepSpeed: a reference of its own would stand whole on every device: shard"
+            " with FSDP2, train an adapter, whose reference is the model without it, or precompute"
+            " on one GPU"
+        )
 
 
 def is_sharded(trainer: Any) -> bool:

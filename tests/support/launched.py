@@ -1,8 +1,10 @@
-"""`onepass` with FSDP on CPUs, which accelerate keeps for accelerators."""
+"""`onepass` for launches of several processes: with FSDP on CPUs, which accelerate keeps for GPUs, and
+with a process that dies in the middle of a step."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Any
 
@@ -26,8 +28,26 @@ def allow() -> None:
     AcceleratorState.__init__ = make
 
 
+def die_at(rank: int, step: int) -> None:
+    """Let the process of this rank be killed in the second batch of the step after this one."""
+    from transformers import Trainer
+
+    runs, seen = Trainer.training_step, []
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if int(os.environ["RANK"]) == rank and self.state.global_step == step:
+            seen.append(step)
+            if len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return runs(self, *args, **kwargs)
+
+    Trainer.training_step = run
+
+
 if __name__ == "__main__":
     allow()
+    if "DIES" in os.environ:
+        die_at(*map(int, os.environ["DIES"].split(",")))
     from onepass.cli import main
 
     sys.exit(main())
