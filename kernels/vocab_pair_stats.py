@@ -146,6 +146,17 @@ def divergence(near, drift, cross, heat, rest, rest_other, offset):
 
 
 @triton.jit
+def mass_ratio(near, drift, centre, rest, apart, offset):
+    """The logarithm of what the other side's exponentials sum to over this one's. `apart`: the same
+    from both rows' own sums, which have rounded."""
+    mass = 1.0 + rest
+    bend = near / mass
+    y = bend + drift / mass
+    is_near = (bend < FAR) & (tl.abs(y) < 0.5) & (tl.abs(offset) <= FAR_ORIGIN)
+    return tl.where(is_near, centre + log1p(tl.where(is_near, y, 0.0)), apart)
+
+
+@triton.jit
 def pair_counts(mask_ptr, at, inside):
     """Which of these pairs of rows are wanted."""
     if mask_ptr is not None:
@@ -342,6 +353,7 @@ def vocab_pair_stats_merge_kernel(
     reverse_kl_out,
     lse_out,
     target_lse_out,
+    log_ratio_out,  # [K, N] fp32 or None: log(sum of exp(logits) / sum of exp(target))
     n_segments,
     n_pairs,
     n_rows,
@@ -452,6 +464,13 @@ def vocab_pair_stats_merge_kernel(
         if REVERSE_KL:
             reverse_kl = divergence(near, drift, cross, heat, rest, t_rest, offset)
             put(reverse_kl_out, out, reverse_kl, counts)
+        if log_ratio_out is not None:
+            apart = offset + (log1p(rest) - log1p(t_rest))
+            if KL:
+                ratio = mass_ratio(t_near, t_drift, t_centre, t_rest, apart, offset)
+            else:
+                ratio = -mass_ratio(near, drift, centre, rest, -apart, offset)
+            put(log_ratio_out, out, ratio, counts)
 
 
 @triton.jit

@@ -33,6 +33,7 @@ from .online_softmax import (
 
 COUNTS = ("inner_size",)  # changes from batch to batch: no reason to compile anew
 IGNORED = tl.constexpr(-100)
+ELSEWHERE = tl.constexpr(-2147483648)  # the label of a row that lies in another shard
 NOWHERE = tl.constexpr(1 << 30)  # and upwards: where lanes without a state have their maximum
 
 
@@ -56,12 +57,13 @@ def load_weight(weights_ptr, columns, valid):
 
 @triton.jit
 def load_logit(row_ptr, label, vocab_size, softcap, logit_scale):
-    """The logit of one column; 0 for an ignored label, NaN for one outside the vocabulary (never
-    memory of somebody else)."""
+    """The logit of one column; 0 for an ignored label or one elsewhere, NaN for one outside the
+    vocabulary (never memory of somebody else)."""
     inside = (label >= 0) & (label < vocab_size)
     u = tl.load(row_ptr + label, mask=inside, other=0.0).to(tl.float32)
     z = cap_logits(u, inside, softcap, logit_scale)
-    return tl.where(label == IGNORED, 0.0, tl.where(inside, z, float("nan")))
+    nowhere = (label == IGNORED) | (label == ELSEWHERE)
+    return tl.where(nowhere, 0.0, tl.where(inside, z, float("nan")))
 
 
 @triton.jit
@@ -356,7 +358,8 @@ def load_label(pointer, row, vocab_size):
     """A row's label, and whether it is one that nobody should have passed: then it is 0, where its
     coefficients put NaN."""
     label = tl.load(pointer + row)
-    is_bad = ((label < 0) | (label >= vocab_size)) & (label != IGNORED)
+    is_bad = (label < 0) | (label >= vocab_size)
+    is_bad = is_bad & (label != IGNORED) & (label != ELSEWHERE)
     return tl.where(is_bad, 0, label).to(tl.int32), is_bad
 
 

@@ -162,7 +162,12 @@ def backward_torch(
         if probs:
             q.copy_(target[slab])
         else:
-            _relative(target[slab], q)
+            # Of the whole row, of which these may be a shard's columns; pairs that do not count
+            # have none.
+            top = facts["target_max"][:, slab]
+            if mask is not None:
+                top = torch.where(mask.view(n_pairs, n_rows)[:, slab], top, -torch.inf)
+            torch.sub(target[slab], top.amax(0)[:, None], out=q)
             q.exp_()
             # Of each row one column or a few; only where most of the mass is there.
             sure = (q.sum(-1) < 2).nonzero().squeeze(-1)

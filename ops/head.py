@@ -18,6 +18,7 @@ from ._cap import Cap
 from ._check import IGNORED, check_labels, values_checked
 from ._declare import declare
 from ._launch import GPU_TYPES, accumulation_dtype, capturing, choose, slabs
+from ._shards import Shard, check_alike, check_differentiable_twice, of_operator
 from ._softmax import exponentials
 from .vocab_stats import (
     COEFFICIENTS,
@@ -29,9 +30,12 @@ from .vocab_stats import (
     _empty_facts,
     _forward_torch,
     _forward_triton,
+    across_shards,
     is_softmax,
     keeps_gap,
     kept_rows,
+    no_columns,
+    of_shard,
     pick,
     row_coefficients,
     softmax_gradient,
@@ -60,6 +64,7 @@ class Head(NamedTuple):
     max_slab_bytes: int | None = None
     compact: bool = True  # leave out rows that do not count: one wait for the device
     mode: str = "auto"  # "ahead": gradients in the forward, or an error; "recompute": never
+    shard: Shard | None = None  # which columns `weight` and `bias` hold; None: all
     versions: tuple[tuple[Tensor, int], ...] = ()  # weights, and how often they had been written to
     states: tuple[int | None, ...] = ()  # how often the hidden states had been
 
@@ -94,7 +99,12 @@ class Head(NamedTuple):
         else:
             product = head_product(rows, self.weight, self.bias)
         whole = self.cap.logits(product)
-        return whole.view(*self.hidden[0].shape[:-1], whole.shape[-1])
+        whole = whole.view(*self.hidden[0].shape[:-1], whole.shape[-1])
+        return whole if self.shard is None else self.shard.whole(whole)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight[0].shape[0] if self.shard is None else self.shard.vocab_size
 
     @property
     def cap(self) -> Cap:
@@ -151,7 +161,8 @@ def serves_onednn(*tensors: Tensor) -> bool:
     d hidden. bfloat16 and float16 go to oneDNN through torch.mm as well.
     """
     return torch.backends.mkldnn.is_available() and all(
-        t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors
+        t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() and t.numel()
+        for t in tensors
     )
 
 
@@ -231,7 +242,9 @@ class Slabs:
 
 def parts(u: Tensor, triton: bool) -> list[slice]:
     """Rows of a slab whose temporaries fit a CPU's cache and are no more than half the slab, whose
-    size a caller chose for memory; all of them for the kernels."""
+    size a caller chose for memory; all of them for the kernels, none of a shard without columns."""
+    if not u.numel():
+        return []
     return [slice(0, len(u))] if triton else slabs(len(u), u.shape[1], 2 * u.numel())
 
 
@@ -409,12 +422,15 @@ def _forward(
     shares: list[Tensor],
     private: bool,  # whoever calls sees nothing of `made`, so that the backward may write to it
     exact: bool,  # rather makes the logits again than round a gradient once more
+    group: str,  # whose ranks hold the other columns of the head; "": there are none
+    sizes: list[int],  # columns of each rank
     need_hidden: list[bool],
     need_weight: list[bool],
     need_bias: bool,
     triton: bool,
 ) -> tuple[Any, ...]:
     asked = want.split()
+    shard = Shard.of(group, sizes)
     facts = _empty_facts(hidden[0], asked, False)
     need = Need(need_hidden, need_weight, need_bias)
     n_slabs = slab_count(hidden[0].shape[0], n_rows)
@@ -422,38 +438,47 @@ def _forward(
     if not facts["row_max"].numel():
         made.zero()
         return (*_as_outputs(hidden[0], facts), made.all)
+    vocab_size = weight[0].shape[0] if shard is None else shard.vocab_size
     ids = (labels, contrast_labels)
     if values_checked(hidden[0]):
         for name, given in zip(("labels", "contrast_labels"), ids, strict=True):
             if given is not None:
-                check_labels(name, given, weight[0].shape[0])
+                check_labels(name, given, vocab_size)
+    total, own, weights = weight_sum(vocab_size, bag_weights), asked, bag_weights
+    if shard is not None:
+        ids, own, weights = shard.ids(*ids), of_shard(asked), shard.columns(bag_weights)
     slabs_ = Slabs(hidden, weight, bias, Cap(softcap, scale), ids, n_rows, compact)
     made.zero(slabs_.total, slabs_.kept is None)
-    total = weight_sum(slabs_.room, bag_weights)
-    fused = bool(ahead) and not triton and not slabs_.blind
+    fused = bool(ahead) and not triton and not slabs_.blind and shard is None
     room = scratch(slabs_.step if fused else 0, weight[0].shape[0], facts["row_max"])
     for rows, states, u in slabs_:
-        found = _empty_facts(u, asked, triton)
+        found = _empty_facts(u, own, triton)
         ones = torch.ones_like(found["row_max"])
         of_rows = [share[rows] for share in shares] or [ones]
         upstream = dict(zip(ahead.split(), of_rows, strict=False))
         of_slab = ids_of(ids, rows)
         for part in parts(u, triton):
             out = {name: values[part] for name, values in found.items()}
-            grads = {name: grad[part] for name, grad in upstream.items()}
             of_part = ids_of(of_slab, part)
             if fused:
-                args = (of_part, bag_weights, asked, grads, total, out)
+                grads = {name: grad[part] for name, grad in upstream.items()}
+                args = (of_part, weights, asked, grads, total, out)
                 facts_and_gradient(u[part], slabs_.cap, *args, room[:, : len(u[part])])
-                continue
-            if triton:
-                _forward_triton(u[part], *of_part, bag_weights, out, slabs_.cap)
+            elif triton:
+                _forward_triton(u[part], *of_part, weights, out, slabs_.cap)
             else:
-                _forward_torch(u[part], *of_part, bag_weights, asked, out, slabs_.cap)
-            if ahead:
-                c = row_coefficients(out, grads, total, bag_weights is not None)
-                top, beside = out["row_max"], out["row_rest"]
-                slabs_.gradient(u[part], of_part, bag_weights, top, beside, c, triton)
+                _forward_torch(u[part], *of_part, weights, own, out, slabs_.cap)
+        if shard is not None:
+            if not shard.size:
+                no_columns(found)
+            found = across_shards(found, shard, asked, of_slab[0], bag_weights)
+        if ahead and not fused:
+            c = row_coefficients(found, upstream, total, bag_weights is not None)
+            top, beside = found["row_max"], found["row_rest"]
+            for part in parts(u, triton):
+                of_rows_ = {name: pick(value, part) for name, value in c.items()}
+                state = (weights, top[part], beside[part], of_rows_, triton)
+                slabs_.gradient(u[part], ids_of(of_slab, part), *state)
         for name, values in found.items():
             facts[name][rows] = values
         if ahead:
@@ -528,7 +553,7 @@ _head_stats_backward = declare(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     hidden, weight, bias, softcap, scale, labels, contrast, bag, want, n_rows, *rest = inputs
-    compact, ahead, shares, private, exact, *_, triton = rest
+    compact, ahead, shares, private, exact, group, sizes, *_, triton = rest
     *facts, made = output
     saved = dict(zip(("row_max", "row_rest", *FACTS), facts, strict=True))
     kept = [saved[name] for name in KEPT]
@@ -543,20 +568,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
         ahead.split(),
         private,
         exact,
+        Shard.of(group, sizes),
         triton,
     )
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
-    softcap, scale, want, n_rows, compact, ahead, private, exact, triton = ctx.options
+    softcap, scale, want, n_rows, compact, ahead, private, exact, shard, triton = ctx.options
     saved = iter(ctx.saved_tensors)
     hidden, weight, given, kept, shares, made = (
         [next(saved) for _ in range(size)] for size in ctx.sizes
     )
     bias, labels, contrast, bag = given
     none = [None] * len(hidden)
-    nothing = (*[None] * 9, [None] * len(shares), *[None] * 6)
+    of_sizes: Any = [] if shard is None else None  # an empty list comes back as one
+    nothing = (*[None] * 9, [None] * len(shares), None, None, None, of_sizes, *[None] * 4)
     grads = {
         fact: grad.contiguous()
         for fact, grad in zip(FACTS, upstream[2:-1], strict=True)
@@ -574,6 +601,7 @@ def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
     ]
     counts = None if labels is None else labels != IGNORED
     if torch.is_grad_enabled():
+        check_differentiable_twice(shard)
         d_hidden, d_weight, d_bias = _twice_differentiable(
             hidden, weight, bias, softcap, scale, labels, contrast, bag, grads
         )
@@ -584,10 +612,12 @@ def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
         out = scaled(made, factor, [t.dtype for t in wanted], private)
     else:
         facts = dict(zip(KEPT, kept, strict=True))
-        total = bag.sum() if bag is not None else float(weight[0].shape[0])
-        c = row_coefficients(facts, grads, total, bag is not None)
+        vocab_size, ids, weights = weight[0].shape[0], (labels, contrast), bag
+        if shard is not None:
+            vocab_size, ids, weights = shard.vocab_size, shard.ids(*ids), shard.columns(bag)
+        c = row_coefficients(facts, grads, weight_sum(vocab_size, bag), bag is not None)
         out = _head_stats_backward(
-            hidden, weight, bias, softcap, scale, labels, contrast, bag,
+            hidden, weight, bias, softcap, scale, *ids, weights,
             facts["row_max"], facts["row_rest"], *c.values(),
             n_rows, compact, *need, triton,
         )  # fmt: skip
@@ -696,7 +726,7 @@ def _twice_differentiable(
     c = row_coefficients(
         facts,
         {fact: grad[rows] for fact, grad in grads.items()},
-        weight_sum(u, bag_weights),
+        weight_sum(u.shape[-1], bag_weights),
         bag_weights is not None,
     )
     top, rest = facts["row_max"], facts["row_rest"]
@@ -713,7 +743,7 @@ def _twice_differentiable(
 
 _head_stats = declare(
     f"head_stats({_OF_HEAD} str want, int n_rows, bool compact, str ahead, Tensor[] shares, "
-    f"bool private, bool exact, {_NEEDS}) -> ("
+    f"bool private, bool exact, str group, int[] sizes, {_NEEDS}) -> ("
     + ", ".join(f"Tensor {name}" for name in ("row_max", "row_rest", *FACTS))
     + ", Tensor[] made)",
     implementation=_forward,
@@ -767,12 +797,16 @@ def head_stats(
     known = []
     if shares is not None and foretold:  # in the facts' dtype, which a cast of the logits is not
         known = [shares[fact].to(accumulation_dtype(hidden[0].dtype)) for fact in ahead]
-    row_bytes = head.weight[0].shape[0] * hidden[0].element_size()
-    rows = slab_limit(row_bytes, hidden[0], head.max_slab_bytes)
+    shard = head.shard
+    widest = head.weight[0].shape[0] if shard is None else max(shard.sizes)
+    rows = slab_limit(widest * hidden[0].element_size(), hidden[0], head.max_slab_bytes)
+    if shard is not None and head.compact and not capturing(hidden[0]):
+        needs = [need.any, *need.hidden]
+        check_alike(shard, hidden[0], labels, (want, ahead, needs, head.mode), rows)
     *outputs, _ = _head_stats(
         hidden, list(head.weight), head.bias, float(head.softcap), float(head.scale), labels,
         contrast_labels, bag_weights, " ".join(want), rows, head.compact, " ".join(ahead), known,
-        True, head.mode != "ahead", *(need if ahead else need.none()),
+        True, head.mode != "ahead", *of_operator(shard), *(need if ahead else need.none()),
         choose(impl, *hidden, *head.weight),
     )  # fmt: skip
     shape, made = head.hidden[0].shape[:-1], {"row_max", "row_rest", *want}

@@ -16,6 +16,15 @@ from torch import Tensor
 from ._cap import NO_CAP, Cap
 from ._declare import declare
 from ._launch import accumulation_dtype, capturing, choose
+from ._shards import (
+    Shard,
+    check_alike,
+    check_differentiable_twice,
+    check_fixed,
+    of_operator,
+    summed_gradient,
+    this_rank,
+)
 from .head import (
     Gradients,
     Head,
@@ -35,12 +44,11 @@ from .vocab_pair_stats import (
     _backward_torch,
     _backward_triton,
     _empty_facts,
-    _forward_torch,
-    _forward_triton,
     _twice_differentiable,
     clamp_jsd,
     is_one_side,
     pair_coefficients,
+    pair_facts,
 )
 
 
@@ -88,7 +96,7 @@ class Side:
         """One slab's share of the gradients, from that of the logits."""
         if self.weight:
             du = self.cap.gradient(dlogits, u).to(u.dtype)
-            self.made.add(at, states, du.view(-1, self.vocab_size))
+            self.made.add(at, states, du.flatten(0, 1))
         elif self.made.hidden:
             self.made.hidden[0][:, at] = dlogits
 
@@ -152,7 +160,9 @@ class Pairs:
         z, t = logits[0], logits[1][0]
         dt = None if dt is None else dt[0]
         args = (dict(facts), dict(coefficients))
-        if triton:
+        if not z.numel():  # a shard without columns
+            pass
+        elif triton:
             dz_, dt_ = (None if d is None else d.unsqueeze(-3) for d in (dz, dt))
             flat = None if counts is None else counts.view(-1)
             _backward_triton(dz_, dt_, z[:, None], t[None], flat, probs, beta, *args)
@@ -178,20 +188,18 @@ def _sides(
 
 
 def _forward(*args: Any) -> tuple[Any, ...]:
-    mask, probs, want, beta, n_rows, compact, ahead, shares, _, _, *needs, triton = args[10:]
-    asked = want.split()
+    mask, probs, want, beta, n_rows, compact, ahead, shares, *rest = args[10:]
+    group, sizes, *needs, triton = rest[2:]
+    asked, shard = want.split(), Shard.of(group, sizes)
     z, t = _sides(args, needs, n_rows, bool(ahead))
     facts = _empty_facts(_rows_of(z), asked, False)
     if facts["row_max"].numel():
         pairs = Pairs(z, t, mask, n_rows, compact)
         for rows, counts, slabs in pairs:
             whole = [s.cap.logits(u) for s, (_, _, u) in zip((z, t), slabs, strict=True)]
-            found = _empty_facts(whole[0], asked, triton)
-            if triton:
-                flat = None if counts is None else counts.view(-1)
-                _forward_triton(whole[0][:, None], whole[1], flat, probs, asked, beta, found)
-            else:
-                _forward_torch(whole[0], whole[1][0], counts, probs, asked, beta, found)
+            pair = (whole[0][:, None], whole[1]) if triton else (whole[0], whole[1][0])
+            flat = None if counts is None else counts.view(-1) if triton else counts
+            found = pair_facts(*pair, flat, probs, asked, beta, shard, triton)
             for name, values in found.items():
                 facts[name][:, rows] = values
             if ahead:
@@ -212,7 +220,7 @@ def _rows_of(z: Side) -> Tensor:
 
 
 def _forward_fake(*args: Any) -> tuple[Any, ...]:
-    want, n_rows, ahead, needs = args[12], args[14], args[16], args[20:23]
+    want, n_rows, ahead, needs = args[12], args[14], args[16], args[22:25]
     z, _ = _sides(args, needs, n_rows, bool(ahead))
     outputs = _as_outputs(_rows_of(z), _empty_facts(_rows_of(z), want.split(), True))
     return (*outputs, z.results() if ahead else [])
@@ -270,9 +278,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     hidden, weight, bias, softcap, scale, t_hidden, t_weight, t_bias, t_softcap, t_scale = inputs[
         :10
     ]
-    mask, probs, want, beta, n_rows, compact, ahead, shares, private, exact, *_, triton = inputs[
-        10:
-    ]
+    mask, probs, want, beta, n_rows, compact, ahead, shares, *rest = inputs[10:]
+    private, exact, group, sizes, *_, triton = rest
     *facts, made = output
     parts = (hidden, weight, [bias], t_hidden, t_weight, [t_bias], [mask], facts, shares, made)
     ctx.save_for_backward(*(t for part in parts for t in part))
@@ -287,13 +294,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
         ahead.split(),
         private,
         exact,
+        Shard.of(group, sizes),
         triton,
     )
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
-    probs, want, beta, n_rows, compact, ahead, private, exact, triton = ctx.options
+    probs, want, beta, n_rows, compact, ahead, private, exact, shard, triton = ctx.options
     saved = iter(ctx.saved_tensors)
     hidden, weight, [bias], t_hidden, t_weight, [t_bias], [mask], facts, shares, made = (
         [next(saved) for _ in range(size)] for size in ctx.sizes
@@ -315,11 +323,13 @@ def _backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
     wanted = [t for t, n in flat if n]
     of_shares = [None] * len(shares)
     of_needs: tuple[Any, Any] = (None, None if weight else [])  # empty lists come back empty
-    tail = (*[None] * 7, of_shares, None, None, *of_needs, None, None)
+    of_sizes: Any = [] if shard is None else None
+    tail = (*[None] * 7, of_shares, None, None, None, of_sizes, *of_needs, None, None)
     if not grads:
         return (*_nothing(hidden, weight), *_nothing(t_hidden, t_weight), *tail)
     counts = None if mask is None else mask.view(hidden[0].shape[:2])
     if torch.is_grad_enabled():
+        check_differentiable_twice(shard)
         both = _twice(sides, ctx.caps, mask, probs, grads, beta)
         out = [d for d, (_, n) in zip(both, flat, strict=True) if n]
     elif (factor := factor_ahead(made, grads, ahead, shares, counts, exact)) is not None:
@@ -380,7 +390,8 @@ def _twice(
 
 _head_pair_stats = declare(
     f"head_pair_stats({_OF_SIDES} str want, float beta, int n_rows, bool compact, str ahead, "
-    f"Tensor[] shares, bool private, bool exact, {_OF_STUDENT} bool triton) -> ("
+    "Tensor[] shares, bool private, bool exact, str group, int[] sizes, "
+    f"{_OF_STUDENT} bool triton) -> ("
     + ", ".join(f"Tensor {name}" for name in (*STATES, *FACTS))
     + ", Tensor[] made)",
     implementation=_forward,
@@ -406,8 +417,9 @@ def head_pair_stats(
     rows = logits.shape[:-1]
     n_pairs = rows[: logits.dim() - target.dim()].numel()
     n_rows = target.shape[:-1].numel()
-    student = _as_side(logits, (n_pairs, n_rows))
-    teacher = _as_side(target, (n_rows,))
+    shard = shard_of(logits, target)
+    student = _as_side(logits, (n_pairs, n_rows), shard)
+    teacher = _as_side(target, (n_rows,), shard)
     needs = [Need.of(*side[:3]) for side in (student, teacher)]
     mode, compact, budget = _options(logits, target)
     foretold = shares is not None and set(shares) == set(want)
@@ -426,17 +438,23 @@ def head_pair_stats(
         counts = 1.0 if mask is None else mask.view(n_pairs, n_rows)
         dtype = accumulation_dtype(student[0][0].dtype)
         known = [shares[fact].to(dtype).reshape(n_pairs, n_rows) * counts for fact in want]
+    widest = logits.shape[-1] if shard is None else max(shard.sizes)
     each = [
-        (side[0][0], times * whole.shape[-1])
-        for side, whole, times in ((student, logits, n_pairs), (teacher, target, 1))
+        (side[0][0], times * widest)
+        for side, times in ((student, n_pairs), (teacher, 1))
         if side[1]
     ]
     least = sum(first.element_size() * numel for first, numel in each)
     step = slab_limit(least, each[0][0], budget)
+    if shard is not None and compact and not capturing(each[0][0]):
+        needed = [(need.any, *need.hidden) for need in needs]
+        flags = None if mask is None else mask.to(torch.int64)
+        how = (want, beta, probs, ahead, needed, mode, n_pairs)
+        check_alike(shard, each[0][0].reshape(-1, each[0][0].shape[-1]), flags, how, step)
     tensors = [t for side in (student, teacher) for part in side[:2] for t in part]
     *outputs, _ = _head_pair_stats(
         *student, *teacher, mask, probs, " ".join(want), beta, step, compact,
-        " ".join(want) if ahead else "", known, True, mode != "ahead",
+        " ".join(want) if ahead else "", known, True, mode != "ahead", *of_operator(shard),
         *(needs[0] if ahead else needs[0].none()), choose(impl, *tensors),
     )  # fmt: skip
     return tuple(
@@ -453,11 +471,34 @@ def _options(logits: Tensor, target: Tensor) -> tuple[str, bool, int | None]:
     return given[0].mode, all(h.compact for h in given), budget
 
 
-def _as_side(logits: Tensor, rows: Sequence[int]) -> tuple[Any, ...]:
-    """hidden, weight, bias, softcap, scale as the operators take them."""
+def shard_of(logits: Tensor, target: Tensor) -> Shard | None:
+    """Which columns the sides' heads hold, where they hold a part of them."""
+    heads = [getattr(side, "onepass_head", None) for side in (logits, target)]
+    found = {head.shard for head in heads if head is not None and head.shard is not None}
+    if len(found) > 1:
+        sides = " and ".join(str(list(shard.sizes)) for shard in found)
+        raise ValueError(
+            f"{this_rank()}: both heads must be sharded alike, over one group: got shards of "
+            f"{sides} columns"
+        )
+    return next(iter(found), None)
+
+
+def _as_side(logits: Tensor, rows: Sequence[int], shard: Shard | None) -> tuple[Any, ...]:
+    """hidden, weight, bias, softcap, scale as the operators take them: of a side that is whole, the
+    shard's columns."""
     head: Head | None = getattr(logits, "onepass_head", None)
     if head is None:
+        if shard is not None:
+            check_fixed(shard, logits)
+            logits = logits.narrow(-1, shard.offset, shard.size)
         return [logits.reshape(*rows, logits.shape[-1])], [], None, *NO_CAP
     head.check_weights()
-    hidden = [t.reshape(*rows, t.shape[-1]) for t in head.hidden]
-    return hidden, list(head.weight), head.bias, float(head.softcap), float(head.scale)
+    hidden, weight, bias = list(head.hidden), list(head.weight), head.bias
+    if shard is not None and head.shard is None:
+        check_fixed(shard, *weight, *([] if bias is None else [bias]))
+        hidden = [summed_gradient(t, shard.group) for t in hidden]
+        weight = [w.narrow(0, shard.offset, shard.size) for w in weight]
+        bias = shard.columns(bias)
+    hidden = [t.reshape(*rows, t.shape[-1]) for t in hidden]
+    return hidden, weight, bias, float(head.softcap), float(head.scale)

@@ -118,7 +118,8 @@ def _logits(head: Head) -> Tensor:
     """The logits [B, V], of one position: smaller by far than what makes them."""
     given = [t for t in (head.weight[0], head.bias) if t is not None]
     hidden = head.hidden[0]
-    frozen = len(head.weight) == 1 and not any(t.requires_grad for t in given)
+    frozen = len(head.weight) == 1 and head.shard is None
+    frozen = frozen and not any(t.requires_grad for t in given)
     if not (frozen and hidden.requires_grad and serves_onednn(hidden, *given)):
         return head.logits()
     head.check_weights()
@@ -138,7 +139,7 @@ def logits_and_soft_embedding(
     frozen = not any(
         t is not None and t.requires_grad for t in (*head.weight, head.bias, embedding)
     )
-    if len(head.weight) > 1 or head.softcap or not frozen:
+    if len(head.weight) > 1 or head.softcap or head.shard is not None or not frozen:
         return soft_embedding_reference(head.logits(), embedding)
     head.check_weights()
     hidden = head.hidden[0].reshape(-1, head.hidden[0].shape[-1])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _pair_cross_entropy
+from ._bend import bend, entropy_bend, log_bend
 from ._check import (
     check_choice,
     check_floating,
@@ -26,10 +27,12 @@ from ._check import (
     values_checked,
 )
 from ._declare import declare
+from ._dtensor import own_columns, own_rows
 from ._launch import (
     IMPLS,
     Rows,
     accumulation_dtype,
+    capturing,
     choose,
     dense_like,
     device_of,
@@ -38,6 +41,8 @@ from ._launch import (
     slabs,
     warps,
 )
+from ._merge import merged_pair_stats
+from ._shards import Shard, check_alike, check_differentiable_twice, check_fixed, of_operator
 from ._softmax import exponentials
 from .vocab_stats import FORWARD_THREADS, SEGMENT, THREADS, mask_rows
 
@@ -68,6 +73,8 @@ NEAR_ORIGIN = 1.0  # maxima this close: the two rows' logits may be subtracted
 MOST_PAIRS = 64  # that a backward program holds at a time
 OF_PROBS = ("cross_entropy", "lse")
 STATES = ("row_max", "row_rest", "target_max", "target_rest", "jsd_q", "jsd_p")
+# What the merge kernel makes: log_ratio, log(sum exp(logits) / sum exp(target)), for shards alone.
+MERGED = ("cross_entropy", "kl", "reverse_kl", "lse", "target_lse", "log_ratio")
 COEFFICIENTS = ("on_p", "on_q", "on_cross", "on_kl", "on_reverse", "on_jsd")
 
 
@@ -117,25 +124,6 @@ class Side(NamedTuple):
         return other.rest.log1p() - lift / (1 + self.rest)
 
 
-def bend(x: Tensor) -> Tensor:
-    """expm1(x) - x without cancellation near 0."""
-    small = x.abs() < (0.25 if x.dtype != torch.float64 else 1e-2)
-    s = torch.where(small, x, 0.0)  # the series alone, whose powers of a large x would overflow
-    terms = 1 / 24 + s * (1 / 120 + s * (1 / 720 + s * (1 / 5040 + s / 40320)))
-    series = s * s * (0.5 + s * (1 / 6 + s * terms))
-    return torch.where(small, series, torch.expm1(x.clamp_max(80.0)) - x)
-
-
-def log_bend(y: Tensor) -> Tensor:
-    """y - log1p(y) without cancellation near 0, y > -1."""
-    w = y / (2 + y)
-    v = w * w
-    tail = 1 / 7 + v * (1 / 9 + v * (1 / 11 + v / 13))
-    series = y * w - 2 * w * v * (1 / 3 + v * (1 / 5 + v * tail))
-    small = y.abs() < (0.5 if y.dtype != torch.float64 else 2e-2)
-    return torch.where(small, series, y - torch.log1p(y))
-
-
 def divergence(own: Side, other: Side, cross_entropy: Tensor) -> Tensor:
     """KL(own || other) of every row, [n], to full relative accuracy where the two are nearly
     equal; of rows that are not, cross-entropy less entropy."""
@@ -172,6 +160,16 @@ def log_ratio(above: Side, below: Side) -> Tensor:
     return torch.where((above.e > 0) | (below.e > 0), d, 0.0).clamp(-1e15, 1e15)
 
 
+def mass_ratio(above: Side, below: Side) -> Tensor:
+    """log(sum of exp(above) / sum of exp(below)) of every row, [n], exact where the two rows are
+    nearly equal: their own sums have rounded, and by how much their difference does tell."""
+    apart = (above.top - below.top) + (above.rest.log1p() - below.rest.log1p())
+    live = below.e > 1e-30
+    ratio = log_ratio(above, below).clamp_max(80.0)
+    grown = torch.where(live, below.p * torch.expm1(ratio), above.p).sum(-1)
+    return apart + torch.where(grown.abs() < 0.5, grown, 0.0).log1p()
+
+
 FAR_APART = 20.0  # log-ratio beyond which one side is all that counts of p - q
 LAST_EXP = 80.0  # beyond it expm1 overflows, and one side makes up the mixture to the last digit
 
@@ -193,15 +191,6 @@ def mixture_logs(d: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     log_m = torch.where(p_rules, d + math.log1p(-beta), log_m)
     above = torch.where(q_rules, d - math.log(beta), above)
     return log_m, above, x
-
-
-def entropy_bend(x: Tensor, log_1p: Tensor) -> Tensor:
-    """(1 + x) log(1 + x) - x without cancellation near 0, given log(1 + x)."""
-    small = x.abs() < (0.25 if x.dtype != torch.float64 else 1e-2)
-    s = torch.where(small, x, 0.0)
-    tail = 1 / 30 - s * (1 / 42 - s * (1 / 56 - s * (1 / 72 - s / 90)))
-    series = s * s * (0.5 - s * (1 / 6 - s * (1 / 12 - s * (1 / 20 - s * tail))))
-    return torch.where(small, series, (1 + x) * log_1p - x)
 
 
 def is_one_side(beta: float) -> bool:
@@ -268,6 +257,8 @@ def vocab_pair_stats_reference(
         facts["kl"] = divergence(t, s, facts["cross_entropy"])
     if "reverse_kl" in want:
         facts["reverse_kl"] = divergence(s, t, s.cross_entropy(t))
+    if "log_ratio" in want:
+        facts["log_ratio"] = mass_ratio(s, t)
     if "jsd" in want and not is_one_side(beta):
         facts["jsd"], facts["jsd_q"] = jensen_shannon(s, t, beta)
         facts["jsd_p"] = facts["jsd"] - facts["jsd_q"]
@@ -390,6 +381,89 @@ def _forward_torch(
                     place[k, rows] = facts[name]
 
 
+def _jsd_torch(
+    logits: Tensor,  # [K, N, V]
+    target: Tensor,  # [N, V]
+    mask: Tensor | None,  # [K, N]
+    beta: float,
+    out: dict[str, Tensor],  # [K, N] each; the states of both sides are there, jsd and jsd_q come
+) -> None:
+    """Sums over these columns of what `jensen_shannon` sums over all."""
+    n_pairs, n_rows, vocab_size = logits.shape
+    for k, kept in _pairs(n_pairs, n_rows, mask):
+        for slab in slabs(n_rows if kept is None else kept.shape[0], 2 * vocab_size):
+            rows = slab if kept is None else kept[slab]
+            top, rest, t_top, t_rest = (out[name][k, rows] for name in STATES[:4])
+            s = Side.of(logits[k][rows], top, rest)
+            t = Side.of(target[rows], t_top, t_rest)
+            out["jsd"][k, rows], out["jsd_q"][k, rows] = close_jensen_shannon(s, t, beta)
+
+
+def of_shard(want: Sequence[str]) -> list[str]:
+    """What a shard's own pass is asked for, so that `across_shards` can tell what is wanted."""
+    own = [fact for fact in want if fact in ("cross_entropy", "kl", "reverse_kl")]
+    return [*own, "log_ratio"] if {"kl", "reverse_kl"} & set(own) else own
+
+
+def no_columns(facts: Mapping[str, Tensor]) -> None:
+    """Fills in the facts of a shard that holds no column."""
+    for name, values in facts.items():
+        values.fill_(-torch.inf if name in ("row_max", "target_max") else 0)
+
+
+def pair_facts(
+    logits: Tensor,  # [K, N, V] and [N, V]; for the kernels [K, B, S, V] and [B, S, V]
+    target: Tensor,
+    mask: Tensor | None,  # [K, N]
+    probs: bool,
+    want: Sequence[str],
+    beta: float,
+    shard: Shard | None,  # which columns they hold; None: all
+    triton: bool,
+) -> dict[str, Tensor]:
+    """States and wanted facts, [K, N] each."""
+    own = want if shard is None else of_shard(want)
+    room = _empty_facts(logits, own, triton)
+    found = {name: fact.view(logits.shape[0], -1) for name, fact in room.items()}
+    if not logits.shape[-1]:
+        no_columns(found)
+    else:
+        run = _forward_triton if triton else _forward_torch
+        run(logits, target, mask, probs, own, beta, found)
+    if shard is None:
+        return found
+    return across_shards(found, shard, want, logits, target, mask, probs, beta, triton)
+
+
+def across_shards(
+    found: Mapping[str, Tensor],  # [K, N] each, of this rank's columns: `of_shard`
+    shard: Shard,
+    want: Sequence[str],
+    logits: Tensor,  # the slab that they were found in, as the forward took it
+    target: Tensor,
+    mask: Tensor | None,  # [K, N]; facts of pairs that do not count are 0
+    probs: bool,
+    beta: float,
+    triton: bool,
+) -> dict[str, Tensor]:
+    """The facts of whole rows."""
+    facts = merged_pair_stats(shard.gather(found), want, probs)
+    wanted = {name: facts[name] for name in (*STATES[:4], *want) if name in facts}
+    if mask is not None:
+        counts = mask.view(wanted["row_max"].shape)
+        wanted = {name: torch.where(counts, fact, 0.0) for name, fact in wanted.items()}
+    if "jsd" in want:
+        wanted |= {name: torch.zeros_like(wanted["row_max"]) for name in ("jsd", "jsd_q", "jsd_p")}
+        if not is_one_side(beta):
+            if shard.size:
+                run = _jsd_triton if triton else _jsd_torch
+                run(logits, target, mask, beta, wanted)
+            sums = shard.gather({name: wanted[name] for name in ("row_max", "jsd", "jsd_q")})
+            wanted["jsd"], wanted["jsd_q"] = sums["jsd"].sum(0), sums["jsd_q"].sum(0)
+            wanted["jsd_p"] = wanted["jsd"] - wanted["jsd_q"]
+    return wanted
+
+
 def _backward_torch(
     dlogits: Tensor | None,  # [K, N, V], zeros where there is a mask
     dtarget: Tensor | None,  # [N, V]
@@ -504,7 +578,6 @@ def _forward_triton(
 
     from ..kernels.vocab_pair_stats import (
         PARTS,
-        vocab_jsd_kernel,
         vocab_pair_stats_kernel,
         vocab_pair_stats_merge_kernel,
     )
@@ -548,37 +621,55 @@ def _forward_triton(
             mask,
             partials,
             *states,
-            *(out.get(name) for name in ("cross_entropy", "kl", "reverse_kl", "lse", "target_lse")),
+            *(out.get(name) for name in MERGED),
             n_segments,
             *layout.arguments,
             **flags,
             LANES=triton.next_power_of_2(n_segments + 2 * vec),
             num_warps=1,
         )
-        if "jsd" in want and is_one_side(beta):
-            for name in ("jsd", "jsd_q", "jsd_p"):
-                out[name].zero_()
-        elif "jsd" in want:
-            parts = partials.new_empty((n_pairs, n_rows, n_segments, 2))
-            vocab_jsd_kernel[(n_rows * n_pairs, n_segments)](
-                layout.z.base,
-                layout.t.base,
-                mask,
-                *states,
-                parts,
-                *layout.arguments,
-                float(beta),
-                EXP=exponential(logits),
-                VEC=vec,
-                SEGMENT=SEGMENT,
-                BLOCK=_block(THREADS, 1, logits, target),
-                num_warps=warps(THREADS, logits),
-            )
-            for name, part in zip(("jsd", "jsd_q"), parts.sum(2).unbind(-1), strict=True):
-                if mask is not None:  # a pair that does not count has no maxima to measure from
-                    part = torch.where(mask.view(n_pairs, n_rows), part, 0.0)
-                out[name].copy_(part)
-            torch.sub(out["jsd"], out["jsd_q"], out=out["jsd_p"])
+    if "jsd" in want and is_one_side(beta):
+        for name in ("jsd", "jsd_q", "jsd_p"):
+            out[name].zero_()
+    elif "jsd" in want:
+        _jsd_triton(logits, target, mask, beta, out)
+        torch.sub(out["jsd"], out["jsd_q"], out=out["jsd_p"])
+
+
+def _jsd_triton(
+    logits: Tensor,  # [K, B, S, V]
+    target: Tensor,  # [B, S, V]
+    mask: Tensor | None,
+    beta: float,
+    out: dict[str, Tensor],  # [K, N] each; the states of both sides are there, jsd and jsd_q come
+) -> None:
+    import triton
+
+    from ..kernels.vocab_pair_stats import vocab_jsd_kernel
+
+    layout = _Layout.of(logits, target)
+    n_pairs, n_rows, vocab_size = layout.sizes
+    n_segments = triton.cdiv(vocab_size + layout.vec, SEGMENT)
+    parts = out["row_max"].new_empty((n_pairs, n_rows, n_segments, 2))
+    with device_of(logits):
+        vocab_jsd_kernel[(n_rows * n_pairs, n_segments)](
+            layout.z.base,
+            layout.t.base,
+            mask,
+            *(out[name] for name in STATES[:4]),
+            parts,
+            *layout.arguments,
+            float(beta),
+            EXP=exponential(logits),
+            VEC=layout.vec,
+            SEGMENT=SEGMENT,
+            BLOCK=_block(THREADS, 1, logits, target),
+            num_warps=warps(THREADS, logits),
+        )
+        for name, part in zip(("jsd", "jsd_q"), parts.sum(2).unbind(-1), strict=True):
+            if mask is not None:  # a pair that does not count has no maxima to measure from
+                part = torch.where(mask.view(n_pairs, n_rows), part, 0.0)
+            out[name].copy_(part)
 
 
 def _backward_triton(
@@ -696,14 +787,17 @@ def _forward(
     probs: bool,
     want: Sequence[str],
     beta: float,
+    group: str,  # whose ranks hold the other columns; "": there are none
+    sizes: Sequence[int],  # columns of each rank
     triton: bool,
 ) -> tuple[Tensor, ...]:
-    facts = _empty_facts(logits, want, triton)
-    if facts["row_max"].numel():
+    rows = logits.shape[:-1]
+    if rows.numel():
         z, t = (_stack if triton else _flat_stack)(logits, target)
-        flat = {name: fact.view(z.shape[0], -1) for name, fact in facts.items()}
-        run = _forward_triton if triton else _forward_torch
-        run(z, t, mask, probs, want, beta, flat)
+        found = pair_facts(z, t, mask, probs, want, beta, Shard.of(group, sizes), triton)
+        facts = {name: fact.view(rows) for name, fact in found.items()}
+    else:
+        facts = _empty_facts(logits, want, triton)
     clamp_jsd(facts, beta)
     return _as_outputs(logits, facts)
 
@@ -720,10 +814,9 @@ def _forward_fake(
     mask: Tensor | None,
     probs: bool,
     want: Sequence[str],
-    beta: float,
-    triton: bool,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    return _as_outputs(logits, _empty_facts(logits, want, triton))
+    return _as_outputs(logits, _empty_facts(logits, want, rest[-1]))
 
 
 def _empty_grads(
@@ -752,7 +845,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor]:
     *values, need_logits, need_target, triton = rest
     dlogits, dtarget = _empty_grads(logits, target, need_logits, need_target, triton)
-    if row_max.numel():
+    if row_max.numel() and logits.shape[-1]:
         z, t = (_stack if triton else _flat_stack)(logits, target)
         shape = (z.shape[0], row_max.numel() // z.shape[0])
         if not triton and mask is not None:
@@ -798,25 +891,26 @@ _vocab_pair_stats_backward = declare(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, mask, probs, want, beta, triton = inputs
+    logits, target, mask, probs, want, beta, group, sizes, triton = inputs
     ctx.save_for_backward(logits, target, mask, *output)
-    ctx.options = (probs, want, beta, triton)
+    ctx.options = (probs, want, beta, Shard.of(group, sizes), triton)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, target, mask, *saved = ctx.saved_tensors
-    probs, want, beta, triton = ctx.options
+    probs, want, beta, shard, triton = ctx.options
     grads = {
         fact: grad
         for fact, grad in zip(FACTS, upstream[len(STATES) :], strict=True)
         if grad is not None and fact in want and not (fact == "jsd" and is_one_side(beta))
     }
     need_logits, need_target = ctx.needs_input_grad[:2]
-    nothing = (None,) * 5
+    nothing = (None,) * 7
     if not grads:
         return (None, None, *nothing)
     if torch.is_grad_enabled():
+        check_differentiable_twice(shard)
         dlogits, dtarget = _twice_differentiable(logits, target, mask, probs, grads, beta)
     else:
         facts = dict(zip((*STATES, *FACTS), saved, strict=True))
@@ -864,7 +958,7 @@ def _twice_differentiable(
 
 _vocab_pair_stats = declare(
     "vocab_pair_stats(Tensor logits, Tensor target, Tensor? mask, bool probs, str[] want, "
-    "float beta, bool triton) -> ("
+    "float beta, str group, int[] sizes, bool triton) -> ("
     + ", ".join(f"Tensor {name}" for name in (*STATES, *FACTS))
     + ")",
     implementation=_forward,
@@ -872,6 +966,24 @@ _vocab_pair_stats = declare(
     setup_context=_setup_context,
     backward=_backward,
 )
+
+
+def pair_of_columns(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Shard | None]:
+    """Both sides as this rank has them: where one is a DTensor in shards, these columns of the
+    other."""
+    sides = [own_columns("logits", logits), own_columns("the target", target)]
+    shards = [shard for _, shard in sides if shard is not None]
+    if not shards:
+        return sides[0][0], sides[1][0], None
+    if shards[0] != shards[-1]:
+        raise ValueError("logits and target must be sharded alike: redistribute one of them")
+    own = []
+    for side, shard in sides:
+        if shard is None:
+            check_fixed(shards[0], side)
+            side = side.narrow(-1, shards[0].offset, shards[0].size)
+        own.append(side)
+    return own[0], own[1], shards[0]
 
 
 def check_probabilities(name: str, target: Tensor, flags: Tensor | None) -> None:
@@ -925,6 +1037,7 @@ def vocab_pair_stats(
     jsd = beta sum q log(q / m) + (1 - beta) sum p log(p / m).
     """
     check_logits(logits)
+    mask = own_rows(mask)
     if (target_logits is None) == (target_probs is None):
         came = "neither" if target_logits is None else "both"
         raise ValueError(f"pass one of target_logits and target_probs: got {came}")
@@ -966,7 +1079,12 @@ def vocab_pair_stats(
             }
         outputs = head_pair_stats(logits, target, *given, impl, foretold)
     else:
-        outputs = _vocab_pair_stats(logits, target, *given, choose(impl, logits, target))
+        logits, target, shard = pair_of_columns(logits, target)
+        if shard is not None and not capturing(logits):
+            counts = None if flags is None else flags.to(torch.int64)
+            check_alike(shard, logits.reshape(-1, logits.shape[-1]), counts, (want, probs), 0)
+        where = (*of_operator(shard), choose(impl, logits, target))
+        outputs = _vocab_pair_stats(logits, target, *given, *where)
     fields = dict(zip((*STATES, *FACTS), outputs, strict=True))
     wanted: Any = {fact: fields[fact] if fact in want else None for fact in FACTS}
     return VocabPairStats(**wanted)

@@ -26,11 +26,13 @@ from ._check import (
     values_checked,
 )
 from ._declare import declare
+from ._dtensor import own_columns, own_rows
 from ._launch import (
     IMPLS,
     Rows,
     accumulation_dtype,
     as_matrix,
+    capturing,
     choose,
     dense_like,
     device_of,
@@ -38,6 +40,14 @@ from ._launch import (
     gradient_like,
     slabs,
     warps,
+)
+from ._merge import merged_stats
+from ._shards import (
+    ELSEWHERE,
+    Shard,
+    check_alike,
+    check_differentiable_twice,
+    of_operator,
 )
 from ._softmax import Exponentials, exponentials, sum_beside_one
 
@@ -94,7 +104,7 @@ COEFFICIENTS = (
 
 def vocab_stats_reference(
     logits: Tensor,  # [n, V]
-    labels: Tensor | None,  # [n], all within the vocabulary
+    labels: Tensor | None,  # [n], within the vocabulary or ELSEWHERE
     contrast_labels: Tensor | None,  # [n], within the vocabulary or -100
     bag_weights: Tensor | None,  # [V]
     want: Sequence[str],
@@ -110,11 +120,10 @@ def vocab_stats_reference(
     if "lse" in want:
         facts["lse"] = torch.where(top.isinf(), top, top + log_norm)
     if labels is not None and ("label_logit" in want or "logp" in want):
-        facts["label_logit"] = z.gather(-1, labels[:, None]).squeeze(-1)
+        facts["label_logit"] = at_column(z, labels)
         facts["logp"] = (facts["label_logit"] - top) - log_norm
     if contrast_labels is not None and "contrast_logit" in want:
-        at_contrast = z.gather(-1, contrast_labels.clamp_min(0)[:, None]).squeeze(-1)
-        facts["contrast_logit"] = at_contrast.masked_fill(contrast_labels == IGNORED, 0.0)
+        facts["contrast_logit"] = at_column(z, contrast_labels)
     if "entropy" in want:
         heat = torch.where(e > 0, gap, 0.0).mul_(e).sum(-1)
         facts["entropy"] = log_norm - heat / (1 + rest)
@@ -122,7 +131,7 @@ def vocab_stats_reference(
         facts["logit_sum"] = z.sum(-1)
     if "logp_sum" in want:
         offsets = gap if bag_weights is None else weighted(bag_weights, gap)
-        facts["logp_sum"] = offsets.sum(-1) - weight_sum(z, bag_weights) * log_norm
+        facts["logp_sum"] = offsets.sum(-1) - weight_sum(z.shape[-1], bag_weights) * log_norm
     if "sum_sq_probs" in want:
         facts["sum_sq_probs"] = sum_beside_one(e * e).log1p() - 2 * log_norm
     if bag_weights is not None and "bag_mass" in want:
@@ -130,6 +139,18 @@ def vocab_stats_reference(
     if "argmax" in want:
         facts["argmax"] = z.argmax(-1)
     return facts
+
+
+def column_of(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, 1] each: the ids as columns, and which rows have one at all."""
+    there = (ids != IGNORED) & (ids != ELSEWHERE)
+    return torch.where(there, ids, 0)[:, None], there[:, None]
+
+
+def at_column(z: Tensor, ids: Tensor) -> Tensor:
+    """The logits [n] at the ids; 0 in rows without one."""
+    column, there = column_of(ids)
+    return torch.where(there, z.gather(-1, column), 0.0).squeeze(-1)
 
 
 def keeps_gap(want: Sequence[str]) -> bool:
@@ -142,9 +163,9 @@ def weighted(bag_weights: Tensor, gap: Tensor) -> Tensor:
     return torch.where(bag_weights == 0, 0.0, bag_weights * gap)
 
 
-def weight_sum(logits: Tensor, bag_weights: Tensor | None) -> Tensor | float:
+def weight_sum(vocab_size: int, bag_weights: Tensor | None) -> Tensor | float:
     """The sum of the vocabulary weights: V where there are none."""
-    return float(logits.shape[-1]) if bag_weights is None else bag_weights.sum()
+    return float(vocab_size) if bag_weights is None else bag_weights.sum()
 
 
 def row_coefficients(
@@ -214,8 +235,10 @@ def vocab_stats_backward_reference(
         name: None if value is None else value[:, None] for name, value in coefficients.items()
     }
     dz = torch.zeros_like(e) if c["on_p"] is None else e * (scale[:, None] * c["on_p"])
+    if labels is not None:
+        column, there = column_of(labels)
     if c["at_label"] is not None:
-        dz = dz.scatter(-1, labels[:, None], c["at_label"])
+        dz = dz.scatter(-1, column, torch.where(there, c["at_label"], dz.gather(-1, column)))
     if any(c[name] is not None for name in ("on_p_gap", "on_p_squared", "on_p_weight")):
         p = e * scale[:, None]
     if c["on_p_gap"] is not None:
@@ -229,10 +252,10 @@ def vocab_stats_backward_reference(
     if c["on_one"] is not None:
         dz = dz + c["on_one"]
     if c["on_label"] is not None:
-        dz = dz.scatter_add(-1, labels[:, None], c["on_label"])
+        dz = dz.scatter_add(-1, column, torch.where(there, c["on_label"], 0.0))
     if c["on_contrast"] is not None:
-        aimed = torch.where(contrast_labels[:, None] == IGNORED, 0.0, c["on_contrast"])
-        dz = dz.scatter_add(-1, contrast_labels.clamp_min(0)[:, None], aimed)
+        column, there = column_of(contrast_labels)
+        dz = dz.scatter_add(-1, column, torch.where(there, c["on_contrast"], 0.0))
     return dz
 
 
@@ -248,7 +271,9 @@ def softmax_gradient(
     share = (1 / (1 + row_rest) * coefficients["on_p"])[:, None]
     dz = torch.mul(e, share, out=e if out is None else out)
     if coefficients["at_label"] is not None:
-        dz.scatter_(-1, labels[:, None], coefficients["at_label"][:, None])
+        column, there = column_of(labels)
+        own = torch.where(there, coefficients["at_label"][:, None], dz.gather(-1, column))
+        dz.scatter_(-1, column, own)
     return dz
 
 
@@ -474,26 +499,70 @@ def _as_outputs(logits: Tensor, facts: dict[str, Tensor]) -> tuple[Tensor, ...]:
     )
 
 
+def of_shard(want: Sequence[str]) -> list[str]:
+    """What a shard's own pass is asked for, so that `across_shards` can tell what is wanted."""
+    own = ("label_logit" if fact == "logp" else fact for fact in want if fact != "lse")
+    return list(dict.fromkeys(own))
+
+
+def no_columns(facts: Mapping[str, Tensor]) -> None:
+    """Fills in the facts of a shard that holds no column."""
+    for name, values in facts.items():
+        values.fill_(-torch.inf if name == "row_max" else 0)
+
+
+def across_shards(
+    found: Mapping[str, Tensor],  # [n] each, of this rank's columns: `of_shard`
+    shard: Shard,
+    want: Sequence[str],
+    labels: Tensor | None,  # [n]; of rows labelled -100 all facts are 0
+    bag_weights: Tensor | None,  # of all columns
+) -> dict[str, Tensor]:
+    """The facts of whole rows."""
+    parts = dict(found)
+    if "argmax" in parts:
+        parts["argmax"] = parts["argmax"] + shard.offset
+    if "logp_sum" in parts:
+        weight = weight_sum(shard.size, shard.columns(bag_weights))
+        parts["weight"] = torch.zeros_like(parts["row_max"]) + weight
+    merged = merged_stats(shard.gather(parts), want)
+    if labels is None:
+        return merged
+    return {name: torch.where(labels == IGNORED, 0, fact) for name, fact in merged.items()}
+
+
 def _forward(
     logits: Tensor,
     labels: Tensor | None,
     contrast_labels: Tensor | None,
     bag_weights: Tensor | None,
     want: Sequence[str],
+    group: str,  # whose ranks hold the other columns; "": there are none
+    sizes: Sequence[int],  # columns of each rank
     triton: bool,
 ) -> tuple[Tensor, ...]:
-    facts = _empty_facts(logits, want, triton)
-    if facts["row_max"].numel():
-        flat = {name: fact.view(-1) for name, fact in facts.items()}
-        if values_checked(logits):
-            for name, ids in (("labels", labels), ("contrast_labels", contrast_labels)):
-                if ids is not None:
-                    check_labels(name, ids.view(logits.shape[:-1]), logits.shape[-1])
-        if triton:
-            _forward_triton(as_matrix(logits), labels, contrast_labels, bag_weights, flat)
-        else:
-            rows = logits.reshape(-1, logits.shape[-1])
-            _forward_torch(rows, labels, contrast_labels, bag_weights, want, flat)
+    shard = Shard.of(group, sizes)
+    own, ids, weights = want, (labels, contrast_labels), bag_weights
+    if shard is not None:
+        own, ids, weights = of_shard(want), shard.ids(*ids), shard.columns(bag_weights)
+    facts = _empty_facts(logits, own, triton)
+    if not facts["row_max"].numel():
+        return _as_outputs(logits, _empty_facts(logits, want, triton))
+    if values_checked(logits):
+        vocab_size = logits.shape[-1] if shard is None else shard.vocab_size
+        for name, given in (("labels", labels), ("contrast_labels", contrast_labels)):
+            if given is not None:
+                check_labels(name, given.view(logits.shape[:-1]), vocab_size)
+    flat = {name: fact.view(-1) for name, fact in facts.items()}
+    if not logits.shape[-1]:
+        no_columns(flat)
+    elif triton:
+        _forward_triton(as_matrix(logits), *ids, weights, flat)
+    else:
+        _forward_torch(logits.reshape(-1, logits.shape[-1]), *ids, weights, own, flat)
+    if shard is not None:
+        merged = across_shards(flat, shard, want, labels, bag_weights)
+        facts = {name: fact.view(logits.shape[:-1]) for name, fact in merged.items()}
     return _as_outputs(logits, facts)
 
 
@@ -503,9 +572,9 @@ def _forward_fake(
     contrast_labels: Tensor | None,
     bag_weights: Tensor | None,
     want: Sequence[str],
-    triton: bool,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    return _as_outputs(logits, _empty_facts(logits, want, triton))
+    return _as_outputs(logits, _empty_facts(logits, want, rest[-1]))
 
 
 def _empty_gradient(logits: Tensor, triton: bool) -> Tensor:
@@ -550,7 +619,7 @@ _vocab_stats_backward = declare(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, contrast_labels, bag_weights, want, triton = inputs
+    logits, labels, contrast_labels, bag_weights, want, group, sizes, triton = inputs
     facts = dict(zip(("row_max", "row_rest", *FACTS), output, strict=True))
     ctx.save_for_backward(
         logits,
@@ -559,7 +628,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         bag_weights,
         *(facts[name] for name in KEPT),
     )
-    ctx.want, ctx.triton = want, triton
+    ctx.want, ctx.shard, ctx.triton = want, Shard.of(group, sizes), triton
     ctx.set_materialize_grads(False)
 
 
@@ -570,20 +639,24 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         for fact, grad in zip(FACTS, upstream[2:], strict=True)
         if grad is not None and fact in ctx.want and fact != "argmax"
     }
-    nothing = (None,) * 5
+    shard, vocab_size = ctx.shard, logits.shape[-1]
+    nothing = (None,) * 7
     if not grads:
         return (None, *nothing)
     if torch.is_grad_enabled():
+        check_differentiable_twice(shard)
         dlogits = _twice_differentiable(logits, labels, contrast_labels, bag_weights, grads)
         return (dlogits, *nothing)
     facts = {name: fact.reshape(-1) for name, fact in zip(KEPT, saved, strict=True)}
-    total = weight_sum(logits, bag_weights)
+    ids, weights = (labels, contrast_labels), bag_weights
+    if shard is not None:
+        ids, weights, vocab_size = shard.ids(*ids), shard.columns(weights), shard.vocab_size
+    total = weight_sum(vocab_size, bag_weights)
     coefficients = row_coefficients(facts, grads, total, bag_weights is not None)
     dlogits = _vocab_stats_backward(
         logits,
-        labels,
-        contrast_labels,
-        bag_weights,
+        *ids,
+        weights,
         facts["row_max"],
         facts["row_rest"],
         *coefficients.values(),
@@ -608,7 +681,7 @@ def _twice_differentiable(
     coefficients = row_coefficients(
         facts,
         {fact: grad[rows] for fact, grad in grads.items()},
-        weight_sum(logits, bag_weights),
+        weight_sum(logits.shape[-1], bag_weights),
         bag_weights is not None,
     )
     dz = vocab_stats_backward_reference(*picked, facts["row_max"], facts["row_rest"], coefficients)
@@ -620,7 +693,7 @@ def _twice_differentiable(
 
 _vocab_stats = declare(
     "vocab_stats(Tensor logits, Tensor? labels, Tensor? contrast_labels, Tensor? bag_weights, "
-    "str[] want, bool triton) -> (Tensor row_max, Tensor row_rest, "
+    "str[] want, str group, int[] sizes, bool triton) -> (Tensor row_max, Tensor row_rest, "
     + ", ".join(f"Tensor {fact}" for fact in FACTS)
     + ")",
     implementation=_forward,
@@ -659,7 +732,7 @@ def vocab_stats(
 
     Args:
         logits: [..., V] float32, bfloat16, float16 (float64 through the torch path), any strides;
-            or `onepass.LazyLogits`.
+            or `onepass.LazyLogits`. A DTensor in shards of V (loss_parallel's) is not gathered.
         labels: [...] integer token ids for `logp` and `label_logit`; a row labelled -100 is not
             read: all its facts are 0 and so is its gradient.
         contrast_labels: [...] a second id per row, for `contrast_logit` (-100: 0 there).
@@ -687,6 +760,7 @@ def vocab_stats(
     with m = max z, e = exp(z - m) and r = sum of e without the maximal element.
     """
     check_logits(logits)
+    labels, contrast_labels, mask = map(own_rows, (labels, contrast_labels, mask))
     if want is None:
         want = ("lse",) if labels is None else ("lse", "logp")
     want = check_want(want, FACTS)
@@ -727,7 +801,10 @@ def vocab_stats(
             }
         outputs = head_stats(head, *given_rows, impl, foretold, gradient_of)
     else:
-        outputs = _vocab_stats(logits, *given_rows, choose(impl, logits))
+        logits, shard = own_columns("logits", logits)
+        if shard is not None and not capturing(logits):
+            check_alike(shard, logits.reshape(-1, logits.shape[-1]), labels, want, 0)
+        outputs = _vocab_stats(logits, *given_rows, *of_operator(shard), choose(impl, logits))
     fields = dict(zip(FACTS, outputs[2:], strict=True))
     wanted: Any = {fact: fields[fact] if fact in want else None for fact in FACTS}
     return VocabStats(**wanted)

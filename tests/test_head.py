@@ -293,7 +293,7 @@ def test_opcheck(ahead: str, frozen: bool, device: str) -> None:
     need, of_head = [bool(ahead)], [bool(ahead) and not frozen]
     args: Any = (
         case.hidden, case.weight, case.bias, 0.0, 1.0, case.given["labels"], None, None, "logp",
-        4, True, ahead, shares, False, True, need, of_head, of_head[0], False,
+        4, True, ahead, shares, False, True, "", [], need, of_head, of_head[0], False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.onepass.head_stats.default, args)
 

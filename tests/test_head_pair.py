@@ -266,7 +266,7 @@ def test_opcheck(device: str) -> None:
     mask = torch.tensor([True] * 5 + [False], device=device)
     args: Any = (
         [h], [w], None, 0.0, 1.0, [h_t], [w_t], None, 0.0, 1.0, mask, False, "kl", 0.5, 2, True,
-        "", [], False, True, [False], [False], False, False,
+        "", [], False, True, "", [], [False], [False], False, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.onepass.head_pair_stats.default, args)
 

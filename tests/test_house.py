@@ -229,7 +229,10 @@ def no_retired_or_tuned_triton(tree: ast.Module, path: str) -> Found:
                 yield node.lineno, f"{node.attr}: block pointers are gone, tuning is a table"
 
 
-HOT_PATH = ("ops", "python/onepass/losses.py", "python/onepass/reduce.py")
+HOT_PATH = (
+    "ops",
+    *(f"python/onepass/{file}.py" for file in ("losses", "parallel", "reduce")),
+)
 # Functions that are there to read values: free to do so, so a call of one counts as a read.
 # Checks that their callers ask `values_checked` about, and what only the torch path calls.
 VALUE_READERS = {"check_labels", "check_probabilities", "kept_rows", "_kept_slabs", "_pairs"}
@@ -320,6 +323,7 @@ EXEMPT = {
     # once, to leave rows out of the matrix products
     (waits_for_no_device, "ops/head.py"),
     (waits_for_no_device, "ops/head_pair.py"),
+    (waits_for_no_device, "ops/_shards.py"),  # ranks see that they do the same before they do it
     (runs_no_foreign_code, "tests/test_heads_pickled.py"),  # reads what it pickled itself
     (runs_no_foreign_code, "tests/test_pplm_heads.py"),  # makes what is to be refused
 }
@@ -379,8 +383,10 @@ PUBLIC = [
     "VocabStats",
     "__version__",
     "cloak",
+    "count_items",
     "cross_entropy",
     "gaussian_stats",
+    "global_mean",
     "lazy_head",
     "lazy_head_within",
     "linear_cross_entropy",
@@ -391,6 +397,7 @@ PUBLIC = [
     "reduce_rows",
     "report",
     "row_moments",
+    "shift_labels",
     "strict",
     "unlazy_head",
     "vocab_pair_stats",

@@ -967,14 +967,15 @@ def test_opcheck(impl: str, probs: bool, device: str) -> None:
     t = torch.rand(1, 17).to(device).requires_grad_()
     mask = torch.tensor([True, False]).to(device)
     want = ["cross_entropy", "lse"] if probs else list(FACTS)
-    args = (z, t, mask, probs, want, 0.3, impl == "triton")
+    args: Any = (z, t, mask, probs, want, 0.3, "", [], impl == "triton")
     torch.library.opcheck(torch.ops.onepass.vocab_pair_stats.default, args)
 
 
 def test_opcheck_of_padded_views(impl: str, device: str) -> None:
     """Strides of the fake gradients must be those of the real ones (pytorch/pytorch#177115)."""
     z, t = (laid_out(torch.randn(1, 2, 17).to(device), "padded") for _ in range(2))
-    args = (z.requires_grad_(), t.requires_grad_(), None, False, ["kl"], 0.5, impl == "triton")
+    z, t = z.requires_grad_(), t.requires_grad_()
+    args: Any = (z, t, None, False, ["kl"], 0.5, "", [], impl == "triton")
     torch.library.opcheck(
         torch.ops.onepass.vocab_pair_stats.default,
         args,

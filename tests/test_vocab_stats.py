@@ -1052,7 +1052,7 @@ def test_no_alignment_leaves_the_row(vocab_size: int, start: int, device: str) -
 def forward_arguments(case: Case, impl: str, want: Sequence[str]) -> tuple[Any, ...]:
     rows = (case.labels, case.contrast_labels)
     flat = (None if t is None else t.reshape(-1) for t in rows)
-    return (case.logits, *flat, case.bag_weights, list(want), impl == "triton")
+    return (case.logits, *flat, case.bag_weights, list(want), "", [], impl == "triton")
 
 
 OPCHECKED = {

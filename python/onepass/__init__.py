@@ -36,6 +36,9 @@ _HOMES = {
     "lazy_head_within": ".heads",
     "report": ".heads",
     "unlazy_head": ".heads",
+    "count_items": ".parallel",
+    "global_mean": ".parallel",
+    "shift_labels": ".parallel",
     "masked_mean": ".reduce",
     "reduce_rows": ".reduce",
 }
@@ -61,8 +64,10 @@ __all__ = [
     "VocabStats",
     "__version__",
     "cloak",
+    "count_items",
     "cross_entropy",
     "gaussian_stats",
+    "global_mean",
     "lazy_head",
     "lazy_head_within",
     "linear_cross_entropy",
@@ -73,6 +78,7 @@ __all__ = [
     "reduce_rows",
     "report",
     "row_moments",
+    "shift_labels",
     "strict",
     "unlazy_head",
     "vocab_pair_stats",
@@ -102,6 +108,7 @@ if TYPE_CHECKING:
     from .ops.row_moments import RowMoments, row_moments
     from .ops.vocab_pair_stats import VocabPairStats, vocab_pair_stats
     from .ops.vocab_stats import VocabStats, vocab_stats
+    from .parallel import count_items, global_mean, shift_labels
     from .reduce import masked_mean, reduce_rows
 
 

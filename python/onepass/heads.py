@@ -20,6 +20,7 @@ from torch.nn import functional
 from .lazy_logits import GATHER, LazyLogits, autocasts
 from .lazy_probs import LazyProbs
 from .ops._check import FLOATS
+from .ops._dtensor import is_dtensor, sharded_mesh_dim
 
 Model = TypeVar("Model", bound=nn.Module)
 # by name: the cast and what it was made of, neither kept alive, and how often that was written to
@@ -43,8 +44,9 @@ class LazyForward:
     (deepcopy, pickle) belongs to the copy.
     """
 
-    def __init__(self, module: nn.Module, options: Mapping[str, Any]) -> None:
+    def __init__(self, module: nn.Module, options: Mapping[str, Any], former: Any = None) -> None:
         self._module, self._options = weakref.ref(module), options
+        self.former = former  # forward of the instance, where it had one: tensor parallelism's
         self._casts: Casts = {}
         self._run = graph_breaking()
 
@@ -54,10 +56,10 @@ class LazyForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> LazyForward:
         module = self._module()
         assert module is not None
-        return LazyForward(memo.get(id(module), module), self._options)
+        return LazyForward(memo.get(id(module), module), self._options, self.former)
 
     def __reduce__(self) -> Any:
-        return LazyForward, (self._module(), self._options)
+        return LazyForward, (self._module(), self._options, self.former)
 
     def belongs_to(self, module: nn.Module) -> bool:
         return self._module() is module
@@ -87,7 +89,8 @@ def run_head(
     bias = getattr(module, "bias", None)
     parts = [t for t in (hidden, weight, bias) if t is not None]
     for name, part in zip(("hidden states", "weight", "bias"), (hidden, weight, bias), strict=True):
-        if part is not None and type(part) not in (Tensor, nn.Parameter):
+        plain = type(part) in (Tensor, nn.Parameter) or (is_dtensor(part) and is_dtensor(weight))
+        if part is not None and not plain:
             kind = type(part).__name__
             mend = GATHER if kind == "DTensor" else "call onepass.unlazy_head for this model"
             raise TypeError(f"the head's {name} came as {kind}, not as a plain tensor: {mend}")
@@ -242,10 +245,13 @@ def obstacle(part: Part, managed: bool) -> str:
     if hasattr(weight, "ds_id"):
         return f"has a weight sharded by ZeRO-3: {GATHER}, or use ZeRO-2"
     kind_of_weight = type(weight).__name__
-    if kind_of_weight == "DTensor":
-        if managed:
-            return ""
-        return f"has a weight sharded as DTensor: {GATHER}, or leave the head out of the plan"
+    if is_dtensor(weight):
+        try:
+            if not managed:
+                sharded_mesh_dim("it", weight, 0)
+        except ValueError as error:
+            return f"has a weight sharded as DTensor: {error}"
+        return ""
     if weight.is_quantized or weight.dtype not in FLOATS:
         return f"is quantised ({weight.dtype} {kind_of_weight}): float32, bfloat16, float16 needed"
     if type(weight) not in (Tensor, nn.Parameter):
@@ -405,13 +411,17 @@ def lazy_head(
 def switch_on(module: nn.Module, options: Mapping[str, Any]) -> None:
     # accelerate's hooks stand in `forward` and call `_old_forward`.
     slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-    setattr(module, slot, LazyForward(module, options))
+    former = module.__dict__.get("forward") if slot == "forward" else None
+    setattr(module, slot, LazyForward(module, options, former))
 
 
 def switch_off(module: nn.Module) -> None:
     slot = slot_of(module)
     if slot == "forward":
+        former = module.__dict__[slot].former
         del module.forward
+        if former is not None:
+            module.forward = former
     elif slot is not None:
         setattr(module, slot, type(module).forward.__get__(module))
 
@@ -420,9 +430,7 @@ def probe(name: str, head: nn.Module, first: nn.Module) -> None:
     """One row through the head must come back lazy. Raises where it does not."""
     weight = first.weight
     assert isinstance(weight, Tensor)
-    if (
-        type(weight).__name__ == "DTensor" or weight.is_meta
-    ):  # whole in the model's forward, or later
+    if is_dtensor(weight) or weight.is_meta:  # a row would need all ranks; or is not there yet
         return
     row = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
     with torch.no_grad(), torch.random.fork_rng(_gpus(weight)):
@@ -535,6 +543,8 @@ def state_of(part: Part, past: str, managed: bool, model: nn.Module) -> HeadStat
     weight = part.module.weight
     assert isinstance(weight, Tensor)
     said = f"weight {list(weight.shape)} {str(weight.dtype).removeprefix('torch.')}"
+    if is_dtensor(weight) and not managed and sharded_mesh_dim("it", weight, 0) is not None:
+        said += " in shards of its vocabulary"
     ties = [
         name
         for name, tensor in unwrapped(model).named_parameters(remove_duplicate=False)

@@ -146,9 +146,9 @@ def _indexed(func: Any, lazy: Any, index: Any) -> Any:
     if not isinstance(columns, slice):
         return NotImplemented
     if columns != slice(None):
-        if lazy._normalized:
-            return NotImplemented
         head = lazy.onepass_head
+        if lazy._normalized or head.shard is not None:
+            return NotImplemented
         bias = None if head.bias is None else head.bias[columns]
         lazy = with_head(lazy, weight=tuple(w[columns] for w in head.weight), bias=bias)
     return _on_rows(lazy, lambda h: h[(*rows, slice(None))])
@@ -325,7 +325,7 @@ def _summed(a: LazyLogits, b: LazyLogits, sign: float) -> Any:
     """The terms of both, where neither is capped yet."""
     left, right = a.onepass_head, b.onepass_head
     uncapped = not (left.softcap or right.softcap or a._normalized or b._normalized)
-    if not uncapped or a.shape != b.shape or a.device != b.device:
+    if not uncapped or left.shard != right.shard or a.shape != b.shape or a.device != b.device:
         return NotImplemented
     left.check_weights()
     right.check_weights()
@@ -380,6 +380,10 @@ def _plus_bias(lazy: LazyLogits, other: Any) -> Any:
     if head.softcap or lazy._normalized or not fits or not head.scale:
         return NotImplemented
     other = other.reshape(-1) / head.scale
+    if head.shard is not None:
+        if other.requires_grad:  # of which each rank would find the gradient of its own columns
+            return NotImplemented
+        other = other.narrow(0, head.shard.offset, head.shard.size)
     return with_head(lazy, bias=other if head.bias is None else head.bias + other)
 
 

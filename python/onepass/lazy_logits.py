@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from .ops._check import check_choice, check_floating, check_number, check_same_device
 from .ops.head import MODES, Head
+from .sharded_head import own_part
 
 GATHER = "gather it first (weight.full_tensor(), deepspeed.zero.GatheredParameters)"
 _strict: ContextVar[bool] = ContextVar("onepass_strict", default=False)
@@ -90,13 +91,21 @@ class LazyLogits(Lazy):
         mode: "auto", "ahead" (gradients are made in the forward, or an error says why not) or
             "recompute" (never: less is held between forward and backward). docs/head.md has the
             table of work and memory.
+        process_group: `weight` [V_r, D] and `bias` [V_r] are this rank's part of a head that the
+            group's ranks hold one after the other; all of them have the same hidden states (whose
+            gradient is summed over them) and get the same facts. A weight that is a DTensor,
+            Shard(0), needs no group.
+        vocab_offset: the token id of this rank's first row, to be checked; None: where the ranks
+            before it end.
+        mesh_dim: the name or number of the DTensor's mesh dimension that must be the sharded one.
 
     Every loss and statistic of this package takes it in the place of logits, and so do
     `torch.nn.functional.cross_entropy`, `log_softmax` followed by `gather` or `nll_loss`,
     `logsumexp`, `argmax` and `gather`. `materialize()` makes the logits.
 
     Raises:
-        TypeError: not a tensor. ValueError: shapes, dtypes, devices or numbers that do not fit.
+        TypeError: not a tensor. ValueError: shapes, dtypes, devices or numbers that do not fit;
+        on every rank of a group alike where their parts do not make one head.
     """
 
     onepass_head: Head
@@ -115,8 +124,13 @@ class LazyLogits(Lazy):
         max_slab_bytes: int | None = None,
         compact: bool = True,
         mode: str = "auto",
+        process_group: Any = None,
+        vocab_offset: int | None = None,
+        mesh_dim: str | int | None = None,
     ) -> LazyLogits:
-        check_head(hidden, weight, bias)
+        given, where = (hidden, weight, bias), (process_group, vocab_offset, mesh_dim)
+        (hidden, weight, bias), shard = own_part(given, *where, check_part)
+        check_head(hidden, weight, bias, part=shard is not None)
         written = [t for t in (weight, bias) if t is not None and not t.is_inference()]
         versions = tuple((t, t._version) for t in written)
         check_choice("mode", mode, MODES)
@@ -131,6 +145,7 @@ class LazyLogits(Lazy):
         if type(compact) is not bool:
             raise TypeError(f"compact must be True or False: got {type(compact).__name__}")
         options: Any = {"max_slab_bytes": max_slab_bytes, "compact": compact, "mode": mode}
+        options["shard"] = shard
         states = versions_of((hidden,))
         head = Head((hidden,), (weight,), bias, versions=versions, states=states, **options)
         product = make(head, hidden.dtype)
@@ -157,6 +172,11 @@ class LazyLogits(Lazy):
             for h, w in zip(head.hidden, head.weight, strict=True)
         )
         extras = [
+            *(
+                []
+                if head.shard is None
+                else [f"rows of {list(head.shard.sizes)} on rank {head.shard.rank}"]
+            ),
             *(["bias"] if head.bias is not None else []),
             *([f"softcap={head.softcap:g}"] if head.softcap else []),
             *([f"scale={head.scale:g}"] if head.scale != 1 else []),
@@ -249,9 +269,10 @@ def check_head(
     weight: object,
     bias: object,
     names: tuple[str, str, str] = ("hidden", "weight", "bias"),
+    part: bool = False,
 ) -> None:
     """Raises unless hidden [..., D], weight [V, D] and bias [V] make logits; `names` are those of
-    the caller's arguments."""
+    the caller's arguments. A rank's `part` of a head may have no rows."""
     of_hidden, of_weight, of_bias = names
     check_floating(of_hidden, hidden)
     check_floating(of_weight, weight)
@@ -268,7 +289,7 @@ def check_head(
             f"{of_hidden} must be [..., D] and {of_weight} [V, D]: "
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
-    if weight.shape[0] == 0 or weight.shape[1] == 0:
+    if (weight.shape[0] == 0 and not part) or weight.shape[1] == 0:
         raise ValueError(f"{of_weight} must be [V, D], both above 0: got {tuple(weight.shape)}")
     if hidden.dtype != weight.dtype:
         raise ValueError(
@@ -287,13 +308,16 @@ def check_head(
         check_same_device(of_bias, bias, of_hidden, hidden)
 
 
+check_part = functools.partial(check_head, part=True)
+
+
 def make(
     head: Head, dtype: torch.dtype, normalized: float = 0.0, *, ungraphed: bool = True
 ) -> LazyLogits:
     """LazyLogits of a head; outside of a graph where gradients are off, as logits would be, unless
     `ungraphed` is False."""
     first = head.hidden[0]
-    shape = (*first.shape[:-1], head.weight[0].shape[0])
+    shape = (*first.shape[:-1], head.vocab_size)
 
     def wrapper() -> Tensor:
         empty: Tensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]

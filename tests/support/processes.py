@@ -76,6 +76,7 @@ def answer(cases: Mapping[str, Callable[[], None]], answers: Path, rank: int) ->
             said = ""
         except Exception:
             said = format_exc()
+            print(said, file=sys.stderr, flush=True)  # where the others hang, all that is heard
         (answers / f"{name}.{rank}").write_text(said, encoding="utf-8")
         dist.barrier()
 

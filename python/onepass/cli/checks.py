@@ -567,6 +567,14 @@ def loss_checks() -> list[Check]:
             leaves=("values",),
         ),
         Check(
+            "global_mean",
+            "one process",
+            lambda m: masked_rows(m, values=m.store(m.normal(7))),
+            lambda api, t, _: {"loss": api.global_mean(t["values"], t["mask"])},
+            lambda t: {"loss": reduced(statistics(t["values"]), t)},
+            leaves=("values",),
+        ),
+        Check(
             "reduce_rows",
             "num_items",
             lambda m: masked_rows(m, values=m.store(m.normal(7))),

@@ -1,0 +1,87 @@
+"""DTensors whose one dimension is the vocabulary: which shard this rank holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ._shards import Shard, this_rank
+
+
+def is_dtensor(tensor: object) -> bool:
+    return type(tensor).__name__ == "DTensor"
+
+
+def chunks(total: int, n_ranks: int) -> tuple[int, ...]:
+    """What each rank holds under Shard: torch.chunk's pieces, of which the last may be short or
+    empty."""
+    step = -(-total // n_ranks)
+    return tuple(max(0, min(step, total - rank * step)) for rank in range(n_ranks))
+
+
+def sharded_mesh_dim(
+    name: str, tensor: Any, dim: int, mesh_dim: str | int | None = None
+) -> int | None:
+    """The mesh dimension that dimension `dim` of the tensor is sharded over; None for one that all
+    ranks have whole. ValueError for what is sharded otherwise, or over another mesh dimension than
+    the one named."""
+    mesh, placements = tensor.device_mesh, tensor.placements
+    names = mesh.mesh_dim_names
+    wanted = mesh_dim
+    if isinstance(mesh_dim, str):
+        if names is None or mesh_dim not in names:
+            have = "without names" if names is None else f"of {', '.join(names)}"
+            raise ValueError(
+                f"{this_rank()}: {name} has no mesh dimension {mesh_dim!r}: got {mesh} {have}"
+            )
+        wanted = names.index(mesh_dim)
+    found = [d for d, placement in enumerate(placements) if not placement.is_replicate()]
+    if len(found) > 1 or (wanted is not None and found != [wanted]):
+        over = "one mesh dimension" if mesh_dim is None else f"mesh dimension {mesh_dim!r} alone"
+        raise ValueError(
+            f"{this_rank()}: {name} must be sharded over {over}: got {list(placements)}; "
+            "redistribute it (what FSDP shards is whole inside the model's forward)"
+        )
+    if not found:
+        return None
+    if not placements[found[0]].is_shard(dim % tensor.dim()):
+        raise ValueError(
+            f"{this_rank()}: {name} must be sharded over the vocabulary, "
+            f"Shard({dim % tensor.dim()}): got {placements[found[0]]}; redistribute it"
+        )
+    return found[0]
+
+
+def shard_of(name: str, tensor: Any, dim: int, mesh_dim: str | int | None = None) -> Shard | None:
+    """The columns that this rank holds; None where it holds all. Raises as `sharded_mesh_dim`."""
+    at = sharded_mesh_dim(name, tensor, dim, mesh_dim)
+    if at is None:
+        return None
+    mesh, total = tensor.device_mesh, tensor.shape[dim]
+    shard = Shard(
+        mesh.get_group(at).group_name, chunks(total, mesh.size(at)), mesh.get_local_rank(at)
+    )
+    held = tensor.to_local().shape[dim]
+    if held != shard.size:
+        raise ValueError(
+            f"{this_rank()}: {name}, {total} columns sharded over {mesh.size(at)} ranks, must have "
+            f"{shard.size} of them here: got {held}"
+        )
+    return shard
+
+
+def own_columns(name: str, logits: Tensor) -> tuple[Tensor, Shard | None]:
+    """Logits as this rank has them, and which columns these are: all, for what is no DTensor."""
+    if not is_dtensor(logits):
+        return logits, None
+    whole: Any = logits
+    return whole.to_local(), shard_of(name, whole, -1)
+
+
+def own_rows(tensor: Tensor | None) -> Tensor | None:
+    """Labels or a mask as every rank has them."""
+    if tensor is None or not is_dtensor(tensor):
+        return tensor
+    given: Any = tensor
+    return given.full_tensor()  # type: ignore[no-any-return]

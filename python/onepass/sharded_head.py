@@ -1,0 +1,109 @@
+"""A head whose rows, the vocabulary, lie on several ranks: as a DTensor, or as this rank's part and
+its process group.
+
+What LazyLogits then hold is this rank's part; hidden states that all ranks have get the sum of the
+gradients that each finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .ops._check import check_floating
+from .ops._dtensor import is_dtensor, shard_of
+from .ops._shards import Shard, laid_out, summed_gradient, this_rank
+
+Parts = tuple[Tensor, Tensor, Tensor | None]  # hidden states, weight, bias
+
+
+def own_part(
+    parts: Parts,
+    process_group: Any,
+    vocab_offset: int | None,
+    mesh_dim: str | int | None,
+    check: Callable[..., None],
+) -> tuple[Parts, Shard | None]:
+    """This rank's part of a head and its hidden states, and which part it is; all of it and None
+    where the head is not sharded. `check` raises for parts that make no logits."""
+    hidden, weight, bias = parts
+    if is_dtensor(weight):
+        if process_group is not None or vocab_offset is not None:
+            raise ValueError(
+                "a DTensor knows its process group and its place: leave process_group and "
+                "vocab_offset out"
+            )
+        return _of_dtensor(hidden, weight, bias, mesh_dim)
+    if process_group is None:
+        if vocab_offset is not None or mesh_dim is not None:
+            name = "mesh_dim" if vocab_offset is None else "vocab_offset"
+            wanted = "a weight that is a DTensor" if vocab_offset is None else "process_group="
+            raise ValueError(f"{name} needs {wanted}: got {type(weight).__name__}")
+        return parts, None
+    if mesh_dim is not None:
+        raise ValueError("mesh_dim names a dimension of a DTensor's mesh: leave process_group out")
+    return _of_group(parts, process_group, vocab_offset, check)
+
+
+def _of_group(
+    parts: Parts, process_group: Any, vocab_offset: int | None, check: Callable[..., None]
+) -> tuple[Parts, Shard | None]:
+    hidden, weight, bias = parts
+    group = getattr(process_group, "group_name", None)
+    if group is None:
+        kind = type(process_group).__name__
+        raise TypeError(
+            f"process_group must be a ProcessGroup of torch.distributed with this rank: got {kind}"
+        )
+    trouble: Exception | None = None
+    try:  # whoever is wrong alone would leave the others waiting
+        check(*parts)
+        if vocab_offset is not None and (type(vocab_offset) is not int or vocab_offset < 0):
+            raise ValueError(f"vocab_offset must be an int of 0 or more: got {vocab_offset!r}")
+    except (TypeError, ValueError, NotImplementedError) as error:
+        trouble = error
+    shard = laid_out(group, vocab_offset, getattr(weight, "shape", ()), trouble, hidden)
+    return (summed_gradient(hidden, group), weight, bias), shard
+
+
+def _of_dtensor(
+    hidden: Any, weight: Any, bias: Any, mesh_dim: str | int | None
+) -> tuple[Parts, Shard | None]:
+    check_floating("hidden", hidden)
+    shard = shard_of("the head", weight, 0, mesh_dim)
+    own = weight.to_local()
+    if shard is None:
+        return (_whole_rows(hidden, None), own, bias.to_local() if is_dtensor(bias) else bias), None
+    if is_dtensor(bias):
+        bias = bias.to_local()
+    elif bias is not None:
+        if bias.requires_grad:
+            raise ValueError(
+                f"{this_rank()}: a trained bias must be sharded as its weight: got a whole one of "
+                f"{tuple(bias.shape)}"
+            )
+        bias = shard.columns(bias)
+    if is_dtensor(hidden):
+        return (_whole_rows(hidden, shard.group), own, bias), shard
+    return (summed_gradient(hidden, shard.group), own, bias), shard
+
+
+def _whole_rows(hidden: Any, group: str | None) -> Tensor:
+    """The local rows of hidden states, all of them on every rank of the head's group, where their
+    gradient is then a part of a sum."""
+    from torch.distributed.tensor import Partial, Replicate
+
+    if not is_dtensor(hidden):
+        return hidden  # type: ignore[no-any-return]
+    mesh = hidden.device_mesh
+    ours = [d for d in range(mesh.ndim) if mesh.get_group(d).group_name == group]
+    if group is not None and not ours:
+        raise ValueError(
+            f"{this_rank()}: hidden states and head must share a mesh: got hidden states on {mesh}"
+        )
+    wanted = [Replicate() if d in ours else p for d, p in enumerate(hidden.placements)]
+    grads = [Partial() if d in ours else p for d, p in enumerate(hidden.placements)]
+    rows: Tensor = hidden.redistribute(placements=wanted).to_local(grad_placements=grads)
+    return rows
