@@ -11,12 +11,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from onepass.cli import main
 from support.processes import run_processes
 from support.tiny_language_model import save
 
@@ -32,13 +32,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+COMPILED = {"TRITON_INTERPRET": "0"}  # torch's own code: Triton's interpreter takes minutes
+
+
 @pytest.fixture(scope="module")
 def truths(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a folder for each training in one process: curve.json and saved/."""
     folder = tmp_path_factory.mktemp("truths")
-    for name, (system, options) in two.TRUTHS.items():
-        found = two.curve(system, folder / name, **options)
-        (folder / name / "curve.json").write_text(json.dumps(found))
+    with mock.patch.dict(os.environ, COMPILED):
+        run_processes(1, "trainers_on_two", folder, str(folder))
     return folder
 
 
@@ -46,7 +48,8 @@ def truths(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answers(truths: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a file for each case and rank: what was raised there."""
     folder = tmp_path_factory.mktemp("two_processes")
-    run_processes(2, "trainers_on_two", folder, str(truths), str(folder))
+    with mock.patch.dict(os.environ, COMPILED):
+        run_processes(2, "trainers_on_two", folder, str(truths), str(folder))
     return folder
 
 
@@ -97,7 +100,7 @@ def launch(engine: str, arguments: list[str], **env: str) -> tuple[int, str, str
     start = ("-m", "accelerate.commands.launch", "--config_file", str(config))
     ours = ("--num_processes", "2", "--main_process_port", "0", "-m", "support.launched")
     path = os.pathsep.join([str(ROOT / "python"), str(ROOT / "tests")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"} | env
+    env = os.environ | COMPILED | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | env
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, *start, *ours, *arguments],
@@ -118,7 +121,9 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(
     """Killed in the third step; the whole run of one process has the same curve."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
     accumulates = "--gradient_accumulation_steps"
-    assert main(command(system, files, whole, accumulates, "4")) == 0
+    alone = [sys.executable, "-m", "onepass", *command(system, files, whole, accumulates, "4")]
+    path = {"PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"}
+    subprocess.run(alone, env=os.environ | COMPILED | path, check=True, timeout=200)
     flags = command(system, files, folder, accumulates, "2")
     code, _, err, seconds = launch(engine, flags, DIES="1,2")
     assert code == 1 and seconds < 120, err
