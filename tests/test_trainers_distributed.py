@@ -94,8 +94,8 @@ def command(system: str, files: Path, folder: Path, *more: str) -> list[str]:
 
 
 def launch(engine: str, arguments: list[str], **env: str) -> tuple[int, str, str, float]:
-    """The exit code, what was said, and the seconds it took, of two processes as a file of examples/
-    has them, but on CPUs."""
+    """The exit code, what was said, and the seconds it took, of two processes that a file of
+    examples/ is for, but on CPUs."""
     config = ROOT / "examples" / "accelerate" / f"{engine}.yaml"
     start = ("-m", "accelerate.commands.launch", "--config_file", str(config))
     ours = ("--num_processes", "2", "--main_process_port", "0", "-m", "support.launched")
@@ -114,6 +114,14 @@ def metrics(folder: Path) -> dict[str, object]:
     return {"lines": [json.loads(line) for line in lines]}
 
 
+def told(err: str) -> list[str]:
+    return [line for line in err.splitlines() if line.startswith("onepass train")]
+
+
+def lost(system: str) -> str:
+    return f"onepass train {system}: rank 1 of 2 ended or hangs (what was said stands above)"
+
+
 @pytest.mark.parametrize(("engine", "system"), [("ddp", "circuit-breaker"), ("fsdp2", "dpo")])
 def test_a_killed_process_ends_the_other_and_the_run_goes_on(
     engine: str, system: str, files: Path, tmp_path: Path
@@ -127,13 +135,9 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(
     flags = command(system, files, folder, accumulates, "2")
     code, _, err, seconds = launch(engine, flags, DIES="1,2")
     assert code == 1 and seconds < 120, err
-    last = folder / "checkpoint-2"
-    told = [line for line in err.splitlines() if line.startswith("onepass train")]
-    assert told == [
-        f"onepass train {system}: rank 1 of 2 ended or hangs (what was said stands above); {last} is"
-        f" the last checkpoint; go on, under the same launcher, with: onepass train {system}"
-        f" --output_dir {folder} --resume_from_checkpoint"
-    ]
+    last = f"{folder / 'checkpoint-2'} is the last checkpoint"
+    go_on = f"onepass train {system} --output_dir {folder} --resume_from_checkpoint"
+    assert told(err) == [f"{lost(system)}; {last}; go on, under the same launcher, with: {go_on}"]
     resumed = ["train", system, "--output_dir", str(folder), "--resume_from_checkpoint"]
     code, _, err, _ = launch(engine, resumed)
     assert code == 0, err
@@ -143,6 +147,14 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=2e-4, msg=key)
+
+
+def test_a_process_that_hangs_ends_the_other_in_time(files: Path, tmp_path: Path) -> None:
+    more = ("--ddp_timeout", "5", "--gradient_accumulation_steps", "2")
+    flags = command("dpo", files, tmp_path / "run", *more)
+    code, _, err, seconds = launch("ddp", flags, HANGS="1,0")
+    assert code == 1 and seconds < 120, err
+    assert told(err) == [f"{lost('dpo')}; no checkpoint yet"]
 
 
 def test_example_of_zero3_is_accelerates() -> None:

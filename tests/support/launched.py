@@ -1,11 +1,12 @@
-"""`onepass` for launches of several processes: with FSDP on CPUs, which accelerate keeps for GPUs, and
-with a process that dies in the middle of a step."""
+"""`onepass` for launches of several processes: with FSDP on CPUs, which accelerate keeps for GPUs,
+and with a process that dies, or hangs, in the middle of a step."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 
@@ -28,8 +29,8 @@ def allow() -> None:
     AcceleratorState.__init__ = make
 
 
-def die_at(rank: int, step: int) -> None:
-    """Let the process of this rank be killed in the second batch of the step after this one."""
+def stop_at(rank: int, step: int, hangs: bool) -> None:
+    """Let the process of this rank be killed, or hang, in the second batch of the step after."""
     from transformers import Trainer
 
     runs, seen = Trainer.training_step, []
@@ -37,7 +38,9 @@ def die_at(rank: int, step: int) -> None:
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         if int(os.environ["RANK"]) == rank and self.state.global_step == step:
             seen.append(step)
-            if len(seen) == 2:
+            if len(seen) == 2 and hangs:
+                time.sleep(600)
+            elif len(seen) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
         return runs(self, *args, **kwargs)
 
@@ -46,8 +49,10 @@ def die_at(rank: int, step: int) -> None:
 
 if __name__ == "__main__":
     allow()
-    if "DIES" in os.environ:
-        die_at(*map(int, os.environ["DIES"].split(",")))
+    for name in ("DIES", "HANGS"):
+        if name in os.environ:
+            rank, step = map(int, os.environ[name].split(","))
+            stop_at(rank, step, name == "HANGS")
     from onepass.cli import main
 
     sys.exit(main())

@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,14 +38,17 @@ from onepass.training.lora import lora_in_blocks
 from onepass.training.processes import shard_now
 from onepass.training.prompts import Prompt
 
-from .processes import answer, join, leave
 from .launched import allow
+from .processes import answer, join, leave
 from .tiny_language_model import model, tokenizer
 
 STEPS, BATCHES = 3, 4  # BATCHES of one row a step, on all processes together
 TEXTS = [f"the {word} barn{' is far' * (n % 3)} away" for n, word in enumerate("abcdefgh")]
 CODE = [f"def f{n}(x):\n    return x{' + 1' * (n % 4)}\n" for n in range(8)]
-REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+REENTRANT = {
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": True},
+}
 CHECKPOINTED = REENTRANT | {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -78,9 +80,7 @@ def arguments(folder: Path, **options: Any) -> Any:
 
 
 def circuit_breaker(folder: Path, frozen: bool = False, **options: Any) -> Any:
-    base, lorra = model(), LorraArguments(
-        lorra_alpha=10.0, init_jitter=0.1, model_max_length=32
-    )
+    base, lorra = model(), LorraArguments(lorra_alpha=10.0, init_jitter=0.1, model_max_length=32)
     data = CircuitBreakerDataset(tokenizer(), None, lorra, retain=TEXTS, harmful=CODE, val=CODE[:2])
     return CircuitBreakerTrainer(
         base,
@@ -95,7 +95,11 @@ def circuit_breaker(folder: Path, frozen: bool = False, **options: Any) -> Any:
 
 def pairs() -> list[dict[str, str]]:
     return [
-        {"prompt": f"is {text}?", "chosen": " yes" + "!" * n, "rejected": " no" + " never" * (n % 3)}
+        {
+            "prompt": f"is {text}?",
+            "chosen": " yes" + "!" * n,
+            "rejected": " no" + " never" * (n % 3),
+        }
         for n, text in enumerate(TEXTS)
     ]
 
@@ -300,7 +304,8 @@ def cases(truths: Path, folder: Path) -> dict[str, Callable[[], None]]:
                     "use_reentrant=True under DDP", **REENTRANT)  # fmt: skip
             else:
                 add(engine, f"{system}-reentrant", same_as, system, truths, at / "r", **REENTRANT)
-            add(engine, f"{system}-resumed", resumes, system, truths, at, of=f"{system}_measured", measures=True)  # fmt: skip
+            add(engine, f"{system}-resumed", resumes, system, truths, at,
+                of=f"{system}_measured", measures=True)  # fmt: skip
         at = folder / engine
         add(engine, "dpo-all_weights", same_as, "dpo", truths, at / "a", "all_weights", rank=0)
         add(engine, "stock", same_as, "stock", truths, at / "stock")

@@ -575,9 +575,13 @@ def training_arguments(flags: Flags, **defaults: Any) -> TrainingArguments:
 def _join(torch: Any, kwargs: dict[str, Any]) -> None:
     """Meet the other processes, on CPUs: transformers has no --ddp_timeout there, and without
     --use_cpu it would leave each by itself."""
+    from .run_folder import tell
+
     if torch.accelerator.is_available() and not kwargs["use_cpu"]:
         return
     kwargs["use_cpu"] = True
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        tell("FSDP: accelerate shards on GPUs alone; on CPUs each process has the whole model")
     if not torch.distributed.is_initialized():
         seconds = int(kwargs.get("ddp_timeout", 1800))
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=seconds))

@@ -20,7 +20,7 @@ from ..cli.errors import one_line
 from .run_folder import n_processes
 
 ANSWER = 3.0  # seconds in which a process that lives says so
-FAILED = ("gloo/transport", "NCCL", "ProcessGroup", "Connection closed by peer", "DistStoreError")
+FAILED = ("gloo/", "NCCL", "ProcessGroup", "Connection closed by peer")  # in a RuntimeError
 
 
 def shard_now(trainer: Any, *methods: str) -> None:
@@ -65,13 +65,16 @@ def prepare_reference(trainer: Any, reference: nn.Module) -> nn.Module:
 
 
 def check_reference(trainer: Any) -> None:
-    """ValueError for a reference that runs outside of the training's steps under FSDP1 or DeepSpeed,
-    where it would stand whole on every device."""
-    if is_sharded(trainer) and not getattr(trainer.accelerator, "is_fsdp2", False):
+    """ValueError for a reference of its own under FSDP1 or ZeRO-3, which keep no second model in
+    shards."""
+    if not is_sharded(trainer) or getattr(trainer.accelerator, "is_fsdp2", False):
+        return
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if plugin is None or plugin.zero_stage == 3:
         raise ValueError(
-            "FSDP1 and DeepSpeed: a reference of its own would stand whole on every device: shard"
-            " with FSDP2, train an adapter, whose reference is the model without it, or precompute"
-            " on one GPU"
+            "FSDP1 and ZeRO-3: a reference of its own would stand whole on every device: shard with"
+            " FSDP2, train an adapter, whose reference is the model without it, or precompute on"
+            " one GPU"
         )
 
 
@@ -134,8 +137,7 @@ def agreed(value: Any) -> Any:
 
 def is_lost(error: BaseException) -> bool:
     """Whether a collective failed: another process ended, hangs, or cannot be reached."""
-    kinds = [getattr(distributed, name, None) for name in ("DistError", "DistBackendError")]
-    if isinstance(error, tuple(kind for kind in kinds if kind is not None)):
+    if isinstance(error, getattr(distributed, "DistError", ())):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in FAILED)
 
