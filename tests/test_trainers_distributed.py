@@ -127,6 +127,8 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(
     engine: str, system: str, files: Path, tmp_path: Path
 ) -> None:
     """Killed in the third step; the whole run of one process has the same curve."""
+    if engine == "ddp" and not two.LOADS_ON_CPU:
+        pytest.skip("this transformers loads no optimizer on CPUs of several processes")
     whole, folder = tmp_path / "whole", tmp_path / "run"
     accumulates = "--gradient_accumulation_steps"
     alone = [sys.executable, "-m", "onepass", *command(system, files, whole, accumulates, "4")]

@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..cli.terminal import progress_bar
 from ..heads import unwrapped
@@ -29,6 +30,7 @@ from ..training.hidden_states import (
 )
 from ..training.monitor import check_one_gpu, forget_evaluation
 from ..training.processes import (
+    NO_SECOND,
     check_reference,
     is_sharded,
     prepare_reference,
@@ -404,6 +406,8 @@ class DPOTrainer(Trainer):
                     " precompute_ref_log_probs"
                 )
         elif needed and not dpo.precompute_ref_log_probs:
+            if is_deepspeed_zero3_enabled():  # whose shards a copy would share
+                raise ValueError(NO_SECOND)
             ref_model = copy.deepcopy(model)
         if dpo.sync_ref_model and has_adapter(model):
             raise ValueError(

@@ -22,6 +22,11 @@ from .run_folder import n_processes
 ANSWER = 3.0  # seconds in which a process that lives says so
 FAILED = ("gloo/", "NCCL", "ProcessGroup", "Connection closed by peer")  # in a RuntimeError
 
+NO_SECOND = (
+    "FSDP1 and ZeRO-3: a reference of its own would stand whole on every device: shard with FSDP2,"
+    " train an adapter, whose reference is the model without it, or precompute on one GPU"
+)
+
 
 def shard_now(trainer: Any, *methods: str) -> None:
     """Shard the model under FSDP2 before the training does, so that it can be measured; elsewhere
@@ -71,11 +76,7 @@ def check_reference(trainer: Any) -> None:
         return
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if plugin is None or plugin.zero_stage == 3:
-        raise ValueError(
-            "FSDP1 and ZeRO-3: a reference of its own would stand whole on every device: shard with"
-            " FSDP2, train an adapter, whose reference is the model without it, or precompute on"
-            " one GPU"
-        )
+        raise ValueError(NO_SECOND)
 
 
 def is_sharded(trainer: Any) -> bool:
@@ -108,13 +109,19 @@ def _gathered(module: Any) -> Any:
     return made
 
 
-def reduces_twice(model: nn.Module) -> bool:
-    """Whether DDP averages a weight's gradient each time that a reentrant checkpoint makes a part
-    of it, and so, of a model that runs twice in one backward, not the sum."""
-    if type(model).__name__ != "DistributedDataParallel":
+def fails_twice(model: nn.Module) -> bool:
+    """Whether reentrant checkpoints fail a model that runs twice in one backward: DDP averages a
+    weight's gradient at each of them, and so not the sum; FSDP2's hooks end in a segmentation fault
+    where transformers (below 5.2x) calls them inside of the checkpoint."""
+    is_ddp = type(model).__name__ == "DistributedDataParallel"
+    if not is_ddp and not hasattr(model, "reshard"):
         return False
-    made = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
-    return any(getattr(func, "keywords", {}).get("use_reentrant") for func in made)
+    for module in model.modules():
+        made = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(made, "keywords", {}).get("use_reentrant"):
+            if is_ddp or type(module).__call__ is not nn.Module.__call__:
+                return True
+    return False
 
 
 def rounds(n_items: int) -> Iterator[tuple[int, bool]]:
