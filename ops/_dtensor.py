@@ -79,9 +79,6 @@ def own_columns(name: str, logits: Tensor) -> tuple[Tensor, Shard | None]:
     return whole.to_local(), shard_of(name, whole, -1)
 
 
-def own_rows(tensor: Tensor | None) -> Tensor | None:
-    """Labels or a mask as every rank has them."""
-    if tensor is None or not is_dtensor(tensor):
-        return tensor
-    given: Any = tensor
-    return given.full_tensor()  # type: ignore[no-any-return]
+def own_rows(rows: Any) -> Any:
+    """Labels or a mask, where they are a DTensor, as every rank has them."""
+    return rows.full_tensor() if is_dtensor(rows) else rows

@@ -117,7 +117,7 @@ def merged_pair_stats(parts: Parts, want: Sequence[str], probs: bool) -> dict[st
 def between_shares(own: Mass, other: Mass, log_ratio: Tensor) -> Tensor:
     """KL(own || other) of the shares; `log_ratio` [R, ...] is what the shards' masses of unscaled
     exponentials differ by, log(other's / own's), exact where the two rows are nearly equal."""
-    live = own.share > 0
+    live = own.share > 1e-30  # of less, exp(80) makes nothing that would show
     direct = own.mean(own.log_share - other.log_share)
     largest = own.share.argmax(0, keepdim=True)
     shift = torch.where(live, log_ratio - log_ratio.gather(0, largest), 0.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -65,8 +66,9 @@ class Shard(NamedTuple):
         return self.labels(labels), self.labels(contrast_labels, elsewhere=IGNORED)
 
     def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every rank's tensors of one shape [...], in the order of ranks: [R, ...] each."""
-        dtype = parts["row_max"].dtype
+        """Every rank's tensors of one shape [...], in the order of ranks: [R, ...] each, of the
+        first one's dtype."""
+        dtype = next(iter(parts.values())).dtype
         of_all = all_gathered(torch.stack([part.to(dtype) for part in parts.values()]), self.group)
         return dict(zip(parts, of_all.unbind(1), strict=True))
 
@@ -142,28 +144,56 @@ def of_operator(shard: Shard | None) -> tuple[str, list[int]]:
     return ("", []) if shard is None else (shard.group, list(shard.sizes))
 
 
+# Within a call on a shard's logits, whether other ranks may be waiting for this one to agree.
+awaited: ContextVar[list[bool] | None] = ContextVar("onepass_awaited", default=None)
+
+
 def check_alike(
-    shard: Shard, rows: Tensor, labels: Tensor | None, how: object, slab_rows: int
+    shard: Shard,
+    n_rows: int,
+    like: Tensor,  # of the rows' dtype, on their device
+    labels: Tensor | None,
+    how: object,
+    slab_rows: int = 0,
 ) -> None:
-    """ValueError on every rank unless all came to do the same, `how` too, with as many rows
-    [N, ...] and the same labels; waits for the device."""
+    """ValueError on every rank unless all came to do the same, `how` too, with as many rows and the
+    same labels (or mask), and none has refused; waits for the device."""
     numbers = {
-        "number of rows": rows.shape[0],
-        "dtype": FLOATS.index(rows.dtype),
+        "number of rows": n_rows,
+        "dtype": FLOATS.index(like.dtype),
         "max_slab_bytes (rows of a slab)": slab_rows,
         "call (facts, gradients, mode; a checksum)": zlib.crc32(repr(how).encode()),
     }
-    mine = torch.tensor([*numbers.values(), 0], device=rows.device)
+    mine = torch.tensor([0, *numbers.values(), 0], device=like.device)
     if labels is not None:
         order = torch.arange(1, labels.numel() + 1, device=labels.device)
         mine[-1] = (labels.reshape(-1) * order).sum()
-    of_all = all_gathered(mine, shard.group).T.tolist()
+    refused, *of_all = _agreement(mine, shard.group)
+    if any(refused):
+        states = ["refused" if r else "fine" for r in refused]
+        raise ValueError(
+            f"{this_rank()}: another rank of the group refuses this call, and says why: "
+            f"{on_ranks(shard.group, states)}"
+        )
     for name, came in zip((*numbers, "labels (a checksum)"), of_all, strict=True):
         if len(set(came)) > 1:
             raise ValueError(
                 f"{this_rank()}: ranks that share a vocabulary must come with the same {name}: "
                 f"got {on_ranks(shard.group, came)}"
             )
+
+
+def refuse(shard: Shard, like: Tensor) -> None:
+    """Tells the ranks that wait in `check_alike` that this one does not come."""
+    _agreement(torch.tensor([1, 0, 0, 0, 0, 0], device=like.device), shard.group)
+
+
+def _agreement(mine: Tensor, group: str) -> list[list[int]]:
+    state = awaited.get()
+    if state is not None:
+        state[0] = False
+    found: list[list[int]] = all_gathered(mine, group).T.tolist()
+    return found
 
 
 def check_fixed(shard: Shard, *whole: Tensor) -> None:

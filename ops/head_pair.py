@@ -450,7 +450,7 @@ def head_pair_stats(
         needed = [(need.any, *need.hidden) for need in needs]
         flags = None if mask is None else mask.to(torch.int64)
         how = (want, beta, probs, ahead, needed, mode, n_pairs)
-        check_alike(shard, each[0][0].reshape(-1, each[0][0].shape[-1]), flags, how, step)
+        check_alike(shard, n_pairs * n_rows, each[0][0], flags, how, step)
     tensors = [t for side in (student, teacher) for part in side[:2] for t in part]
     *outputs, _ = _head_pair_stats(
         *student, *teacher, mask, probs, " ".join(want), beta, step, compact,

@@ -44,6 +44,7 @@ from ._launch import (
 from ._merge import merged_pair_stats
 from ._shards import Shard, check_alike, check_differentiable_twice, check_fixed, of_operator
 from ._softmax import exponentials
+from ._together import together
 from .vocab_stats import FORWARD_THREADS, SEGMENT, THREADS, mask_rows
 
 
@@ -458,7 +459,7 @@ def across_shards(
             if shard.size:
                 run = _jsd_triton if triton else _jsd_torch
                 run(logits, target, mask, beta, wanted)
-            sums = shard.gather({name: wanted[name] for name in ("row_max", "jsd", "jsd_q")})
+            sums = shard.gather({name: wanted[name] for name in ("jsd", "jsd_q")})
             wanted["jsd"], wanted["jsd_q"] = sums["jsd"].sum(0), sums["jsd_q"].sum(0)
             wanted["jsd_p"] = wanted["jsd"] - wanted["jsd_q"]
     return wanted
@@ -995,6 +996,7 @@ def check_probabilities(name: str, target: Tensor, flags: Tensor | None) -> None
         raise ValueError(f"{name} holds NaN: leave such rows out by mask, or give them numbers")
 
 
+@together
 def vocab_pair_stats(
     logits: Tensor,
     target_logits: Tensor | None = None,
@@ -1082,7 +1084,7 @@ def vocab_pair_stats(
         logits, target, shard = pair_of_columns(logits, target)
         if shard is not None and not capturing(logits):
             counts = None if flags is None else flags.to(torch.int64)
-            check_alike(shard, logits.reshape(-1, logits.shape[-1]), counts, (want, probs), 0)
+            check_alike(shard, logits.shape[:-1].numel(), logits, counts, (want, probs))
         where = (*of_operator(shard), choose(impl, logits, target))
         outputs = _vocab_pair_stats(logits, target, *given, *where)
     fields = dict(zip((*STATES, *FACTS), outputs, strict=True))

@@ -50,6 +50,7 @@ from ._shards import (
     of_operator,
 )
 from ._softmax import Exponentials, exponentials, sum_beside_one
+from ._together import together
 
 
 class VocabStats(NamedTuple):
@@ -716,6 +717,7 @@ def mask_rows(mask: Tensor, logits: Tensor) -> Tensor:
     return (mask != 0).reshape(-1)
 
 
+@together
 def vocab_stats(
     logits: Tensor,
     labels: Tensor | None = None,
@@ -803,7 +805,7 @@ def vocab_stats(
     else:
         logits, shard = own_columns("logits", logits)
         if shard is not None and not capturing(logits):
-            check_alike(shard, logits.reshape(-1, logits.shape[-1]), labels, want, 0)
+            check_alike(shard, logits.shape[:-1].numel(), logits, labels, want)
         outputs = _vocab_stats(logits, *given_rows, *of_operator(shard), choose(impl, logits))
     fields = dict(zip(FACTS, outputs[2:], strict=True))
     wanted: Any = {fact: fields[fact] if fact in want else None for fact in FACTS}

@@ -1,5 +1,5 @@
-"""Heads in shards of their vocabulary on processes, over gloo or over NCCL: DTensors, process groups,
-transformers' tensor parallelism and FSDP2 beside it, against one process.
+"""Heads in shards of their vocabulary on processes, over gloo or NCCL: DTensors, process groups,
+tensor parallelism of transformers and torch, FSDP2 beside it, against one process.
 
 What the processes do stands in support/sharded_on_ranks.py; they start once for all cases.
 """
@@ -16,7 +16,10 @@ import torch
 
 from support.processes import run_processes
 
-CASES = ("process_group", "dtensor", "sharded_logits", "page", "refused")
+CASES = (
+    "process_group", "dtensor", "meshes_of_two", "stale", "empty_shards", "sharded_logits",
+    "torch_plans", "page", "refused",
+)  # fmt: skip
 MODELS = {
     2: ("tensor_parallel", "tensor_parallel_families", "tensor_parallel_lora"),
     4: ("tp_and_dp", "tp_and_fsdp"),

@@ -207,6 +207,23 @@ def test_divergences_keep_their_digits(
             torch.testing.assert_close(outputs[at][0].double(), truth, rtol=4e-6, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_divergences_of_peaked_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares from 1 down to nothing: what e^80 cannot make visible does not count as near."""
+    gen = torch.Generator().manual_seed(14)
+    want = ["kl", "reverse_kl", "jsd"]
+    for size in (30.0, 60.0, 100.0):
+        z, t = (size * torch.randn(400, 40, generator=gen).to(dtype) for _ in range(2))
+        log_p, log_q = z.double().log_softmax(-1), t.double().log_softmax(-1)
+        kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+        reverse = (log_p.exp() * (log_p - log_q)).sum(-1)
+        for sizes in ((20, 20), (4, 1, 35)):
+            rest = [None, False, want, 0.3]
+            outputs = on_logits("vocab_pair_stats", [z[None], t], rest, sizes, "torch", monkeypatch)
+            for at, truth in ((7, kl), (8, reverse)):
+                torch.testing.assert_close(outputs[at][0].double(), truth, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("gap", [10.0, 30.0, 80.0])
 def test_certain_rows_keep_their_digits(
     gap: float, impl: str, monkeypatch: pytest.MonkeyPatch
@@ -374,6 +391,24 @@ def test_lora_on_a_sharded_head(impl: str, monkeypatch: pytest.MonkeyPatch) -> N
     check(wanted, [[*f[:-1], up] for f in found])
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3, 1)])
+def test_a_scale_that_learns(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient is that of all columns, on every rank."""
+    case, sizes = Case(), (3, 20, 14)
+    start = 1 + torch.rand(shape, generator=torch.Generator().manual_seed(8))
+
+    def run(weight: Tensor, **where: Any) -> list[Tensor]:
+        scale = start.clone().requires_grad_()
+        z = LazyLogits(case.hidden, weight, **where) * scale
+        loss = onepass.masked_cross_entropy(z / (scale + 1), case.labels)
+        loss.backward()
+        return [loss.detach(), scale.grad]  # type: ignore[list-item]
+
+    ranks = Ranks(3, monkeypatch)
+    found = ranks.run(lambda rank: run(case.weight.split(list(sizes))[rank], process_group=ranks))
+    check(run(case.weight), found)
+
+
 def test_what_goes_between_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers a row and d hidden: nothing that grows with the vocabulary."""
     case = Case()
@@ -390,7 +425,7 @@ def test_what_goes_between_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch,
         )
         layout, agreed, facts, gradient = ranks.counted
-        assert layout[1] == (4,) and agreed[1] == (5,)
+        assert layout[1] == (4,) and agreed[1] == (6,)
         assert facts[0] == "all_gather" and facts[1][1:] == (N,) and facts[1][0] <= len(FACTS) + 2
         assert gradient[:2] == ("all_reduce", (2, 3, D))
 

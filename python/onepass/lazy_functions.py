@@ -35,6 +35,7 @@ from .lazy_logits import (
 from .lazy_probs import difference, exp, kl_div, softmax
 from .losses import cross_entropy
 from .ops._check import IGNORED, values_checked
+from .ops._shards import summed_gradient
 from .ops.head import Head
 from .ops.vocab_stats import vocab_stats
 from .zero3 import hooked
@@ -310,6 +311,9 @@ def _by_rows(lazy: LazyLogits, other: Any, change: Callable[..., Tensor]) -> Any
     if other.dim() > lazy.dim() or other.device != lazy.device:
         return NotImplemented
     dtype = torch.result_type(_stand_in(lazy), other)
+    shard = lazy.onepass_head.shard
+    if shard is not None:  # the hidden states' gradients are summed before they get here
+        other = summed_gradient(other, shard.group)
     lazy = _on_rows(_with_bias_as_term(lazy), lambda h: change(h, other).to(h.dtype))
     return lazy if lazy.dtype == dtype else make(lazy.onepass_head, dtype)
 

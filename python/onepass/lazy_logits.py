@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .ops._check import check_choice, check_floating, check_number, check_same_device
+from .ops._dtensor import is_dtensor
+from .ops._together import refused_by_all
 from .ops.head import MODES, Head
 from .sharded_head import own_part
 from .zero3 import held, is_released, through
@@ -134,7 +136,10 @@ class LazyLogits(Lazy):
         (hidden, weight, bias), shard = own_part(given, *where, check_part)
         check_head(hidden, weight, bias, part=shard is not None)
         weight, bias = held(weight), None if bias is None else held(bias)
-        written = [t for t in (weight, bias) if t is not None and not t.is_inference()]
+        # A write to a DTensor counts there, and not in what it holds.
+        pairs = zip((weight, bias), given[1:], strict=True)
+        parts = [whole if is_dtensor(whole) else own for own, whole in pairs]
+        written = [t for t in parts if t is not None and not t.is_inference()]
         versions = tuple((t, t._version) for t in written)
         check_choice("mode", mode, MODES)
         check_softcap(softcap)
@@ -170,6 +175,20 @@ class LazyLogits(Lazy):
     @onepass_head.setter
     def onepass_head(self, head: Head) -> None:
         self._head = head
+
+    @property
+    def placements(self) -> tuple[Any, ...]:
+        """What torch's ColwiseParallel asks of a head's output: every rank has these whole."""
+        from torch.distributed.tensor import Replicate
+
+        return (Replicate(),)
+
+    def redistribute(self, *_: Any, **__: Any) -> LazyLogits:
+        """The same: whatever placements are asked for, no logit is there to be sent."""
+        return self
+
+    def to_local(self, **_: Any) -> LazyLogits:
+        return self
 
     def materialize(self) -> Tensor:
         """The logits (or log-probabilities) themselves, [..., V], differentiable."""
@@ -239,6 +258,11 @@ def served(handler: Handler | None, func: Any, args: Any, kwargs: dict[str, Any]
     if func in ATTRIBUTES:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
+    with refused_by_all(*args, *kwargs.values()):
+        return _served(handler, func, args, kwargs)
+
+
+def _served(handler: Handler | None, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if handler is not None and kwargs.get("out") is None:
         first, named = args, kwargs
         if kwargs:

@@ -25,7 +25,9 @@ from .ops._check import (
     check_weights,
     values_checked,
 )
+from .ops._dtensor import own_rows
 from .ops._launch import IMPLS, accumulation_dtype
+from .ops._together import together
 from .ops.row_moments import MOMENTS, RowMoments, row_moments
 from .ops.vocab_pair_stats import check_probabilities, vocab_pair_stats
 from .ops.vocab_stats import VocabStats, vocab_stats
@@ -56,7 +58,7 @@ def check_target(
         dtype = accumulation_dtype(logits.dtype)
         same_width = (dtype == torch.float64) == (target.dtype == torch.float64)
         return target if same_width else target.to(dtype)
-    target = check_tokens("target", target, logits).to(torch.int64)
+    target = check_tokens("target", own_rows(target), logits).to(torch.int64)
     if mask is not None:
         target = torch.where(mask != 0, target, ignore_index)
     if values_checked(target):
@@ -189,6 +191,7 @@ def reduce_classes(
     return torch.where(nothing, 0.0, losses.sum() / torch.where(nothing, 1.0, share.sum()))
 
 
+@together
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -258,6 +261,7 @@ def cross_entropy(
     return reduce_classes(losses, target, weight, reduction)
 
 
+@together
 def masked_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -310,6 +314,7 @@ def masked_cross_entropy(
     check_cap(max_loss, ce_scaling_factor)
     if max_loss is not None and cap_scope == "mean" and reduction == "none":
         raise ValueError('reduction="none" has no mean to cap: pass cap_scope="token"')
+    mask = own_rows(mask)
     check_weights("mask", mask, logits.shape[:-1])
     if mask is not None:
         check_same_device("mask", mask, "logits", logits)

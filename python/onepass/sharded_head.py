@@ -73,21 +73,45 @@ def _of_dtensor(
 ) -> tuple[Parts, Shard | None]:
     check_floating("hidden", hidden)
     shard = shard_of("the head", weight, 0, mesh_dim)
-    own = weight.to_local()
-    if shard is None:
-        return (_whole_rows(hidden, None), own, bias.to_local() if is_dtensor(bias) else bias), None
+    group = None if shard is None else shard.group
+    if is_dtensor(hidden):
+        rows = _whole_rows(hidden, group)
+    else:
+        rows = hidden if group is None else summed_gradient(hidden, group)
+    own = _own_rows(weight, hidden)
     if is_dtensor(bias):
-        bias = bias.to_local()
-    elif bias is not None:
+        bias = _own_rows(bias, hidden)
+    elif bias is not None and shard is not None:
         if bias.requires_grad:
             raise ValueError(
                 f"{this_rank()}: a trained bias must be sharded as its weight: got a whole one of "
                 f"{tuple(bias.shape)}"
             )
         bias = shard.columns(bias)
+    return (rows, own, bias), shard
+
+
+def _groups(tensor: Any) -> list[str]:
+    """Of every dimension of a DTensor's mesh, the process group's name."""
+    mesh = tensor.device_mesh
+    return [mesh.get_group(d).group_name for d in range(mesh.ndim)]
+
+
+def _own_rows(weight: Any, hidden: Any) -> Tensor:
+    """This rank's part of the head; where other ranks hold other rows of the hidden states, its
+    gradient is a part of a sum."""
+    apart = set()
     if is_dtensor(hidden):
-        return (_whole_rows(hidden, shard.group), own, bias), shard
-    return (summed_gradient(hidden, shard.group), own, bias), shard
+        places = zip(_groups(hidden), hidden.placements, strict=True)
+        apart = {group for group, placement in places if placement.is_shard()}
+    from torch.distributed.tensor import Partial
+
+    grads = [
+        Partial() if group in apart and placement.is_replicate() else placement
+        for group, placement in zip(_groups(weight), weight.placements, strict=True)
+    ]
+    own: Tensor = weight.to_local(grad_placements=grads)
+    return own
 
 
 def _whole_rows(hidden: Any, group: str | None) -> Tensor:
@@ -95,15 +119,14 @@ def _whole_rows(hidden: Any, group: str | None) -> Tensor:
     gradient is then a part of a sum."""
     from torch.distributed.tensor import Partial, Replicate
 
-    if not is_dtensor(hidden):
-        return hidden  # type: ignore[no-any-return]
-    mesh = hidden.device_mesh
-    ours = [d for d in range(mesh.ndim) if mesh.get_group(d).group_name == group]
-    if group is not None and not ours:
+    groups = _groups(hidden)
+    if group is not None and group not in groups:
         raise ValueError(
-            f"{this_rank()}: hidden states and head must share a mesh: got hidden states on {mesh}"
+            f"{this_rank()}: hidden states and head must share a mesh: got hidden states on "
+            f"{hidden.device_mesh}"
         )
-    wanted = [Replicate() if d in ours else p for d, p in enumerate(hidden.placements)]
-    grads = [Partial() if d in ours else p for d, p in enumerate(hidden.placements)]
+    both = list(zip(groups, hidden.placements, strict=True))
+    wanted = [Replicate() if of == group or p.is_partial() else p for of, p in both]
+    grads = [Partial() if of == group else w for (of, _), w in zip(both, wanted, strict=True)]
     rows: Tensor = hidden.redistribute(placements=wanted).to_local(grad_placements=grads)
     return rows

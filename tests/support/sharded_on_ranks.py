@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import onepass
@@ -144,6 +146,70 @@ def dtensor() -> None:
             check(loss, [t.grad for t in leaves], wanted)
 
 
+def meshes_of_two() -> None:
+    """Hidden states in shards of rows over one dimension, or parts of a sum there, and the head
+    over the other, or whole: weights' gradients are those of all rows, and say so."""
+    n = dist.get_world_size()
+    mesh = init_device_mesh(device().type, (n // 2, 2), mesh_dim_names=("dp", "tp"))
+    hidden, weight, bias, labels = parts()
+    row = mesh.get_local_rank("dp")
+    rows: list[list[Any]] = [[Shard(0), Replicate()], [Shard(0), Shard(1)], [Replicate(), Shard(0)]]
+    for of_hidden in rows if n == 4 else rows[2:]:
+        for of_head in (Shard(0), Replicate()):
+            over_tp = of_head.is_replicate() and of_hidden[1].is_shard()
+            leaves: list[Tensor] = [distribute_tensor(hidden, mesh, of_hidden)]
+            leaves += [distribute_tensor(t, mesh, [Replicate(), of_head]) for t in (weight, bias)]
+            leaves = [t.detach().requires_grad_() for t in leaves]
+            logits = LazyLogits(*leaves)
+            own = distribute_tensor(labels, mesh, of_hidden).to_local() if over_tp else labels
+            if not over_tp and of_hidden[0].is_shard():
+                own = labels.chunk(n // 2)[row]
+            total = onepass.vocab_stats(logits, own).logp.sum()
+            total.backward()
+            one = [t.detach().requires_grad_() for t in (hidden, weight, bias)]
+            wanted = onepass.vocab_stats(LazyLogits(*one), labels).logp.sum()
+            wanted.backward()
+            for leaf, of_one in zip(leaves, one, strict=True):
+                size = float(whole(of_one.grad).abs().max())
+                got = whole(leaf.grad)
+                torch.testing.assert_close(got, whole(of_one.grad), rtol=1e-5, atol=2e-6 * size)
+    halves = DTensor.from_local(hidden / n, mesh, [Partial(), Partial()])
+    head = distribute_tensor(weight, mesh, [Replicate(), Shard(0)])
+    lse = LazyLogits(halves, head).logsumexp(-1)
+    torch.testing.assert_close(lse, LazyLogits(hidden, weight).logsumexp(-1))
+
+
+def stale() -> None:
+    """Logits of a DTensor that was written to since."""
+    hidden, weight, _, _ = parts()
+    head = nn.Parameter(distribute_tensor(weight, mesh_of_all(), [Shard(0)]))
+    logits = LazyLogits(hidden, head)
+    head.grad = torch.ones_like(head)
+    torch.optim.SGD([head], lr=0.1).step()
+    try:
+        logits.logsumexp(-1)
+    except RuntimeError as error:
+        assert "written to after its forward" in str(error), error
+    else:
+        raise AssertionError("nothing was raised")
+
+
+def empty_shards() -> None:
+    """Logits with fewer columns than ranks, and labels that are the same DTensor's."""
+    n = dist.get_world_size()
+    mesh = mesh_of_all()
+    gen = torch.Generator().manual_seed(3)
+    z = here(torch.randn(2, 3, n - 1, generator=gen))
+    labels = here(torch.randint(0, n - 1, (2, 3), generator=gen))
+    leaf = distribute_tensor(z, mesh, [Shard(2)]).requires_grad_()
+    loss = onepass.masked_cross_entropy(leaf, distribute_tensor(labels, mesh, [Replicate()]))
+    loss.backward()
+    one = z.requires_grad_()
+    wanted = onepass.masked_cross_entropy(one, labels)
+    wanted.backward()
+    check(loss, [leaf.grad], (wanted.detach(), [whole(one.grad)]))
+
+
 def sharded_logits() -> None:
     """DTensors of logits, as loss_parallel takes them: nothing gathered."""
     mesh = mesh_of_all()
@@ -169,6 +235,47 @@ def sharded_logits() -> None:
         check(loss, [z.grad], (wanted.detach(), [whole(whole_logits.grad)]))
 
 
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(9)
+        self.body, self.lm_head = nn.Linear(D, D), nn.Linear(D, V)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(self.body(x).relu())
+        return logits
+
+
+def torch_plans() -> None:
+    """torch's ColwiseParallel, with each output it can be asked for and after sequence
+    parallelism; what LazyLogits stand for is all columns, on every rank."""
+    n, rank = dist.get_world_size(), dist.get_rank()
+    gen = torch.Generator().manual_seed(10)
+    x = here(torch.randn(2 * n, D, generator=gen))
+    labels = here(torch.randint(0, V, (2 * n,), generator=gen))
+    one = Tiny().to(device())
+    wanted = functional.cross_entropy(one(x), labels)
+    wanted.backward()
+    plans: list[dict[str, Any]] = [
+        {"output_layouts": Replicate()},
+        {"output_layouts": Shard(-1), "use_local_output": False},
+        {"input_layouts": Shard(0), "output_layouts": Replicate()},
+    ]
+    for plan in plans:
+        model: Any = Tiny().to(device())
+        parallelize_module(model, mesh_of_all(), {"lm_head": ColwiseParallel(**plan)})
+        onepass.lazy_head(model, "lm_head")
+        by_rows = "input_layouts" in plan
+        with onepass.strict():
+            loss = functional.cross_entropy(model(x.chunk(n)[rank] if by_rows else x), labels)
+            loss.backward()
+        grads = [whole(p.grad) for p in model.parameters()]
+        if by_rows:
+            for grad in grads[:2]:
+                dist.all_reduce(grad)
+        check(loss, [*grads], (wanted.detach(), [whole(p.grad) for p in one.parameters()]))
+
+
 def page(folder: Path) -> None:
     """docs/sharded-head.md, as it stands there."""
     text = (Path(__file__).parents[2] / "docs" / "sharded-head.md").read_text(encoding="utf-8")
@@ -178,7 +285,7 @@ def page(folder: Path) -> None:
         held = runpy.run_path(str(script))
     hidden, head, labels = held["hidden"], held["head"], held["labels"]
     leaves = [t.requires_grad_() for t in (hidden.detach(), head.detach().full_tensor())]
-    loss = torch.nn.functional.cross_entropy(leaves[0] @ leaves[1].T, labels)
+    loss = functional.cross_entropy(leaves[0] @ leaves[1].T, labels)
     loss.backward()
     check(held["loss"], [hidden.grad, head.grad], (loss.detach(), [whole(t.grad) for t in leaves]))
 
@@ -190,6 +297,8 @@ def refused() -> None:
     row_wise = distribute_tensor(weight, mesh, [Shard(0)])
     of_columns = distribute_tensor(weight, mesh, [Shard(1)])
     own = row_wise.to_local()
+    n = dist.get_world_size()
+    sharded_z = distribute_tensor(hidden @ weight.T, mesh, [Shard(2)])
     group = dist.group.WORLD
     cases: list[tuple[Callable[[], Any], str]] = [
         (lambda: LazyLogits(hidden, of_columns), "must be sharded over the vocabulary, Shard(0)"),
@@ -204,13 +313,30 @@ def refused() -> None:
             lambda: LazyLogits(hidden[: 1 + rank % 2], row_wise).logsumexp(-1),
             "same number of rows: got 5 on rank 0, 10 on rank 1",
         ),
+        (
+            lambda: onepass.masked_cross_entropy(
+                LazyLogits(hidden[: 2 - rank % 2], row_wise), labels
+            ),
+            "another rank of the group refuses this call" if rank % 2 == 0 else "(1, 5)",
+        ),
+        (
+            lambda: functional.cross_entropy(
+                LazyLogits(hidden, row_wise).view(10, V), labels.view(-1)[: 10 - rank // (n - 1)]
+            ),
+            "another rank of the group refuses this call" if rank < n - 1 else "(9,)",
+        ),
+        (
+            lambda: onepass.vocab_stats(sharded_z, labels[: 1 + rank % 2], want=("logp",)),
+            "another rank of the group refuses this call" if rank % 2 else "(1, 5)",
+        ),
     ]
     for call, said in cases:
         try:
             call()
         except (ValueError, RuntimeError, TypeError) as error:
             assert said in str(error), f"wanted {said!r}, got {error}"
-            assert f"rank {rank}: " in str(error) or "leave process" in said, error
+            mine = "leave process" in said or said.startswith("(")
+            assert f"rank {rank}: " in str(error) or mine, error
         else:
             raise AssertionError(f"nothing was raised: {said}")
         dist.barrier()
@@ -428,7 +554,10 @@ def truth_of_rows() -> tuple[Tensor, list[Tensor]]:
     return loss.detach(), [whole(t.grad) for t in leaves]
 
 
-ON_ANY = (process_group, dtensor, sharded_logits, refused)
+ON_ANY = (
+    process_group, dtensor, meshes_of_two, stale, empty_shards, sharded_logits, torch_plans,
+    refused,
+)  # fmt: skip
 
 
 def main(rank: int, rendezvous: str, names: list[str], folder: Path) -> None:
