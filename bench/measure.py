@@ -15,7 +15,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -354,21 +354,33 @@ def _peak_bytes(device: torch.device) -> Iterator[list[int]]:
         torch.cuda.synchronize(device)
         peak[0] = torch.cuda.max_memory_allocated(device) - held
         return
-    from torch.profiler import ProfilerActivity, profile
-
-    with _quiet_stderr():
-        with profile(
-            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        ) as profiler:
-            yield peak
-        with tempfile.TemporaryDirectory() as folder:
-            trace = Path(folder, "trace.json")
-            profiler.export_chrome_trace(str(trace))
-            events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    with profiled(memory=True) as events:
+        yield peak
     held = 0
     for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
         held += event["args"]["Bytes"]
         peak[0] = max(peak[0], held)
+
+
+@contextmanager
+def profiled(memory: bool = False) -> Iterator[list[dict[str, Any]]]:
+    """Yields a list that holds, afterwards, the events of the host in torch's profiler, with the
+    shapes of what went in, or every allocation."""
+    from torch.profiler import ProfilerActivity, profile
+
+    events: list[dict[str, Any]] = []
+    with _quiet_stderr():
+        with profile(
+            activities=[ProfilerActivity.CPU],
+            profile_memory=memory,
+            record_shapes=not memory,
+            acc_events=True,
+        ) as profiler:
+            yield events
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder, "trace.json")
+            profiler.export_chrome_trace(str(trace))
+            events += json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
 
 
 @contextmanager
@@ -398,11 +410,17 @@ def flusher(device: torch.device) -> Any:
 
 
 def time_all(
-    contenders: list[Contender], budget_s: float, min_reps: int, max_reps: int
+    contenders: list[Contender],
+    budget_s: float,
+    min_reps: int,
+    max_reps: int,
+    meet: Callable[[float], float] = float,
 ) -> dict[str, Exception]:
     """Fill each contender's `ms` and `peak_mib`: one call at a time in turns, `budget_s` in all.
 
-    Returns the errors of those that passed their check and failed here (out of memory, mostly).
+    `meet` makes one number of those of several processes that time together, where they wait for
+    each other. Returns the errors of those that passed their check and failed here (out of memory,
+    mostly).
     """
     errors: dict[str, Exception] = {}
     if not contenders:
@@ -416,7 +434,7 @@ def time_all(
         flush()
         ms = contender.milliseconds()
         contender.release()
-        return ms
+        return meet(ms)
 
     round_s = 0.0
     for contender in contenders:
@@ -430,6 +448,7 @@ def time_all(
             errors[contender.name] = error.with_traceback(None)  # its frames hold tensors
         contender.host_ms.clear()
     running = [contender for contender in contenders if contender.name not in errors]
+    round_s = meet(round_s)
     reps = int(min(max(budget_s / max(round_s, 1e-9), min_reps), max_reps))
     shuffled = random.Random(0)
     gc.collect()
