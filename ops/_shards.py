@@ -147,32 +147,22 @@ def check_alike(
 ) -> None:
     """ValueError on every rank unless all came to do the same, `how` too, with as many rows
     [N, ...] and the same labels; waits for the device."""
-    total = 0
-    if labels is not None and labels.numel():
+    numbers = {
+        "number of rows": rows.shape[0],
+        "dtype": FLOATS.index(rows.dtype),
+        "max_slab_bytes (rows of a slab)": slab_rows,
+        "call (facts, gradients, mode; a checksum)": zlib.crc32(repr(how).encode()),
+    }
+    mine = torch.tensor([*numbers.values(), 0], device=rows.device)
+    if labels is not None:
         order = torch.arange(1, labels.numel() + 1, device=labels.device)
-        total = int((labels.reshape(-1) * order).sum())
-    check_agreed(
-        {
-            "number of rows": rows.shape[0],
-            "dtype": FLOATS.index(rows.dtype),
-            "labels (sum of position times label)": total,
-            "max_slab_bytes (rows of a slab)": slab_rows,
-            "call (facts, gradients, mode; a checksum)": zlib.crc32(repr(how).encode()),
-        },
-        shard.group,
-        rows,
-    )
-
-
-def check_agreed(numbers: Mapping[str, int], group: str, like: Tensor) -> None:
-    """ValueError on every rank of the group unless all came with the same numbers; waits for the
-    device."""
-    mine = torch.tensor(list(numbers.values()), device=like.device)
-    for name, came in zip(numbers, all_gathered(mine, group).T.tolist(), strict=True):
+        mine[-1] = (labels.reshape(-1) * order).sum()
+    of_all = all_gathered(mine, shard.group).T.tolist()
+    for name, came in zip((*numbers, "labels (a checksum)"), of_all, strict=True):
         if len(set(came)) > 1:
             raise ValueError(
                 f"{this_rank()}: ranks that share a vocabulary must come with the same {name}: "
-                f"got {on_ranks(group, came)}"
+                f"got {on_ranks(shard.group, came)}"
             )
 
 

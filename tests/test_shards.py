@@ -318,7 +318,11 @@ def test_modes_and_slabs(
     def loss(z: Tensor) -> Tensor:
         return onepass.masked_cross_entropy(z, case.labels, case.bag[:6].view(2, 3), impl=impl)
 
-    options = {"max_slab_bytes": 4 * V * slab_rows, "compact": compact, "mode": mode}
+    options: dict[str, Any] = {
+        "max_slab_bytes": 4 * V * slab_rows,
+        "compact": compact,
+        "mode": mode,
+    }
     for sizes in ((3, 20, 14), (36, 1, 0, 0)):
         wanted, found, ranks = both(case, sizes, loss, monkeypatch, **options)
         check(wanted, found)
@@ -409,6 +413,67 @@ def test_all_rows_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     for of_rank in found:
         assert len(of_rank) == 4 and not any(t.any() for t in of_rank)
+
+
+def test_a_whole_teacher_beside_a_sharded_student(
+    impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its head is fixed, its hidden states learn from the columns of all ranks."""
+    case, teacher, sizes = Case(), Teacher(), (3, 20, 14)
+
+    def run(weight: Tensor, **where: Any) -> list[Tensor]:
+        states = [t.clone().requires_grad_() for t in (case.hidden, teacher.hidden)]
+        z = LazyLogits(states[0], weight, **where)
+        t = LazyLogits(states[1], teacher.weight)
+        pair = onepass.vocab_pair_stats(z, t, want=PAIR_FACTS, impl=impl)
+        mixed(pair, case).backward()
+        return [*(f.detach() for f in pair), *(t.grad for t in states)]  # type: ignore[list-item]
+
+    ranks = Ranks(3, monkeypatch)
+    found = ranks.run(lambda rank: run(case.weight.split(list(sizes))[rank], process_group=ranks))
+    check(run(case.weight), found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_error_budget(dtype: torch.dtype, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the truth in float64 no further than unfused torch over the same shards: its loss
+    from whole logits, its d hidden as the sum of the ranks' products, rounded as they are."""
+    gen = torch.Generator().manual_seed(21)
+    n, width, vocab_size, parts = 48, 32, 512, 4
+    hidden = torch.randn(n, width, generator=gen).to(dtype)
+    weight = (torch.randn(vocab_size, width, generator=gen) / 4).to(dtype)
+    labels = torch.randint(0, vocab_size, (n,), generator=gen)
+
+    def loss_of(logits: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    leaves = [t.double().requires_grad_() for t in (hidden, weight)]
+    loss_of(leaves[0] @ leaves[1].T).backward()
+    truth = [leaf.grad for leaf in leaves]
+    logits = (hidden @ weight.T).requires_grad_()
+    loss_of(logits.float()).backward()
+    assert logits.grad is not None
+    dlogits = logits.grad.chunk(parts, 1)
+    shards = weight.chunk(parts)
+    products = torch.stack([d @ w for d, w in zip(dlogits, shards, strict=True)])
+    of_torch = [products.sum(0), logits.grad.T @ hidden]
+
+    def on_rank(rank: int) -> list[Tensor]:
+        own = [hidden.clone().requires_grad_(), shards[rank].clone().requires_grad_()]
+        z = LazyLogits(*own, process_group=ranks)
+        onepass.masked_cross_entropy(z, labels, impl=impl).backward()
+        return [t.grad for t in own]  # type: ignore[misc]
+
+    ranks = Ranks(parts, monkeypatch)
+    found = ranks.run(on_rank)
+    ours = [found[0][0], torch.cat([f[1] for f in found])]
+    for own, theirs, exact in zip(ours, of_torch, truth, strict=True):
+        assert exact is not None
+
+        def error(value: Tensor, exact: Tensor = exact) -> float:
+            return float((value.double() - exact).square().mean().sqrt())
+
+        assert error(own) <= 1.05 * error(theirs)
 
 
 # ---------------------------------------------------------------- bad input
