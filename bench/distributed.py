@@ -134,6 +134,7 @@ FACTS = (  # all that have a gradient
     *("lse", "label_logit", "contrast_logit", "logp", "entropy", "logit_sum", "logp_sum"),
     *("sum_sq_probs", "bag_mass"),
 )
+SUMS = ("logit_sum", "logp_sum")  # compared as means: terms of either sign cancel
 
 
 def _statistics(logits: torch.Tensor, inputs: Inputs) -> Outputs:
@@ -146,7 +147,10 @@ def _statistics(logits: torch.Tensor, inputs: Inputs) -> Outputs:
         bag_weights=inputs["bag_weights"],
         want=(*FACTS, "argmax"),
     )
-    return tuple(getattr(stats, fact) for fact in FACTS)
+    facts = stats._asdict()
+    for name in SUMS:
+        facts[name] = facts[name] / inputs["bag_weights"].numel()
+    return tuple(facts[fact] for fact in FACTS)
 
 
 def _statistics_plain(logits: torch.Tensor, inputs: Inputs) -> Outputs:
@@ -160,7 +164,7 @@ def _statistics_plain(logits: torch.Tensor, inputs: Inputs) -> Outputs:
 
     facts = (
         *(lse, at(labels), at(inputs["contrast_labels"]), at(labels) - lse),
-        *(-(p * logps).sum(-1), z.sum(-1), logps @ bag.to(z.dtype)),
+        *(-(p * logps).sum(-1), z.mean(-1), logps @ bag.to(z.dtype) / len(bag)),
         *(p.square().sum(-1).log(), p @ bag.to(z.dtype)),
     )
     return tuple(fact.where(labels != -100, 0.0) for fact in facts)
