@@ -48,7 +48,7 @@ def sharded_mesh_dim(
     if not placements[found[0]].is_shard(dim % tensor.dim()):
         raise ValueError(
             f"{this_rank()}: {name} must be sharded over the vocabulary, "
-            f"Shard({dim % tensor.dim()}): got {placements[found[0]]}; redistribute it"
+            f"Shard({dim % tensor.dim()}): got {placements[found[0]]!r}; redistribute it"
         )
     return found[0]
 

@@ -196,12 +196,6 @@ def fsdp1_shard(_: pytest.MonkeyPatch) -> Model:
     return with_head(weight=nn.Parameter(torch.zeros(97 * 32)))
 
 
-def zero3_shard(_: pytest.MonkeyPatch) -> Model:
-    model = with_head(weight=nn.Parameter(torch.zeros(0)))
-    model.lm_head.weight.ds_id = 3
-    return model
-
-
 class Subclass(Tensor):
     """Stands for the weights of torchao, which are tensors of classes of their own."""
 
@@ -234,7 +228,6 @@ CASES: dict[str, Case] = {
     "torchao": (torchao_weight, "weight of type Subclass, not a plain tensor"),
     "fp8": (fp8_weight, "is quantised .*float8_e4m3fn"),
     "int8": (int8_weight, "is quantised .*torch.int8"),
-    "zero3": (zero3_shard, "sharded by ZeRO-3: gather it first"),
     "fsdp1": (
         fsdp1_shard,
         "FSDP1 shards it: call lazy_head before",

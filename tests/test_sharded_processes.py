@@ -17,9 +17,12 @@ import torch
 from support.processes import run_processes
 
 CASES = ("process_group", "dtensor", "sharded_logits", "page", "refused")
-MODELS = {2: ("tensor_parallel", "tensor_parallel_lora"), 4: ("tp_and_dp", "tp_and_fsdp")}
-NEEDS = {"tensor_parallel_lora": "peft", "tensor_parallel": "transformers"}
-NEEDS["tp_and_fsdp"] = "transformers"
+MODELS = {
+    2: ("tensor_parallel", "tensor_parallel_families", "tensor_parallel_lora"),
+    4: ("tp_and_dp", "tp_and_fsdp"),
+}
+NEEDS = dict.fromkeys([*MODELS[2], "tp_and_fsdp"], "transformers")
+NEEDS["tensor_parallel_lora"] = "peft"
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),

@@ -21,6 +21,7 @@ from .lazy_logits import GATHER, LazyLogits, autocasts
 from .lazy_probs import LazyProbs
 from .ops._check import FLOATS
 from .ops._dtensor import is_dtensor, sharded_mesh_dim
+from .zero3 import is_released, is_sharded, shape_of
 
 Model = TypeVar("Model", bound=nn.Module)
 # by name: the cast and what it was made of, neither kept alive, and how often that was written to
@@ -242,8 +243,6 @@ def obstacle(part: Part, managed: bool) -> str:
     if not isinstance(weight, Tensor):
         quantised = "quantized" in type(module).__module__ or hasattr(module, "qweight")
         return f"is quantised ({kind})" if quantised else f"({kind}) has no weight [V, D]"
-    if hasattr(weight, "ds_id"):
-        return f"has a weight sharded by ZeRO-3: {GATHER}, or use ZeRO-2"
     kind_of_weight = type(weight).__name__
     if is_dtensor(weight):
         try:
@@ -256,9 +255,10 @@ def obstacle(part: Part, managed: bool) -> str:
         return f"is quantised ({weight.dtype} {kind_of_weight}): float32, bfloat16, float16 needed"
     if type(weight) not in (Tensor, nn.Parameter):
         return f"has a weight of type {kind_of_weight}, not a plain tensor (quantised or sharded?)"
-    if weight.dim() != 2 or not weight.numel():
-        sharded = "; FSDP1 shards it: call lazy_head before wrapping" if weight.dim() == 1 else ""
-        return f"has a weight of shape {tuple(weight.shape)}, not [V, D]{sharded}"
+    shape = shape_of(weight)
+    if len(shape) != 2 or not shape.numel():
+        sharded = "; FSDP1 shards it: call lazy_head before wrapping" if len(shape) == 1 else ""
+        return f"has a weight of shape {tuple(shape)}, not [V, D]{sharded}"
     hook = module.__dict__.get("_hf_hook")
     if any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ()))):
         return "is offloaded by accelerate, which takes its weight away after the forward"
@@ -273,7 +273,7 @@ def not_linear(module: nn.Module, weight: Tensor) -> str:
     """Why a module is not x W^T + b, by trying it on one row; empty where it is."""
     kind = type(module)
     own = kind.forward
-    if own is nn.Linear.forward or weight.is_meta:
+    if own is nn.Linear.forward or weight.is_meta or is_released(weight):
         return "" if own is nn.Linear.forward else f"({kind.__name__}) is not torch.nn.Linear"
     row = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
     with torch.no_grad(), torch.random.fork_rng(_gpus(weight)):
@@ -430,8 +430,8 @@ def probe(name: str, head: nn.Module, first: nn.Module) -> None:
     """One row through the head must come back lazy. Raises where it does not."""
     weight = first.weight
     assert isinstance(weight, Tensor)
-    if is_dtensor(weight) or weight.is_meta:  # a row would need all ranks; or is not there yet
-        return
+    if is_dtensor(weight) or is_sharded(weight) or weight.is_meta:
+        return  # a row would need all ranks; or is not there yet
     row = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
     with torch.no_grad(), torch.random.fork_rng(_gpus(weight)):
         got = head(row)
@@ -542,7 +542,7 @@ def state_of(part: Part, past: str, managed: bool, model: nn.Module) -> HeadStat
         return HeadState(part.name, False, why_not)
     weight = part.module.weight
     assert isinstance(weight, Tensor)
-    said = f"weight {list(weight.shape)} {str(weight.dtype).removeprefix('torch.')}"
+    said = f"weight {list(shape_of(weight))} {str(weight.dtype).removeprefix('torch.')}"
     if is_dtensor(weight) and not managed and sharded_mesh_dim("it", weight, 0) is not None:
         said += " in shards of its vocabulary"
     ties = [

@@ -37,6 +37,7 @@ from .losses import cross_entropy
 from .ops._check import IGNORED, values_checked
 from .ops.head import Head
 from .ops.vocab_stats import vocab_stats
+from .zero3 import hooked
 
 # ---------------------------------------------------------------- what happens to rows
 
@@ -168,7 +169,23 @@ def _selected(func: Any, lazy: Any, dim: int, index: Tensor) -> Any:
 
 
 def _detached(func: Any, lazy: Any, *_: Any) -> LazyLogits:
-    return detached(lazy)
+    if not called_by_deepspeed():
+        return detached(lazy)
+    passing = make(lazy.onepass_head, lazy.dtype, lazy._normalized, ungraphed=False)
+    passing._passing = True
+    return passing
+
+
+def called_by_deepspeed() -> bool:
+    """Whether the forward of an autograd.Function of DeepSpeed's asks: it detaches what it gives
+    back as it came."""
+    apply = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+    for frame in frames():
+        package = frame.f_globals.get("__name__", "").split(".")[0]
+        if package not in ("onepass", "torch"):
+            above = frame.f_back
+            return package == "deepspeed" and above is not None and above.f_code is apply
+    return False
 
 
 def _unchanged(func: Any, lazy: Any, *args: Any, **kwargs: Any) -> Any:
@@ -200,10 +217,13 @@ def _for_ddp() -> bool:
 
 
 def _hooked(func: Any, lazy: Any, hook: Any) -> Any:
-    """FSDP asks when the backward starts: its hooks go to the hidden states. Others ask for the
-    gradient of the logits, which is never made."""
+    """FSDP asks when the backward starts: its hooks go to the hidden states. DeepSpeed asks it too,
+    and scales. Others ask for the gradient of the logits, which is never made."""
     of = getattr(hook, "func", hook)
     of = getattr(of, "__func__", of)
+    if getattr(of, "__module__", "").startswith("deepspeed."):
+        lazy.onepass_head, handles = hooked(lazy.onepass_head, hook)
+        return handles
     if not getattr(of, "__module__", "").startswith("torch.distributed."):
         raise RuntimeError(
             "register_hook wants the gradient of LazyLogits, which is never made: materialize() "

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from .ops._check import check_choice, check_floating, check_number, check_same_device
 from .ops.head import MODES, Head
 from .sharded_head import own_part
+from .zero3 import held, is_released, through
 
 GATHER = "gather it first (weight.full_tensor(), deepspeed.zero.GatheredParameters)"
 _strict: ContextVar[bool] = ContextVar("onepass_strict", default=False)
@@ -108,7 +109,8 @@ class LazyLogits(Lazy):
         on every rank of a group alike where their parts do not make one head.
     """
 
-    onepass_head: Head
+    _head: Head
+    _passing = False  # through an autograd.Function of DeepSpeed's
     _normalized: float  # they stand for log-probabilities times this; 0 where for logits
 
     @staticmethod
@@ -131,6 +133,7 @@ class LazyLogits(Lazy):
         given, where = (hidden, weight, bias), (process_group, vocab_offset, mesh_dim)
         (hidden, weight, bias), shard = own_part(given, *where, check_part)
         check_head(hidden, weight, bias, part=shard is not None)
+        weight, bias = held(weight), None if bias is None else held(bias)
         written = [t for t in (weight, bias) if t is not None and not t.is_inference()]
         versions = tuple((t, t._version) for t in written)
         check_choice("mode", mode, MODES)
@@ -156,6 +159,17 @@ class LazyLogits(Lazy):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+    @property
+    def onepass_head(self) -> Head:
+        if self._passing:
+            self._passing, head = False, self._head
+            self._head = detached_head(head) if self.grad_fn is None else through(head, self)
+        return self._head
+
+    @onepass_head.setter
+    def onepass_head(self, head: Head) -> None:
+        self._head = head
 
     def materialize(self) -> Tensor:
         """The logits (or log-probabilities) themselves, [..., V], differentiable."""
@@ -278,8 +292,8 @@ def check_head(
     check_floating(of_weight, weight)
     assert isinstance(hidden, Tensor) and isinstance(weight, Tensor)
     for name, tensor in ((of_hidden, hidden), (of_weight, weight), (of_bias, bias)):
-        kind = "a weight sharded by ZeRO-3" if hasattr(tensor, "ds_id") else type(tensor).__name__
-        if kind == "DTensor" or hasattr(tensor, "ds_id"):
+        kind = "a weight sharded by ZeRO-3" if is_released(tensor) else type(tensor).__name__
+        if kind == "DTensor" or is_released(tensor):
             raise ValueError(f"{name} must be a whole tensor: got {kind}; {GATHER}")
         if isinstance(tensor, Tensor) and tensor.is_meta and hidden.device == weight.device:
             shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"

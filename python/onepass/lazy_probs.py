@@ -59,8 +59,13 @@ class LazyProbs(Lazy):
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        from .lazy_functions import OF_ROWS
+        from .lazy_functions import OF_ROWS, called_by_deepspeed
 
+        if func is Tensor.detach and args[0].requires_grad and called_by_deepspeed():
+            raise RuntimeError(
+                "lazy probabilities cannot pass DeepSpeed's hooks on what a module takes and "
+                "gives: take their loss where they are made, or materialize() them"
+            )
         handler = HANDLERS.get(func, _on_rows if func in OF_ROWS else None)
         return served(handler, func, args, kwargs or {})
 

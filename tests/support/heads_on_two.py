@@ -166,24 +166,27 @@ def fsdp2_root_resharded(rank: int) -> None:
 
 
 def dtensor(rank: int) -> None:
+    """Shards of the hidden size are refused; those of the vocabulary: sharded_on_ranks."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard
 
     mesh = init_device_mesh("cpu", (2,))
     model: Any = tiny("llama")
     whole = model.lm_head.weight
-    model.lm_head.weight = nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(0)]))
+    columns = nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(1)]))
+    model.lm_head.weight = columns
     error = raised(lambda: onepass.lazy_head(model))
-    assert "sharded as DTensor: gather it first (weight.full_tensor()" in error, error
+    wanted = f"rank {rank}: it must be sharded over the vocabulary, Shard(0): got Shard(dim=1)"
+    assert wanted in error, error
     assert "forward" not in model.lm_head.__dict__ and not onepass.report(model).fused
     model.lm_head.weight = whole
     onepass.lazy_head(model)
-    model.lm_head.weight = nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(0)]))
+    model.lm_head.weight = columns
     error = raised(lambda: model(**share_of(rank)))
-    assert "weight came as DTensor" in error and "gather" in error, error
-    states, sharded = torch.randn(2, whole.shape[1]), model.lm_head.weight
-    error = raised(lambda: onepass.LazyLogits(states, sharded))
-    assert "weight must be a whole tensor: got DTensor; gather it first" in error, error
+    assert f"rank {rank}: the head must be sharded over the vocabulary, Shard(0)" in error, error
+    hidden = distribute_tensor(torch.randn(2, whole.shape[1]), mesh, [Shard(0)])
+    error = raised(lambda: onepass.LazyLogits(hidden, whole))
+    assert "hidden must be a whole tensor: got DTensor; gather it first" in error, error
 
 
 def gather(rank: int) -> None:

@@ -296,6 +296,33 @@ def tensor_parallel(folder: Path) -> None:
     assert not isinstance(model(**ids).logits, LazyLogits)
 
 
+def tensor_parallel_families(folder: Path) -> None:
+    """Tied to the embedding, softcapped, scaled; in bfloat16 under autocast."""
+    from .tiny_models import batch_of, tiny
+
+    for family in ("qwen2_tied", "gemma2_softcap", "cohere_scale", "granite_scale"):
+        one = tiny(family)
+        where = folder / family
+        if dist.get_rank() == 0:
+            one.save_pretrained(where)
+        dist.barrier()
+        model, batch = onepass.lazy_head(parallel(where)), batch_of(family)
+        with onepass.strict():
+            loss = model(**batch).loss
+            loss.backward()
+        wanted = one(**batch).loss
+        wanted.backward()
+        torch.testing.assert_close(loss.detach(), wanted.detach(), rtol=2e-6, atol=0)
+        of_one = {name: p.grad for name, p in one.named_parameters()}
+        size = max(float(grad.abs().max()) for grad in of_one.values() if grad is not None)
+        for name, p in model.named_parameters():
+            got, truth = whole(p.grad), whole(of_one[name])
+            torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-5 * size, msg=name)
+        with torch.autocast("cpu", torch.bfloat16):
+            narrow = model(**batch).loss
+        torch.testing.assert_close(narrow.detach(), wanted.detach(), rtol=3e-2, atol=0)
+
+
 def tensor_parallel_lora(folder: Path) -> None:
     """An adapter on the sharded head: its lora_B is sharded as the head is."""
     from peft import LoraConfig, get_peft_model
@@ -403,7 +430,8 @@ def main(rank: int, rendezvous: str, names: list[str], folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # transformers asks, in vain
     warnings.filterwarnings("ignore", category=FutureWarning)
     join(rank, rendezvous)
-    in_folders = (page, tensor_parallel, tensor_parallel_lora, tp_and_fsdp, tp_and_dp)
+    with_models = (tensor_parallel, tensor_parallel_families, tensor_parallel_lora, tp_and_fsdp)
+    in_folders = (page, tp_and_dp, *with_models)
     known: dict[str, Any] = {case.__name__: case for case in ON_ANY}
     known |= {case.__name__: partial(case, folder / case.__name__) for case in in_folders}
     answer({name: known[name] for name in names}, folder, rank)

@@ -224,6 +224,7 @@ def _train(
     from ..training.curves import write_curves, write_summary
     from ..training.models import load_language_model
     from ..training.monitor import fit
+    from ..training.processes import shard_now
     from ..training.push import push
     from .adapter import lora_config
     from .data import CircuitBreakerDataset, tokens_of
@@ -268,6 +269,7 @@ def _train(
         raise UsageError(one_line(error, 1000)) from error
     if begin is not None:
         begin()
+    shard_now(trainer)
     size = args.per_device_eval_batch_size
     original = {
         s: nats_per_token(trainer.model, t, size, adapter=False) for s, t in measured.items()
@@ -336,9 +338,10 @@ def save(
 ) -> None:
     """The adapter as PEFT keeps it, with the card and what it was made with."""
     from ..training.card import model_card
+    from ..training.processes import whole_state
 
     used = replace(lorra, target_layers=",".join(map(str, trainer.rerouting.target_layers)))
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, also if sharded
+    state = whole_state(trainer)
     if not run.is_main:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)

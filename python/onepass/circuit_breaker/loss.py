@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..ops._check import check_choice, check_number
 from ..ops.row_moments import RowMoments
 from ..training.hidden_states import blocks_of, same_draws, training_mode
+from ..training.processes import fails_twice
 from .hidden_states import all_layers, as_reference, check_layers, language_model_states
 from .losses import (
     at_progress,
@@ -134,8 +135,15 @@ def rerouting_loss(
     Raises:
         ValueError: layers that the model has not, no adapter where one is the reference, masks of
         another shape, a part of the batch that is missing.
+        RuntimeError: reentrant checkpoints on several processes.
     """
     options.check(model)
+    if min(coefficients) > 0 and fails_twice(model):
+        raise RuntimeError(
+            "gradient checkpointing with use_reentrant=True on several processes: a step runs the"
+            " model twice, of which DDP would average one gradient alone; pass"
+            " gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )
     n_blocks = len(blocks_of(model))
     runs = language_model_runs(options, n_blocks)
     layers = options.retain_layers(n_blocks)

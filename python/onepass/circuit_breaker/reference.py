@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..cli.files import replace
+from ..training.processes import agreed, rounds
 from .loss import Rerouting, reference_hidden_states
 
 META = "reference.json"
@@ -82,20 +83,17 @@ def precompute(
         raise ValueError(f"{folder} holds other hidden states than wanted ({described}): remove it")
     replace(meta, lambda new: new.write_text(json.dumps(described) + "\n", encoding="utf-8"))
     device = next(model.parameters()).device
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, n_ranks = 0, 1
-    if together:
-        rank, n_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    for index in range(rank, len(dataset), n_ranks):
-        path = folder / f"{index}.safetensors"
-        if not path.exists():
-            item = {name: value.to(device) for name, value in dataset[index].items()}
-            states = reference_hidden_states(model, item, options)
+    files = [folder / f"{index}.safetensors" for index in range(len(dataset))]
+    missing = agreed([index for index, file in enumerate(files) if not file.exists()])
+    for at, is_own in rounds(len(missing)):
+        item = {name: value.to(device) for name, value in dataset[missing[at]].items()}
+        states = reference_hidden_states(model, item, options)
+        if is_own:
             stored = {name: value.cpu().contiguous() for name, value in states.items()}
-            replace(path, partial(save_file, stored))
+            replace(files[missing[at]], partial(save_file, stored))
         if after_item is not None:
             after_item()
-    if together:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
     return WithReference(dataset, folder)
 

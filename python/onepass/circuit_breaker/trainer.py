@@ -14,6 +14,7 @@ from ..heads import unwrapped
 from ..training.hidden_states import blocks_of
 from ..training.lora import has_lora
 from ..training.monitor import check_one_gpu, forget_evaluation, logs_step, means_of
+from ..training.processes import prepare_reference, shard_now
 from .adapter import jitter, jitter_weights
 from .arguments import LorraArguments
 from .data import data_collator
@@ -86,7 +87,7 @@ class CircuitBreakerTrainer(Trainer):
         check_one_gpu(self.args)
         self.model_accepts_loss_kwargs = False
         if isinstance(reference, nn.Module):  # to the device, and under the model's autocast
-            self.accelerator.prepare_model(reference, evaluation_mode=True)
+            prepare_reference(self, reference)
         if lorra.init_jitter and isinstance(reference, nn.Module) and not has_lora(inner):
             jitter_weights(inner, lorra.init_jitter, self.args.seed)
         elif lorra.init_jitter:
@@ -159,6 +160,11 @@ class CircuitBreakerTrainer(Trainer):
         with torch.no_grad():
             terms = self.terms(model, self._prepare_inputs(inputs), monitor=False)
         return terms.loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' loop, also before the training, of a model that is sharded."""
+        shard_now(self)
+        return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """transformers' log, with the means of what the steps since the last one noted."""

@@ -408,8 +408,9 @@ def _shown(name: str, value: float) -> str:
 
 def save_weights(run: RunFolder, trainer: Any, tokenizer: Any, uses_peft: bool) -> None:
     """adapter/ as PEFT keeps it, or model/."""
-    # whole, of a sharded model too
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    from ..training.processes import whole_state
+
+    state = whole_state(trainer)
     if not run.is_main:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)

@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..cli.terminal import progress_bar
 from ..heads import unwrapped
@@ -28,6 +29,14 @@ from ..training.hidden_states import (
     training_mode,
 )
 from ..training.monitor import check_one_gpu, forget_evaluation
+from ..training.processes import (
+    NO_SECOND,
+    check_reference,
+    is_sharded,
+    prepare_reference,
+    rounds,
+    shard_now,
+)
 from .arguments import DPOArguments
 from .data import IGNORED, PreferenceCollator, PreferenceDataset
 from .examples import REFERENCE, SIDES
@@ -243,18 +252,14 @@ class DPOTrainer(Trainer):
         )
         check_one_gpu(self.args)
         self.model_accepts_loss_kwargs = False
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            if self.ref_model is not None or self.precomputes:
-                raise ValueError(
-                    "FSDP and DeepSpeed: a reference of its own would stand whole on every device:"
-                    " train an adapter, whose reference is the model without it, or pass"
-                    f" {' and '.join(REFERENCE)} with the data"
-                )
-        if self.ref_model is not None:  # to the device, and under the model's autocast
-            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+        if self.ref_model is not None:
+            self.ref_model = prepare_reference(self, self.ref_model)
         if dpo.sync_ref_model:
+            if is_sharded(self):
+                raise ValueError("sync_ref_model: is not for FSDP and DeepSpeed: leave it out")
             self.add_callback(SyncReference(self))
         if self.precomputes:
+            check_reference(self)
             self.train_dataset = self.precompute(train_dataset)
             self.eval_dataset = self.precompute(eval_dataset)
             self.ref_model = None
@@ -401,6 +406,8 @@ class DPOTrainer(Trainer):
                     " precompute_ref_log_probs"
                 )
         elif needed and not dpo.precompute_ref_log_probs:
+            if is_deepspeed_zero3_enabled():  # whose shards a copy would share
+                raise ValueError(NO_SECOND)
             ref_model = copy.deepcopy(model)
         if dpo.sync_ref_model and has_adapter(model):
             raise ValueError(
@@ -465,16 +472,20 @@ class DPOTrainer(Trainer):
         data = copy.copy(data)  # another trainer's reference may be another
         data.items = [dict(item) for item in data.items]
         size = self.dpo_args.precompute_ref_batch_size or self.args.per_device_train_batch_size
-        starts = range(0, len(data), size)[self.args.process_index :: self.args.world_size]
+        shard_now(self)
+        starts = range(0, len(data), size)
+        own = list(rounds(len(starts)))
         found: list[tuple[int, list[list[float]]]] = []
-        with progress_bar(len(starts), 0) as bar:
+        with progress_bar(len(own), 0) as bar:
             bar.set_description("reference")
-            for start in starts:
+            for at, is_own in own:
+                start = starts[at]
                 batch = self._prepare_inputs(self.data_collator(data.items[start : start + size]))
                 # the model itself gets its autocast only in the training
                 with self.compute_loss_context_manager(), self.accelerator.autocast():
                     sides = self._run_reference(self.model, batch)
-                found.append((start, torch.stack(sides, 1).float().tolist()))
+                if is_own:
+                    found.append((start, torch.stack(sides, 1).float().tolist()))
                 bar.update()
         for start, values in gather_object(found):  # of all processes
             for item, pair in zip(data.items[start : start + size], values, strict=True):
@@ -664,6 +675,7 @@ class DPOTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' loop, with the metrics of what it ran over; its predictions are those of
         every pair, by name."""
+        shard_now(self)
         self._measured = {}
         found = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")

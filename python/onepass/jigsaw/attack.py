@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..lazy_logits import LazyLogits
 from ..ops._check import check_choice, check_floating, check_weights
 from ..reduce import masked_mean
+from ..training.processes import whole
 from .embeddings import ROWS, embedding_rows
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ def _density(
     """(center [D], weights [V, D] of (x - center)^2 and of x - center, bias [V]): the logarithm of
     each token's density but for what all have alike. Without the center large squares would cancel.
     """
+    cloak = whole(cloak)
     parts: tuple[list[Tensor], list[Tensor]] = ([], [])
     for rows in embedding_rows(model):
         shift, stds = cloak.estimate(rows[None])

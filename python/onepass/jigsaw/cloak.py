@@ -208,14 +208,18 @@ class TransformerCloak(nn.Module):
             )
         check_weights("attention_mask", attention_mask, embeddings.shape[:-1])
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         """Write model.safetensors, which holds the settings too, and config.json, which repeats
-        them for readers; whole or not at all."""
+        them for readers; whole or not at all. `state_dict`: in the place of its own, which is in
+        shards."""
         from safetensors.torch import save_file
 
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: value.contiguous() for name, value in self.state_dict().items()}
+        own = self.state_dict() if state_dict is None else state_dict
+        state = {name: value.contiguous() for name, value in own.items()}
         config = json.dumps(self.config, indent=1)
         metadata = {"format": "pt", "kind": FORMAT, "config": config}
 

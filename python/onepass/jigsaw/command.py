@@ -245,6 +245,7 @@ def _train(
     from ..training.hidden_states import blocks_of
     from ..training.models import load_language_model
     from ..training.monitor import fit
+    from ..training.processes import shard_now
     from ..training.push import push
     from .data import JigsawDataset, NoiseTokenizer
     from .evaluate import attacks_on, measure
@@ -283,6 +284,7 @@ def _train(
         raise UsageError(one_line(error, 1000)) from error
     if begin is not None:
         begin()
+    shard_now(trainer, "run")
     size = args.per_device_eval_batch_size
     starts = range(0, len(measured), size)
     pair: Any = trainer.model
@@ -361,7 +363,7 @@ def save(
     if not run.is_main:
         return
     run.save(lambda folder: trainer.save_adapter(folder, state), ADAPTER)
-    run.save(trainer.save_sgt, SGT)
+    run.save(lambda folder: trainer.save_sgt(folder, state), SGT)
     base = flags[ModelFlags].model_name_or_path or ""
     card = model_card(
         "Jigsaw",

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..training.processes import whole
+
 ROWS = 8192  # at a time
 
 
@@ -27,6 +29,7 @@ def embedding_rows(model: nn.Module) -> Iterator[Tensor]:
             f"{type(model).__name__} has no input embeddings: wanted get_input_embeddings() to"
             " return a layer with a weight [V, D]"
         )
+    layer = whole(layer)
     for start in range(0, weight.shape[0], ROWS):
         ids = torch.arange(start, min(start + ROWS, weight.shape[0]), device=weight.device)
         yield layer(ids)

@@ -17,6 +17,7 @@ from ..reduce import masked_mean
 from ..training.hidden_states import blocks_of, make_lazy, same_draws
 from ..training.lora import lora_in_blocks
 from ..training.monitor import check_one_gpu, forget_evaluation, logs_step, means_of
+from ..training.processes import is_sharded, shard_now, whole_state
 from .arguments import JigsawArguments
 from .cloak import TransformerCloak
 from .data import data_collator
@@ -62,6 +63,9 @@ class JigsawModel(nn.Module):
         self.loss, self.components, self.hyperparameters = jigsaw_sgt_loss_factory(
             self.teacher, self.student, **jigsaw.loss_options()
         )
+        # The student has no weight that the teacher has not: a state has each once.
+        self.register_state_dict_post_hook(_drop_student)
+        self.register_load_state_dict_post_hook(_miss_no_student)
 
     @property
     def base(self) -> Any:
@@ -86,6 +90,20 @@ class JigsawModel(nn.Module):
             for name, (values, mask) in facts_of(teacher, student).items():
                 found[name] = masked_mean(values, mask)
         return found
+
+    # FSDP asks for what it shards by itself; the rest goes to the root.
+    @property
+    def _no_split_modules(self) -> Any:
+        return self.base._no_split_modules
+
+    def get_input_embeddings(self) -> Any:
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        return self.base.get_output_embeddings()
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        self.base.tie_weights(*args, **kwargs)
 
     # The Trainer asks the model that it trains; older ones under the first name.
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
@@ -203,6 +221,7 @@ class JigsawTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' loop, with the same noise each time and no draw from the training's."""
+        shard_now(self, "run")
         with same_draws(self.model):
             torch.manual_seed(self.args.seed)
             return super().evaluation_loop(*args, **kwargs)
@@ -216,24 +235,18 @@ class JigsawTrainer(Trainer):
 
     def whole_state(self) -> dict[str, Tensor] | None:
         """All weights, gathered, where the model is sharded over processes; else None."""
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            return None
-        state: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
-        return state
+        return whole_state(self) if is_sharded(self) else None
 
     def save_adapter(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
         """The adapter as PEFT keeps it; of a sharded model, out of its `whole_state`."""
-        own = None
-        if state is not None:
-            start = "student.base_model."
-            own = {k[len(start) :]: v for k, v in state.items() if k.startswith(start)}
+        own = _below("teacher.base_model.", state)
         self.pair.base.save_pretrained(folder, state_dict=own, save_embedding_layers=False)
         with contextlib.suppress(FileNotFoundError):
             (folder / "README.md").unlink()  # PEFT's unfilled form
 
-    def save_sgt(self, folder: Path) -> None:
-        """The transform, as `TransformerCloak.from_pretrained` takes it."""
-        self.pair.cloak.save_pretrained(folder)
+    def save_sgt(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """The transform, as `TransformerCloak.from_pretrained` takes it; out of `whole_state`."""
+        self.pair.cloak.save_pretrained(folder, _below("teacher.cloak.", state))
 
     @property
     def pair(self) -> JigsawModel:
@@ -248,11 +261,14 @@ class JigsawTrainer(Trainer):
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.save_adapter(folder / ADAPTER, state_dict)
-        self.save_sgt(folder / SGT)
+        self.save_sgt(folder / SGT, state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:  # what it has kept beside ours, which is in shards or knows them
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
@@ -262,7 +278,10 @@ class JigsawTrainer(Trainer):
         self.pair.cloak.load_state_dict(load_file(folder / SGT / "model.safetensors"))
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if is_sharded(self):
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def lora_config(model: nn.Module, lora: LoraFlags, jigsaw: JigsawArguments) -> LoraConfig:
@@ -271,6 +290,21 @@ def lora_config(model: nn.Module, lora: LoraFlags, jigsaw: JigsawArguments) -> L
     if jigsaw.is_truncated and jigsaw.distillation_layer_index is not None:
         run = run[: run[jigsaw.distillation_layer_index] + 1]
     return lora_in_blocks(model, lora, run)
+
+
+def _drop_student(_: nn.Module, state: dict[str, Any], prefix: str, __: object) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}student.")]:
+        del state[name]
+
+
+def _miss_no_student(_: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [name for name in keys.missing_keys if "student." not in name]
+
+
+def _below(start: str, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    if state is None:
+        return None
+    return {name[len(start) :]: v for name, v in state.items() if name.startswith(start)}
 
 
 def _check_adapter(model: Any) -> None:

@@ -15,12 +15,20 @@ import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from ..cli.errors import Parser, UsageError, nearest, unknown
 from .flags import Flags, RunFlags, check_run_flags, parse
 from .models import check_installed
-from .run_folder import RunFolder, is_main_process, latest_checkpoint, recorded_flags, tell
+from .run_folder import (
+    RunFolder,
+    is_main_process,
+    latest_checkpoint,
+    n_processes,
+    recorded_flags,
+    tell,
+)
 
 
 class System(NamedTuple):
@@ -126,11 +134,14 @@ def _train(name: str, tokens: Sequence[str]) -> int:
         sys.stderr.flush()
         os.execv(sys.executable, command)
     from .monitor import Stopped
+    from .processes import together
 
-    go_on = f"go on with: {prog} --output_dir {shlex.quote(str(folder.path))}"
+    same = ", under the same launcher," if n_processes() > 1 else ""
+    go_on = f"go on{same} with: {prog} --output_dir {shlex.quote(str(folder.path))}"
     go_on += " --resume_from_checkpoint"
     try:
-        return int(module.train(flags, folder) or 0)
+        with together(lambda told: f"{prog}: {told}; {_where(folder.path, go_on)}"):
+            return int(module.train(flags, folder) or 0)
     except UsageError as error:
         error.prog = prog
         raise
@@ -138,14 +149,15 @@ def _train(name: str, tokens: Sequence[str]) -> int:
         at = f"interrupted at step {stopped.step} of {stopped.n_steps}; saved {stopped.checkpoint}"
         tell(f"{prog}: {at}; {go_on}")
     except KeyboardInterrupt:
-        last = latest_checkpoint(folder.path)
-        if last is None:
-            tell(f"{prog}: interrupted before the first checkpoint")
-        else:
-            tell(f"{prog}: interrupted; {last} is the last checkpoint; {go_on}")
+        tell(f"{prog}: interrupted; {_where(folder.path, go_on)}")
     finally:
         folder.release()
     return 130
+
+
+def _where(folder: Path, go_on: str) -> str:
+    last = latest_checkpoint(folder)
+    return "no checkpoint yet" if last is None else f"{last} is the last checkpoint; {go_on}"
 
 
 def _launch_flags(flags: Flags) -> list[str] | None:

@@ -18,6 +18,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -535,6 +536,8 @@ def training_arguments(flags: Flags, **defaults: Any) -> TrainingArguments:
     import torch
     from transformers import TrainingArguments
 
+    from .run_folder import n_processes
+
     run = flags[RunFlags]
     known = {f.name for f in fields(TrainingArguments) if f.init}
     asked = {f.name: getattr(run, f.name) for f in fields(RunFlags) if f.name not in OURS}
@@ -561,10 +564,27 @@ def training_arguments(flags: Flags, **defaults: Any) -> TrainingArguments:
         if name in flags.given:
             raise UsageError(f"--{name}: this version of transformers has no such argument")
         del kwargs[name]
+    if n_processes() > 1:
+        _join(torch, kwargs)
     try:
         return TrainingArguments(**kwargs)
     except (ValueError, TypeError) as error:
         raise UsageError(f"transformers refuses these flags: {error}") from error
+
+
+def _join(torch: Any, kwargs: dict[str, Any]) -> None:
+    """Meet the other processes, on CPUs: transformers has no --ddp_timeout there, and without
+    --use_cpu it would leave each by itself."""
+    from .run_folder import tell
+
+    if torch.accelerator.is_available() and not kwargs["use_cpu"]:
+        return
+    kwargs["use_cpu"] = True
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        tell("FSDP: accelerate shards on GPUs alone; on CPUs each process has the whole model")
+    if not torch.distributed.is_initialized():
+        seconds = int(kwargs.get("ddp_timeout", 1800))
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=seconds))
 
 
 def _has_bf16(torch: Any) -> bool:

@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..cli.files import replace_text, strict_json
 from ..cli.terminal import StopRequest, progress_bar, quiet_libraries
+from .processes import is_sharded
 from .run_folder import METRICS, STATE, RunFolder, latest_checkpoint, tell
 
 
@@ -33,6 +34,7 @@ def fit(trainer: Any, run: RunFolder) -> None:
     """
     for theirs in (PrinterCallback, ProgressCallback):  # they print to stdout
         trainer.remove_callback(theirs)
+    forget_evaluation(trainer)
     if run.checkpoint is not None and _is_finished(run.checkpoint):
         tell(f"the training had come to its end at {run.checkpoint.name}")
         trainer._load_from_checkpoint(str(run.checkpoint))
@@ -119,9 +121,13 @@ def means_of(trainer: Any, noted: Mapping[str, Sequence[Tensor]]) -> dict[str, f
 
 def forget_evaluation(trainer: Any) -> None:
     """To be called before a training over several processes: an evaluation marks the model as
-    prepared, and the training would leave DDP away, each process with gradients of its own."""
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if trainer.args.world_size > 1 and not sharded:
+    prepared, and the training would leave DDP away, each process with gradients of its own; under
+    FSDP2 it leaves the head whole, and a checkpoint is loaded into shards."""
+    if is_sharded(trainer):
+        for module in trainer.model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
+    elif trainer.args.world_size > 1:
         trainer.model.__dict__.pop("_is_accelerate_prepared", None)
 
 
