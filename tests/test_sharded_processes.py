@@ -1,5 +1,5 @@
-"""Heads in shards of their vocabulary on gloo processes: DTensors, process groups, transformers'
-tensor parallelism and FSDP2 beside it, against one process.
+"""Heads in shards of their vocabulary on processes, over gloo or over NCCL: DTensors, process groups,
+transformers' tensor parallelism and FSDP2 beside it, against one process.
 
 What the processes do stands in support/sharded_on_ranks.py; they start once for all cases.
 """
@@ -43,7 +43,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     def of(n: int) -> Path:
         folder = tmp_path_factory.mktemp(f"ranks_{n}")
         cases = [case for case in (*CASES, *MODELS[n]) if runs(case)]
-        run_processes(n, "sharded_on_ranks", folder, " ".join(cases), str(folder))
+        run_processes(n, "sharded_on_ranks", folder, " ".join(cases), str(folder), gpus=True)
         return folder
 
     return of

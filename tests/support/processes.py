@@ -1,4 +1,5 @@
-"""Several processes of one support module over gloo: their start, their joining and their end."""
+"""Several processes of one support module: their start, their joining and their end. Over gloo, or,
+for a module that asks for it, over NCCL where each process finds a GPU of its own."""
 
 from __future__ import annotations
 
@@ -11,24 +12,30 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from traceback import format_exc
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import torch
 
 TESTS = Path(__file__).parent.parent
 LONGEST = 240  # seconds, of which pytest-timeout's 300 leave enough to read what was said
 
 
-def run_processes(n: int, module: str, folder: Path, *rest: str) -> None:
+def run_processes(n: int, module: str, folder: Path, *rest: str, gpus: bool = False) -> None:
     """`python -m support.<module> rank rendezvous *rest` as ranks 0 to n - 1; fails with what they
     said unless all end well."""
-    codes, heard = ends_of_processes(n, module, folder, *rest)
+    codes, heard = ends_of_processes(n, module, folder, *rest, gpus=gpus)
     assert codes == [0] * n, "\n".join(text[-6000:] for text in heard)
 
 
-def ends_of_processes(n: int, module: str, folder: Path, *rest: str) -> tuple[list[int], list[str]]:
+def ends_of_processes(
+    n: int, module: str, folder: Path, *rest: str, gpus: bool = False
+) -> tuple[list[int], list[str]]:
     """The same, whatever they end with: exit codes and what each said."""
     path = os.pathsep.join([str(TESTS), str(TESTS.parent / "python")])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    env["WORLD_SIZE"] = str(n)
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(n)}
+    if not gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ""
     if sys.platform == "linux":
         env["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the host's name stands for
     command = [sys.executable, "-m", f"support.{module}"]
@@ -63,7 +70,20 @@ def join(rank: int, rendezvous: str, seconds: float = 60) -> None:
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(LONGEST, exit=True)
     size, patience = int(os.environ["WORLD_SIZE"]), timedelta(seconds=seconds)
-    dist.init_process_group("gloo", rendezvous, timeout=patience, rank=rank, world_size=size)
+    place = device()
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    backend = "gloo" if place.type == "cpu" else "nccl"
+    dist.init_process_group(backend, rendezvous, timeout=patience, rank=rank, world_size=size)
+
+
+def device() -> torch.device:
+    """Of this process: a GPU of its own where there is one for each."""
+    import torch
+
+    if torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"]):
+        return torch.device("cuda", int(os.environ["RANK"]))
+    return torch.device("cpu")
 
 
 def answer(cases: Mapping[str, Callable[[], None]], answers: Path, rank: int) -> None:

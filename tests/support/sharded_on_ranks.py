@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import onepass
 from onepass import LazyLogits
 
-from .processes import answer, join, leave
+from .processes import answer, device, join, leave
 
 D, V = 8, 1013  # a prime: no layout is even
 ROWS = (2, 5)
@@ -58,6 +58,10 @@ def nothing_grows_with_the_vocabulary(most: int) -> Iterator[None]:
     assert not large, large
 
 
+def here(tensor: Tensor) -> Tensor:
+    return tensor.to(device())
+
+
 def parts() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gen = torch.Generator().manual_seed(1)
     hidden = torch.randn(*ROWS, D, generator=gen)
@@ -65,7 +69,7 @@ def parts() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     labels = torch.randint(0, V, ROWS, generator=gen)
     labels[0, 1] = -100
     labels[1] = torch.tensor([0, V - 1, V // 2, V // 4, 3 * V // 4])
-    return hidden, weight, bias, labels
+    return here(hidden), here(weight), here(bias), here(labels)
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
@@ -96,7 +100,7 @@ def check(loss: Tensor, grads: list[Tensor | None], wanted: tuple[Tensor, list[T
 
 
 def mesh_of_all(name: str = "tp") -> DeviceMesh:
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=(name,))
+    return init_device_mesh(device().type, (dist.get_world_size(),), mesh_dim_names=(name,))
 
 
 # ---------------------------------------------------------------- 2 and 4 processes
@@ -145,7 +149,7 @@ def sharded_logits() -> None:
     mesh = mesh_of_all()
     hidden, weight, bias, labels = parts()
     gen = torch.Generator().manual_seed(2)
-    other = torch.randn(*ROWS, V, generator=gen)
+    other = here(torch.randn(*ROWS, V, generator=gen))
 
     def losses(z: Tensor, t: Tensor) -> Tensor:
         pair = onepass.vocab_pair_stats(z, t, want=("kl", "jsd", "reverse_kl", "cross_entropy"))
@@ -234,14 +238,14 @@ def saved(folder: Path) -> Any:
     if dist.get_rank() == 0:
         model.save_pretrained(folder)
     dist.barrier()
-    return model
+    return model.to(device())
 
 
 def batches(n: int = 5) -> list[dict[str, Tensor]]:
     gen = torch.Generator().manual_seed(6)
     made = []
     for _ in range(n):
-        ids = torch.randint(0, V, (2, 7), generator=gen)
+        ids = here(torch.randint(0, V, (2, 7), generator=gen))
         labels = ids.clone()
         labels[:, :2] = -100
         made.append({"input_ids": ids, "labels": labels})
@@ -301,12 +305,13 @@ def tensor_parallel_families(folder: Path) -> None:
     from .tiny_models import batch_of, tiny
 
     for family in ("qwen2_tied", "gemma2_softcap", "cohere_scale", "granite_scale"):
-        one = tiny(family)
+        one = tiny(family).to(device())
         where = folder / family
         if dist.get_rank() == 0:
             one.save_pretrained(where)
         dist.barrier()
         model, batch = onepass.lazy_head(parallel(where)), batch_of(family)
+        batch = {key: here(value) for key, value in batch.items()}
         with onepass.strict():
             loss = model(**batch).loss
             loss.backward()
@@ -318,7 +323,7 @@ def tensor_parallel_families(folder: Path) -> None:
         for name, p in model.named_parameters():
             got, truth = whole(p.grad), whole(of_one[name])
             torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-5 * size, msg=name)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device().type, torch.bfloat16):
             narrow = model(**batch).loss
         torch.testing.assert_close(narrow.detach(), wanted.detach(), rtol=3e-2, atol=0)
 
@@ -377,7 +382,7 @@ def tp_and_fsdp(folder: Path) -> None:
         return {key: value[row : row + 1] for key, value in batch.items()}
 
     with onepass.strict():
-        got = torch.tensor(trained(model, share))
+        got = here(torch.tensor(trained(model, share)))
     dist.all_reduce(got, group=mesh.get_group("fsdp"))
     torch.testing.assert_close((got / 2).tolist(), trained(one, all_of), rtol=2e-5, atol=0)
 
@@ -385,7 +390,7 @@ def tp_and_fsdp(folder: Path) -> None:
 def tp_and_dp(folder: Path) -> None:
     """2 x 2 by hand: a mesh with names, the head sharded over one of them, gradients averaged over
     the other."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh(device().type, (2, 2), mesh_dim_names=("dp", "tp"))
     hidden, weight, bias, labels = parts()
     row = mesh.get_local_rank("dp")
     wanted = truth_of_rows()
