@@ -160,7 +160,7 @@ def sharded(n_rows: int, size: int) -> Cost:
 
 
 def whole_head(n_rows: int, gpus: int, gathers: int) -> Cost:
-    """The head gathered for a step and its gradient scattered, as FSDP2 (1) and ZeRO-3 (2) do."""
+    """The head gathered for a step and its gradient scattered, once or, by ZeRO-3 at times, twice."""
     memory, _ = lazy_memory(n_rows, VOCAB)
     memory += HEAD + n_rows * WIDTH * BF16 + 2 * HEAD / gpus  # shard and its gradient stay
     seconds = (gathers + 1) * all_gather(HEAD, gpus)
@@ -285,7 +285,7 @@ def table_gathered() -> Table:
     """A head that is gathered, from 2 to 512 GPUs that each have rows of their own."""
     rows: list[Sequence[str]] = []
     for gpus in (2, 8, 64, 512):
-        for name, gathers in (("FSDP2", 1), ("ZeRO-3", 2)):
+        for name, gathers in (("FSDP2, ZeRO-3", 1), ("gathered twice", 2)):
             cost = whole_head(ROWS[0], gpus, gathers)
             rows.append(
                 (

@@ -40,6 +40,34 @@ def test_the_page_has_no_other_marks() -> None:
     assert sorted(re.findall(r"<!-- plan: (\w+) -->", PAGE)) == sorted(plan.TABLES)
 
 
+def test_the_page_has_what_was_counted() -> None:
+    """Of the rows that bench/results keeps, which the formula still fits."""
+    (path,) = (ROOT / "bench" / "results").glob("*-2-processes.json")
+    rows = json.loads(path.read_text("utf-8"))
+    assert path.name in PAGE and {row["status"] for row in rows} == {"ok"}
+    names = {
+        "onepass": "`LazyLogits`, `process_group=`",
+        "onepass-dtensor": "`LazyLogits`, DTensor",
+        "gathered-logits": "logits gathered",
+        "gathered-head": "head gathered",
+        "loss-parallel": "`loss_parallel`",
+    }
+    of_case = [row for row in rows if row["case"] == "sharded_cross_entropy"]
+    assert [row["provider"] for row in of_case] == list(names)
+    for row in of_case:
+        cells = ["none: all ranks have the same rows"] * 2
+        for sent in row["collectives"]:
+            kind = sent["kind"].replace("_", "-") + ("s" if sent["count"] > 1 else "")
+            cells[sent["pass"] == "backward"] = f"{sent['count']} {kind}, {sent['bytes']:,}"
+        assert f"| {names[row['provider']]} | {' | '.join(cells)} |" in PAGE
+    n_rows, dtensor = 192, plan.Call(192, 64, plan.CE_NUMBERS, (256 * 64 * 4,), process_groups=0)
+    ours = plan.Call(n_rows, 64, plan.CE_NUMBERS, (256 * 64 * 4,))
+    for row, call in zip(of_case, (ours, dtensor), strict=False):
+        found = [(s["kind"], s["count"], s["bytes"]) for s in row["collectives"]]
+        said = [(c.kind, c.count, c.bytes) for c in (*call.forward(), *call.backward())]
+        assert found == said
+
+
 # -- what is sent -----------------------------------------------------------------------------
 
 

@@ -151,9 +151,40 @@ def unknown_names(folder: Path, rank: int) -> None:
         assert bool(err.getvalue()) == (rank == 0)
 
 
+def rows_in_shards(folder: Path, rank: int) -> None:
+    """Hidden states that are a DTensor in shards of rows, as docs/scaling.md says of them; gloo
+    makes a reduce-scatter of an all-reduce, which is what shows."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from onepass import LazyLogits, cross_entropy
+    from onepass.bench.distributed import counted
+    from onepass.bench.plan import Collective
+
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    hidden, head = (
+        distribute_tensor(torch.randn(n, 4), mesh, [Shard(0)]).requires_grad_() for n in (8, 6)
+    )
+    forward: list[Collective] = []
+    backward: list[Collective] = []
+    with counted(forward):
+        loss = cross_entropy(LazyLogits(hidden, head), torch.arange(8) % 6)
+    with counted(backward):
+        loss.backward()
+    assert forward == [Collective("all_gather", 3, 4 * 4 * 4 + 40 + 8 * 3 * 4)]
+    assert backward == [Collective("all_reduce", 1, 8 * 4 * 4)]
+    grad: Any = hidden.grad
+    assert grad.to_local().shape == (4, 4)
+
+
 CASES = {
     case.__name__: case
-    for case in (rows_as_json, tables, a_wrong_formula, one_rank_refuses, unknown_names)
+    for case in (
+        *(rows_as_json, tables, a_wrong_formula, one_rank_refuses, unknown_names),
+        rows_in_shards,
+    )
 }
 
 
