@@ -160,7 +160,7 @@ def sharded(n_rows: int, size: int) -> Cost:
 
 
 def whole_head(n_rows: int, gpus: int, gathers: int) -> Cost:
-    """The head gathered for a step and its gradient scattered, once or, by ZeRO-3 at times, twice."""
+    """FSDP2 and ZeRO-3: the head gathered so often in a step, and its gradient scattered."""
     memory, _ = lazy_memory(n_rows, VOCAB)
     memory += HEAD + n_rows * WIDTH * BF16 + 2 * HEAD / gpus  # shard and its gradient stay
     seconds = (gathers + 1) * all_gather(HEAD, gpus)
