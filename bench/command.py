@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help_output = f"folder for <device>.json, made if missing (default: ./{DEFAULT_FOLDER})"
     add("--all-sizes", action="store_true", help="the sizes that --list calls more, too")
     add("--roofline", action="store_true", help="predict the GPU sizes, run nothing, and stop")
+    add("--distributed", action="store_true", help="sharded heads, under torchrun; own cases")
     add("--output", type=Path, default=Path(DEFAULT_FOLDER), metavar="DIR", help=help_output)
     add("--plot", type=Path, metavar="PNG", help="draw this run's rows too")
     add("--json", action="store_true", help="print environment and rows as JSON, not tables")
@@ -66,8 +67,9 @@ def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def _case(name: str) -> str:
     from .cases import CASES
+    from .distributed import names as distributed
 
-    names = [case.name for case in CASES]
+    names = [*(case.name for case in CASES), *distributed()]
     if name not in names:
         raise unknown("case", name, names)
     return name
@@ -75,8 +77,9 @@ def _case(name: str) -> str:
 
 def _providers(text: str) -> tuple[str, ...]:
     from .cases import provider_names
+    from .distributed import PROVIDERS
 
-    known = provider_names()
+    known = tuple(dict.fromkeys((*provider_names(), *PROVIDERS)))
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
         raise UsageError(f"--providers: got {text!r}, wanted names", allowed=known)

@@ -15,7 +15,8 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,6 +208,7 @@ class Contender:
         self._outputs: Outputs = ()
         self._gradients: tuple[torch.Tensor, ...] = ()
         self._upstream: list[torch.Tensor] = []  # made once: it is the caller's, not timed
+        self._meet: Callable[[float], float] = float
 
     def restore(self) -> None:
         """Undo what the previous call wrote into its inputs."""
@@ -246,8 +248,10 @@ class Contender:
         """Drop results, so that they are not counted against the next contender."""
         self._outputs, self._gradients, self._leaves = (), (), {}
 
-    def check(self, reference: Truth, dtype: str) -> None:
-        """Raise `Refused` unless outputs and gradients are the reference's and inputs are kept."""
+    def check(self, reference: Truth, dtype: str, meet: Callable[[float], float] = float) -> None:
+        """Raise `Refused` unless outputs and gradients are the reference's and inputs are kept;
+        `meet` makes one error of those of processes that compute together."""
+        self._meet = meet
         limit_output, limit_gradient, limit_row = TOLERANCE[dtype]
         before = [] if self.overwrites else fingerprint(self.inputs)
         self.restore()
@@ -297,7 +301,7 @@ class Contender:
         self._judge(f"a row of the {what}", [row for _, row in errors], limit_row)
 
     def _judge(self, what: str, errors: list[float], limit: float) -> None:
-        worst = max(errors, key=lambda e: float("inf") if e != e else e)
+        worst = self._meet(max(errors, key=lambda e: float("inf") if e != e else e))
         self.errors[what] = worst
         if not worst <= limit:  # NaN is not
             raise Refused(f"{what} off by {worst:.1e}, {limit:.0e} allowed", self.errors)
@@ -354,21 +358,32 @@ def _peak_bytes(device: torch.device) -> Iterator[list[int]]:
         torch.cuda.synchronize(device)
         peak[0] = torch.cuda.max_memory_allocated(device) - held
         return
-    from torch.profiler import ProfilerActivity, profile
-
-    with _quiet_stderr():
-        with profile(
-            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        ) as profiler:
-            yield peak
-        with tempfile.TemporaryDirectory() as folder:
-            trace = Path(folder, "trace.json")
-            profiler.export_chrome_trace(str(trace))
-            events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    with profiled(memory=True) as events:
+        yield peak
     held = 0
     for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
         held += event["args"]["Bytes"]
         peak[0] = max(peak[0], held)
+
+
+@contextmanager
+def profiled(memory: bool = False) -> Iterator[list[dict[str, Any]]]:
+    """Yields a list that holds, afterwards, the events of the host in torch's profiler, with the
+    shapes of what went in, or every allocation."""
+    from torch.profiler import ProfilerActivity, profile
+
+    events: list[dict[str, Any]] = []
+    with _quiet_stderr(), warnings.catch_warnings():
+        # acc_events=True would say nothing, and read every event in Python at the end.
+        warnings.filterwarnings("ignore", message=".*Profiler clears events")
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=memory, record_shapes=not memory
+        ) as profiler:
+            yield events
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder, "trace.json")
+            profiler.export_chrome_trace(str(trace))
+            events += json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
 
 
 @contextmanager
@@ -398,11 +413,17 @@ def flusher(device: torch.device) -> Any:
 
 
 def time_all(
-    contenders: list[Contender], budget_s: float, min_reps: int, max_reps: int
+    contenders: list[Contender],
+    budget_s: float,
+    min_reps: int,
+    max_reps: int,
+    meet: Callable[[float], float] = float,
 ) -> dict[str, Exception]:
     """Fill each contender's `ms` and `peak_mib`: one call at a time in turns, `budget_s` in all.
 
-    Returns the errors of those that passed their check and failed here (out of memory, mostly).
+    `meet` makes one number of those of several processes that time together, where they wait for
+    each other. Returns the errors of those that passed their check and failed here (out of memory,
+    mostly).
     """
     errors: dict[str, Exception] = {}
     if not contenders:
@@ -416,7 +437,7 @@ def time_all(
         flush()
         ms = contender.milliseconds()
         contender.release()
-        return ms
+        return meet(ms)
 
     round_s = 0.0
     for contender in contenders:
@@ -430,6 +451,7 @@ def time_all(
             errors[contender.name] = error.with_traceback(None)  # its frames hold tensors
         contender.host_ms.clear()
     running = [contender for contender in contenders if contender.name not in errors]
+    round_s = meet(round_s)
     reps = int(min(max(budget_s / max(round_s, 1e-9), min_reps), max_reps))
     shuffled = random.Random(0)
     gc.collect()

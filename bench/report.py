@@ -30,6 +30,7 @@ FIELDS = (
     *("threads", "load", "python", "onepass"),
     *("masked", "inputs", "gemm_units", "flops", "bytes", "launches"),
     *("predicted_ms", "predicted_on"),
+    *("processes", "backend", "collectives"),  # of --distributed
 )
 STATUSES = ("ok", "refused", "failed", "not installed", "not here", "not run")
 
@@ -165,6 +166,25 @@ def print_rooflines(rows: Iterable[Row], stream: TextIO | None = None) -> None:
     title = f"roofline: what has to be done, and what {names} would need for it (a prediction)"
     heads = ("case", "size", "mode", "provider", "GEMM units", "GFLOP", "MB", "launches")
     render(title, (*heads, "predicted ms", "measured", "/ predicted"), lines, stream=stream)
+
+
+def print_collectives(rows: Iterable[Row], stream: TextIO | None = None) -> None:
+    """What a rank puts into collectives, as measured, and whether the formula says so."""
+    lines = []
+    for row in rows:
+        for sent in row["collectives"] or ():
+            said = (sent["formula_count"], sent["formula_bytes"])
+            fits = said == (sent["count"], sent["bytes"])
+            lines.append(
+                (
+                    *(row["case"], row["size"], row["provider"], sent["pass"], sent["kind"]),
+                    *(str(sent["count"]), f"{sent['bytes']:,}"),
+                    None if said[0] is None else "ok" if fits else f"{said[0]}: {said[1]:,}",
+                )
+            )
+    title = "collectives: what one rank puts in, from torch's profiler (docs/scaling.md)"
+    heads = ("case", "size", "provider", "pass", "collective", "count", "bytes", "formula")
+    render(title, heads, lines, stream=stream)
 
 
 def print_summary(rows: list[Row], stream: TextIO | None = None) -> None:

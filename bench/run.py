@@ -50,6 +50,13 @@ QUICK_EFFORT = {"cpu": (0.8, 3, 20), "cuda": (0.3, 5, 30)}
 
 def run(args: argparse.Namespace) -> int:
     """Do what the command line asked; returns the exit code."""
+    if args.distributed:
+        from .distributed import run_distributed
+
+        return run_distributed(args)
+    for name in args.case or ():
+        if name not in {case.name for case in CASES}:
+            raise UsageError(f"--case {name} goes with --distributed")
     if args.list:
         return _list()
     if args.action != "run":
@@ -87,17 +94,17 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(str(error)) from None
     load, cores = environment["load"], os.cpu_count() or 1
     if load is not None and load > cores:
-        _say(f"onepass bench: load {load:g} on {cores} cores: others use them, times will vary")
+        say(f"onepass bench: load {load:g} on {cores} cores: others use them, times will vary")
 
     started = time.monotonic()
     rows: list[Row] = []
     interrupted = False
     try:
         with _terminable():
-            for case, size in _plan(cases, device.type, args):
+            for case, size in sizes_of(cases, device.type, args):
                 limit = args.time_limit
                 late = limit is not None and time.monotonic() - started > limit
-                _say(f"{case.name}  {size.label}" + ("  not run: time limit" if late else ""))
+                say(f"{case.name}  {size.label}" + ("  not run: time limit" if late else ""))
                 why = f"time limit of {limit:g} s" if late else None
                 new = run_size(case, size, device, args, environment, not_run=why)
                 args.output.mkdir(parents=True, exist_ok=True)
@@ -122,18 +129,18 @@ def run(args: argparse.Namespace) -> int:
         print_rooflines(rows)
     if interrupted:
         kept = f"; {added} to {path}" if rows else " before the first row"
-        _say(f"onepass bench: interrupted{kept}")
+        say(f"onepass bench: interrupted{kept}")
         return 130
-    _say(f"{added} to {path} ({time.monotonic() - started:.0f} s)")
+    say(f"{added} to {path} ({time.monotonic() - started:.0f} s)")
     if args.plot is not None:
         from .plot import draw
 
         try:
             draw(rows, args.plot)
         except NotRows as error:
-            _say(f"onepass bench: no picture: {error}")
+            say(f"onepass bench: no picture: {error}")
             return 1
-        _say(f"picture in {args.plot}")
+        say(f"picture in {args.plot}")
     ours = [r for r in rows if r["provider"].startswith("onepass")]
     return 1 if any(r["status"] in ("refused", "failed") for r in ours) else 0
 
@@ -151,7 +158,7 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -174,7 +181,7 @@ def _predict(cases: Sequence[Case], args: argparse.Namespace) -> int:
         blank
         | {"case": case.name, "size": size.label, "mode": mode, "provider": provider.name}
         | roofline.columns(case, size, mode, provider.name, "")
-        for case, size in _plan(cases, "cuda", args)
+        for case, size in sizes_of(cases, "cuda", args)
         for mode in args.mode or case.modes
         for provider in case.providers
         if args.providers is None or provider.name in args.providers
@@ -309,7 +316,9 @@ def _commit() -> str | None:
     return done.stdout.strip() or None if tracked.returncode == 0 else None
 
 
-def _plan(cases: Sequence[Case], device: str, args: argparse.Namespace) -> list[tuple[Case, Size]]:
+def sizes_of(
+    cases: Sequence[Case], device: str, args: argparse.Namespace
+) -> list[tuple[Case, Size]]:
     """Every case's first size, then the second ones: a time limit takes the least from any case."""
     sizes = {}
     for case in cases:
@@ -365,9 +374,7 @@ def run_size(
     modes = tuple(args.mode or case.modes)
     providers = [p for p in case.providers if _asked(p, size, device, args)]
     rows: dict[tuple[str, str], Row] = {
-        (mode, p.name): _blank(case, size, mode, p, environment)
-        for mode in modes
-        for p in providers
+        (mode, p.name): blank(case, size, mode, p, environment) for mode in modes for p in providers
     }
 
     def close(provider: Provider, mode: str, status: str, why: str) -> None:
@@ -406,7 +413,7 @@ def run_size(
             close_all(provider, "not here", str(error))
             continue
         except Exception as error:  # a peer's import may raise anything at all
-            close_all(provider, "failed", _told(error))
+            close_all(provider, "failed", told(error))
             continue
         for mode in modes:
             contender, status, why = _admit(
@@ -430,9 +437,9 @@ def run_size(
         for contender in ready[mode]:
             row = rows[mode, contender.name]
             if contender.name in failures:
-                row.update(status="failed", why=_told(failures[contender.name]))
+                row.update(status="failed", why=told(failures[contender.name]))
             else:
-                row.update(_measured(contender, case.bytes_moved(size, mode)))
+                row.update(measured(contender, case.bytes_moved(size, mode)))
     return list(rows.values())
 
 
@@ -460,17 +467,17 @@ def _admit(
     except measure.Refused as refusal:
         return contender, "refused", str(refusal)
     except Exception as error:  # a peer may raise anything at all; its row says what
-        return contender, "failed", _told(error)
+        return contender, "failed", told(error)
     return contender, "ok", ""
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         return "out of memory"  # the allocator's own text is a paragraph
     return f"{type(error).__name__}: {one_line(error, 160)}".rstrip(": ")
 
 
-def _blank(
+def blank(
     case: Case, size: Size, mode: str, provider: Provider, environment: dict[str, Any]
 ) -> Row:
     from datetime import UTC, datetime
@@ -503,7 +510,7 @@ def _blank(
     return row
 
 
-def _measured(contender: Contender, bytes_moved: int | None) -> Row:
+def measured(contender: Contender, bytes_moved: int | None) -> Row:
     from .measure import quantile
 
     ms, low, high = (quantile(contender.ms, q) for q in (0.5, 0.2, 0.8))

@@ -664,13 +664,13 @@ def test_a_time_limit_says_what_was_not_run(
 
 
 def test_a_time_limit_takes_the_later_sizes_of_every_case() -> None:
-    plan = run._plan(CASES, "cuda", arguments())
+    plan = run.sizes_of(CASES, "cuda", arguments())
     first = plan[: len(CASES)]
     assert [case.name for case, _ in first] == [case.name for case in CASES]
     assert all(size == case.sizes["cuda"][0] for case, size in first)
     assert len(plan) == sum(len(case.sizes["cuda"]) for case in CASES)
-    halves = run._plan(CASES, "cuda", arguments("--dtype", "float16", "--quick"))
-    quick = run._plan(CASES, "cpu", arguments("--quick"))
+    halves = run.sizes_of(CASES, "cuda", arguments("--dtype", "float16", "--quick"))
+    quick = run.sizes_of(CASES, "cpu", arguments("--quick"))
     assert all(1 <= size.N <= case.sizes["cpu"][0].N / 4 + 1 for case, size in quick)
     assert len(halves) == len(CASES) and {size.dtype for _, size in halves} == {"float16"}
 
