@@ -153,21 +153,24 @@ def check_alike(
     n_rows: int,
     like: Tensor,  # of the rows' dtype, on their device
     labels: Tensor | None,
+    weights: Tensor | None,
     how: object,
     slab_rows: int = 0,
 ) -> None:
     """ValueError on every rank unless all came to do the same, `how` too, with as many rows and the
-    same labels (or mask), and none has refused; waits for the device."""
+    same labels (or mask) and vocabulary weights, and none has refused; waits for the device."""
     numbers = {
         "number of rows": n_rows,
         "dtype": FLOATS.index(like.dtype),
         "max_slab_bytes (rows of a slab)": slab_rows,
-        "call (facts, gradients, mode; a checksum)": zlib.crc32(repr(how).encode()),
+        "call (facts, gradients, caps, mode; a checksum)": zlib.crc32(repr(how).encode()),
     }
-    mine = torch.tensor([0, *numbers.values(), 0], device=like.device)
+    mine = torch.tensor([0, *numbers.values(), 0, 0], device=like.device)
     if labels is not None:
         order = torch.arange(1, labels.numel() + 1, device=labels.device)
-        mine[-1] = (labels.reshape(-1) * order).sum()
+        mine[-2] = (labels.reshape(-1) * order).sum()
+    if weights is not None:
+        mine[-1] = weights.double().sum().view(torch.int64)
     refused, *of_all = _agreement(mine, shard.group)
     if any(refused):
         states = ["refused" if r else "fine" for r in refused]
@@ -175,7 +178,8 @@ def check_alike(
             f"{this_rank()}: another rank of the group refuses this call, and says why: "
             f"{on_ranks(shard.group, states)}"
         )
-    for name, came in zip((*numbers, "labels (a checksum)"), of_all, strict=True):
+    names = (*numbers, "labels or mask (a checksum)", "weights of the vocabulary (a checksum)")
+    for name, came in zip(names, of_all, strict=True):
         if len(set(came)) > 1:
             raise ValueError(
                 f"{this_rank()}: ranks that share a vocabulary must come with the same {name}: "
@@ -185,7 +189,7 @@ def check_alike(
 
 def refuse(shard: Shard, like: Tensor) -> None:
     """Tells the ranks that wait in `check_alike` that this one does not come."""
-    _agreement(torch.tensor([1, 0, 0, 0, 0, 0], device=like.device), shard.group)
+    _agreement(torch.tensor([1, 0, 0, 0, 0, 0, 0], device=like.device), shard.group)
 
 
 def _agreement(mine: Tensor, group: str) -> list[list[int]]:

@@ -49,11 +49,16 @@ def refused_by_all(*values: Any) -> contextlib.AbstractContextManager[None]:
     shard, rows = sharded_among(values)
     if shard is None or rows is None or awaited.get() is not None:  # an outer call tells
         return contextlib.nullcontext()
-    return _refused_by_all(shard, rows)
+    return all_refuse(shard, rows)
 
 
 @contextlib.contextmanager
-def _refused_by_all(shard: Shard, rows: Tensor) -> Iterator[None]:
+def all_refuse(shard: Shard | None, like: Tensor) -> Iterator[None]:
+    """Within it, what this rank raises before it has agreed with the shard's others raises on them
+    when they come to agree."""
+    if shard is None or awaited.get() is not None:
+        yield
+        return
     token = awaited.set([True])
     try:
         yield
@@ -61,7 +66,7 @@ def _refused_by_all(shard: Shard, rows: Tensor) -> Iterator[None]:
         state = awaited.get()
         if state and state[0]:
             with contextlib.suppress(RuntimeError):  # nobody waited
-                refuse(shard, rows)
+                refuse(shard, like)
         raise
     finally:
         awaited.reset(token)

@@ -802,8 +802,8 @@ def head_stats(
     rows = slab_limit(widest * hidden[0].element_size(), hidden[0], head.max_slab_bytes)
     if shard is not None and head.compact and not capturing(hidden[0]):
         needs = [need.any, *need.hidden]
-        how = (want, ahead, needs, head.mode)
-        check_alike(shard, hidden[0].shape[0], hidden[0], labels, how, rows)
+        how = (want, ahead, needs, head.mode, head.cap, len(hidden), head.bias is None)
+        check_alike(shard, len(hidden[0]), hidden[0], labels, bag_weights, how, rows)
     *outputs, _ = _head_stats(
         hidden, list(head.weight), head.bias, float(head.softcap), float(head.scale), labels,
         contrast_labels, bag_weights, " ".join(want), rows, head.compact, " ".join(ahead), known,

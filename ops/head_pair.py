@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._cap import NO_CAP, Cap
 from ._declare import declare
+from ._dtensor import own_columns
 from ._launch import accumulation_dtype, capturing, choose
 from ._shards import (
     Shard,
@@ -417,7 +418,7 @@ def head_pair_stats(
     rows = logits.shape[:-1]
     n_pairs = rows[: logits.dim() - target.dim()].numel()
     n_rows = target.shape[:-1].numel()
-    shard = shard_of(logits, target)
+    shard = shard_of_sides(logits, target)
     student = _as_side(logits, (n_pairs, n_rows), shard)
     teacher = _as_side(target, (n_rows,), shard)
     needs = [Need.of(*side[:3]) for side in (student, teacher)]
@@ -449,8 +450,9 @@ def head_pair_stats(
     if shard is not None and compact and not capturing(each[0][0]):
         needed = [(need.any, *need.hidden) for need in needs]
         flags = None if mask is None else mask.to(torch.int64)
-        how = (want, beta, probs, ahead, needed, mode, n_pairs)
-        check_alike(shard, n_pairs * n_rows, each[0][0], flags, how, step)
+        caps = [side[3:] for side in (student, teacher)]
+        how = (want, beta, probs, ahead, needed, mode, n_pairs, caps)
+        check_alike(shard, n_pairs * n_rows, each[0][0], flags, None, how, step)
     tensors = [t for side in (student, teacher) for part in side[:2] for t in part]
     *outputs, _ = _head_pair_stats(
         *student, *teacher, mask, probs, " ".join(want), beta, step, compact,
@@ -471,31 +473,37 @@ def _options(logits: Tensor, target: Tensor) -> tuple[str, bool, int | None]:
     return given[0].mode, all(h.compact for h in given), budget
 
 
-def shard_of(logits: Tensor, target: Tensor) -> Shard | None:
-    """Which columns the sides' heads hold, where they hold a part of them."""
-    heads = [getattr(side, "onepass_head", None) for side in (logits, target)]
-    found = {head.shard for head in heads if head is not None and head.shard is not None}
+def shard_of_sides(logits: Tensor, target: Tensor) -> Shard | None:
+    """Which columns the sides hold, where one of them holds a part."""
+    found = {shard for shard in map(shard_of_side, (logits, target)) if shard is not None}
     if len(found) > 1:
         sides = " and ".join(str(list(shard.sizes)) for shard in found)
         raise ValueError(
-            f"{this_rank()}: both heads must be sharded alike, over one group: got shards of "
+            f"{this_rank()}: both sides must be sharded alike, over one group: got shards of "
             f"{sides} columns"
         )
     return next(iter(found), None)
 
 
+def shard_of_side(logits: Tensor) -> Shard | None:
+    head: Head | None = getattr(logits, "onepass_head", None)
+    return own_columns("logits", logits)[1] if head is None else head.shard
+
+
 def _as_side(logits: Tensor, rows: Sequence[int], shard: Shard | None) -> tuple[Any, ...]:
     """hidden, weight, bias, softcap, scale as the operators take them: of a side that is whole, the
     shard's columns."""
+    whole = shard is not None and shard_of_side(logits) is None
     head: Head | None = getattr(logits, "onepass_head", None)
     if head is None:
-        if shard is not None:
+        logits, _ = own_columns("logits", logits)
+        if whole and shard is not None:
             check_fixed(shard, logits)
             logits = logits.narrow(-1, shard.offset, shard.size)
         return [logits.reshape(*rows, logits.shape[-1])], [], None, *NO_CAP
     head.check_weights()
     hidden, weight, bias = list(head.hidden), list(head.weight), head.bias
-    if shard is not None and head.shard is None:
+    if whole and shard is not None:
         check_fixed(shard, *weight, *([] if bias is None else [bias]))
         hidden = [summed_gradient(t, shard.group) for t in hidden]
         weight = [w.narrow(0, shard.offset, shard.size) for w in weight]

@@ -1084,7 +1084,8 @@ def vocab_pair_stats(
         logits, target, shard = pair_of_columns(logits, target)
         if shard is not None and not capturing(logits):
             counts = None if flags is None else flags.to(torch.int64)
-            check_alike(shard, logits.shape[:-1].numel(), logits, counts, (want, probs))
+            how = (want, probs, jsd_beta)
+            check_alike(shard, logits.shape[:-1].numel(), logits, counts, None, how)
         where = (*of_operator(shard), choose(impl, logits, target))
         outputs = _vocab_pair_stats(logits, target, *given, *where)
     fields = dict(zip((*STATES, *FACTS), outputs, strict=True))

@@ -805,7 +805,8 @@ def vocab_stats(
     else:
         logits, shard = own_columns("logits", logits)
         if shard is not None and not capturing(logits):
-            check_alike(shard, logits.shape[:-1].numel(), logits, labels, want)
+            n_rows = logits.shape[:-1].numel()
+            check_alike(shard, n_rows, logits, labels, bag_weights, want)
         outputs = _vocab_stats(logits, *given_rows, *of_operator(shard), choose(impl, logits))
     fields = dict(zip(FACTS, outputs[2:], strict=True))
     wanted: Any = {fact: fields[fact] if fact in want else None for fact in FACTS}

@@ -17,7 +17,8 @@ import torch
 from support.processes import run_processes
 
 CASES = (
-    "process_group", "dtensor", "meshes_of_two", "stale", "empty_shards", "sharded_logits",
+    "process_group", "dtensor", "meshes_of_two", "no_linear_heads", "two_forwards",
+    "linear_losses", "stale", "empty_shards", "sharded_logits",
     "torch_plans", "page", "refused",
 )  # fmt: skip
 MODELS = {

@@ -425,7 +425,7 @@ def test_what_goes_between_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch,
         )
         layout, agreed, facts, gradient = ranks.counted
-        assert layout[1] == (4,) and agreed[1] == (6,)
+        assert layout[1] == (4,) and agreed[1] == (7,)
         assert facts[0] == "all_gather" and facts[1][1:] == (N,) and facts[1][0] <= len(FACTS) + 2
         assert gradient[:2] == ("all_reduce", (2, 3, D))
 

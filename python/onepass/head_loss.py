@@ -15,6 +15,7 @@ from torch import Tensor
 from .lazy_logits import LazyLogits, autocasts, check_head
 from .losses import check_class_weights, cross_entropy, reduce_classes
 from .ops._check import IGNORED, check_choice, check_floating
+from .ops._dtensor import is_dtensor
 from .ops._launch import accumulation_dtype
 from .reduce import REDUCTIONS
 
@@ -47,7 +48,8 @@ def lazy_product(
 ) -> LazyLogits:
     """LazyLogits(hidden, weight, bias, **options), in autocast's dtype where that is on."""
     hidden, weight, bias = as_under_autocast(hidden, weight, bias)
-    check_head(hidden, weight, bias, names)
+    if not is_dtensor(weight):
+        check_head(hidden, weight, bias, names)
     return LazyLogits(hidden, weight, bias, **options)
 
 

@@ -250,7 +250,7 @@ def obstacle(part: Part, managed: bool) -> str:
                 sharded_mesh_dim("it", weight, 0)
         except ValueError as error:
             return f"has a weight sharded as DTensor: {error}"
-        return ""
+        return not_its_own(module) or not_linear(module, weight)
     if weight.is_quantized or weight.dtype not in FLOATS:
         return f"is quantised ({weight.dtype} {kind_of_weight}): float32, bfloat16, float16 needed"
     if type(weight) not in (Tensor, nn.Parameter):
@@ -259,21 +259,32 @@ def obstacle(part: Part, managed: bool) -> str:
     if len(shape) != 2 or not shape.numel():
         sharded = "; FSDP1 shards it: call lazy_head before wrapping" if len(shape) == 1 else ""
         return f"has a weight of shape {tuple(shape)}, not [V, D]{sharded}"
+    return not_its_own(module) or not_linear(module, weight)
+
+
+def is_tensor_parallel(forward: Any) -> bool:
+    """Whether it is what transformers' tensor parallelism puts around a module's own."""
+    return forward is not None and origin(forward).startswith("transformers.distributed.")
+
+
+def not_its_own(module: nn.Module) -> str:
+    """Why a module's forward cannot be replaced; empty where it can."""
     hook = module.__dict__.get("_hf_hook")
     if any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ()))):
         return "is offloaded by accelerate, which takes its weight away after the forward"
     of_instance = module.__dict__.get("_old_forward" if hook is not None else "forward")
-    if not isinstance(of_instance, (LazyForward, type(None))):
-        if getattr(of_instance, "__func__", None) is not type(module).forward:
-            return f"has a forward of its own already, from {origin(of_instance)}: undo that first"
-    return not_linear(module, weight)
+    if isinstance(of_instance, (LazyForward, type(None))) or is_tensor_parallel(of_instance):
+        return ""
+    if getattr(of_instance, "__func__", None) is not type(module).forward:
+        return f"has a forward of its own already, from {origin(of_instance)}: undo that first"
+    return ""
 
 
 def not_linear(module: nn.Module, weight: Tensor) -> str:
     """Why a module is not x W^T + b, by trying it on one row; empty where it is."""
     kind = type(module)
     own = kind.forward
-    if own is nn.Linear.forward or weight.is_meta or is_released(weight):
+    if own is nn.Linear.forward or is_dtensor(weight) or weight.is_meta or is_released(weight):
         return "" if own is nn.Linear.forward else f"({kind.__name__}) is not torch.nn.Linear"
     row = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
     with torch.no_grad(), torch.random.fork_rng(_gpus(weight)):
@@ -411,7 +422,8 @@ def lazy_head(
 def switch_on(module: nn.Module, options: Mapping[str, Any]) -> None:
     # accelerate's hooks stand in `forward` and call `_old_forward`.
     slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-    former = module.__dict__.get("forward") if slot == "forward" else None
+    found = module.__dict__.get("forward")
+    former = found if slot == "forward" and is_tensor_parallel(found) else None
     setattr(module, slot, LazyForward(module, options, former))
 
 

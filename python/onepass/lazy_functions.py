@@ -110,7 +110,9 @@ def _unbound(func: Any, lazy: Any, dim: int = 0) -> Any:
 def same_head(lazies: Sequence[Any]) -> bool:
     def of(lazy: LazyLogits) -> tuple[Any, ...]:
         head = lazy.onepass_head
-        parts = tuple(identity(t) for t in (*head.weight, head.bias))
+        # Of a DTensor each forward takes its own part anew; which DTensor it was, `versions` say.
+        in_graph = head.shard is None
+        parts = tuple(identity(t, in_graph) for t in (*head.weight, head.bias))
         versions = tuple((id(t), version) for t, version in head.versions)
         options = head._replace(hidden=(), weight=(), bias=None, versions=(), states=())
         return parts, versions, options, lazy._normalized, lazy.dtype

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from .ops._check import check_choice, check_floating, check_number, check_same_device
 from .ops._dtensor import is_dtensor
-from .ops._together import refused_by_all
+from .ops._together import all_refuse, refused_by_all
 from .ops.head import MODES, Head
 from .sharded_head import own_part
 from .zero3 import held, is_released, through
@@ -134,24 +134,15 @@ class LazyLogits(Lazy):
     ) -> LazyLogits:
         given, where = (hidden, weight, bias), (process_group, vocab_offset, mesh_dim)
         (hidden, weight, bias), shard = own_part(given, *where, check_part)
-        check_head(hidden, weight, bias, part=shard is not None)
+        with all_refuse(shard if compact else None, weight):  # who uses the logits would wait
+            check_head(hidden, weight, bias, part=shard is not None)
+            check_options(softcap, scale, temperature, max_slab_bytes, compact, mode)
         weight, bias = held(weight), None if bias is None else held(bias)
         # A write to a DTensor counts there, and not in what it holds.
         pairs = zip((weight, bias), given[1:], strict=True)
         parts = [whole if is_dtensor(whole) else own for own, whole in pairs]
         written = [t for t in parts if t is not None and not t.is_inference()]
         versions = tuple((t, t._version) for t in written)
-        check_choice("mode", mode, MODES)
-        check_softcap(softcap)
-        check_number("scale", scale)
-        check_number("temperature", temperature)
-        if temperature <= 0 or math.isinf(1 / temperature):
-            raise ValueError(f"temperature must be above 0: got {temperature}")
-        if max_slab_bytes is not None and type(max_slab_bytes) is not int:
-            kind = type(max_slab_bytes).__name__
-            raise TypeError(f"max_slab_bytes must be an int, or None: got {kind}")
-        if type(compact) is not bool:
-            raise TypeError(f"compact must be True or False: got {type(compact).__name__}")
         options: Any = {"max_slab_bytes": max_slab_bytes, "compact": compact, "mode": mode}
         options["shard"] = shard
         states = versions_of((hidden,))
@@ -296,6 +287,28 @@ def check_softcap(softcap: object) -> None:
             raise ValueError("softcap must be above 0, or None for no cap: got 0")
 
 
+def check_options(
+    softcap: object,
+    scale: object,
+    temperature: float,
+    max_slab_bytes: object,
+    compact: object,
+    mode: object,
+) -> None:
+    """Raises for what LazyLogits cannot take."""
+    check_choice("mode", mode, MODES)
+    check_softcap(softcap)
+    check_number("scale", scale)
+    check_number("temperature", temperature)
+    if temperature <= 0 or math.isinf(1 / temperature):
+        raise ValueError(f"temperature must be above 0: got {temperature}")
+    if max_slab_bytes is not None and type(max_slab_bytes) is not int:
+        kind = type(max_slab_bytes).__name__
+        raise TypeError(f"max_slab_bytes must be an int, or None: got {kind}")
+    if type(compact) is not bool:
+        raise TypeError(f"compact must be True or False: got {type(compact).__name__}")
+
+
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on there; of devices without, as meta, torch does not let itself be
     asked."""
@@ -403,9 +416,9 @@ def versions_of(tensors: Iterable[Tensor]) -> tuple[int | None, ...]:
     return tuple(None if t.is_inference() else t._version for t in tensors)
 
 
-def identity(tensor: Tensor | None) -> Any:
+def identity(tensor: Tensor | None, in_graph: bool = True) -> Any:
     """The same for two tensors of one place: in a graph where there is one, else in memory."""
-    if tensor is None or tensor.requires_grad:
+    if tensor is None or (in_graph and tensor.requires_grad):
         return id(tensor)
     where = tensor.untyped_storage()._cdata, tensor.storage_offset()
     return (*where, tensor.shape, tensor.stride(), tensor.dtype)

@@ -146,6 +146,56 @@ def dtensor() -> None:
             check(loss, [t.grad for t in leaves], wanted)
 
 
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 0.25
+
+
+def no_linear_heads() -> None:
+    """A DTensor's head is looked at as another's is, though no row can be tried."""
+    for change, said in (
+        (lambda head: setattr(head, "forward", lambda x: 3 * x), "has a forward of its own"),
+        (lambda head: setattr(head, "__class__", Scaled), "(Scaled) is not torch.nn.Linear"),
+    ):
+        model: Any = Tiny().to(device())
+        sharded = distribute_tensor(model.lm_head.weight.detach(), mesh_of_all(), [Shard(0)])
+        model.lm_head.weight = nn.Parameter(sharded)
+        change(model.lm_head)
+        try:
+            onepass.lazy_head(model, "lm_head")
+        except ValueError as error:
+            assert said in str(error) and "nothing was changed" in str(error), error
+        else:
+            raise AssertionError(f"nothing was raised: {said}")
+
+
+def two_forwards() -> None:
+    """Joined logits of one DTensor head stay lazy, trained or frozen."""
+    hidden, weight, bias, labels = parts()
+    for frozen in (False, True):
+        head = nn.Parameter(distribute_tensor(weight, mesh_of_all(), [Shard(0)]), not frozen)
+        states = hidden.detach().requires_grad_()
+        with onepass.strict():
+            z = torch.cat([LazyLogits(states[:1], head), LazyLogits(states[1:], head)])
+            loss = loss_of(z, labels)
+            loss.backward()
+        one = [t.detach().requires_grad_() for t in (hidden, weight)]
+        wanted = loss_of(LazyLogits(*one), labels)
+        wanted.backward()
+        grads = [states.grad] if frozen else [states.grad, head.grad]
+        check(loss, grads, (wanted.detach(), [whole(t.grad) for t in one][: len(grads)]))
+
+
+def linear_losses() -> None:
+    """The functions that take a head's weight."""
+    hidden, weight, _, labels = parts()
+    head = distribute_tensor(weight, mesh_of_all(), [Shard(0)])
+    flat, target = hidden.view(-1, D), labels.view(-1)
+    got = onepass.linear_cross_entropy(flat, head, target)
+    wanted = onepass.linear_cross_entropy(flat, weight, target)
+    torch.testing.assert_close(got, wanted)
+
+
 def meshes_of_two() -> None:
     """Hidden states in shards of rows over one dimension, or parts of a sum there, and the head
     over the other, or whole: weights' gradients are those of all rows, and say so."""
@@ -226,7 +276,12 @@ def sharded_logits() -> None:
     wanted = losses(whole_logits, other)
     wanted.backward()
     placements = [Shard(2)]
-    for target in (other, distribute_tensor(other, mesh, placements)):
+    sharded = distribute_tensor(other, mesh, placements)
+    lazy = LazyLogits(hidden, distribute_tensor(weight, mesh, [Shard(0)]), bias)
+    kl = onepass.vocab_pair_stats(lazy, sharded, want=("kl",)).kl
+    of_one = onepass.vocab_pair_stats(whole_logits.detach(), other, want=("kl",)).kl
+    torch.testing.assert_close(kl, of_one)
+    for target in (other, sharded):
         z = distribute_tensor(whole_logits.detach(), mesh, placements).requires_grad_()
         with nothing_grows_with_the_vocabulary(most=200):
             loss = losses(z, target)
@@ -298,6 +353,7 @@ def refused() -> None:
     of_columns = distribute_tensor(weight, mesh, [Shard(1)])
     own = row_wise.to_local()
     n = dist.get_world_size()
+    odd = torch.float32 if rank else torch.float64
     sharded_z = distribute_tensor(hidden @ weight.T, mesh, [Shard(2)])
     group = dist.group.WORLD
     cases: list[tuple[Callable[[], Any], str]] = [
@@ -326,6 +382,18 @@ def refused() -> None:
             "another rank of the group refuses this call" if rank < n - 1 else "(9,)",
         ),
         (
+            lambda: LazyLogits(hidden.to(odd), row_wise).logsumexp(-1),
+            "another rank of the group refuses this call" if rank else "must have one dtype",
+        ),
+        (
+            lambda: LazyLogits(hidden, row_wise, mode="ahead" if rank else "back").logsumexp(-1),
+            "another rank of the group refuses this call" if rank else "mode must be one of",
+        ),
+        (
+            lambda: LazyLogits(hidden, row_wise, softcap=3.0 + rank).logsumexp(-1),
+            "must come with the same call",
+        ),
+        (
             lambda: onepass.vocab_stats(sharded_z, labels[: 1 + rank % 2], want=("logp",)),
             "another rank of the group refuses this call" if rank % 2 else "(1, 5)",
         ),
@@ -335,7 +403,7 @@ def refused() -> None:
             call()
         except (ValueError, RuntimeError, TypeError) as error:
             assert said in str(error), f"wanted {said!r}, got {error}"
-            mine = "leave process" in said or said.startswith("(")
+            mine = said.startswith(("(", "leave process", "must have", "mode must"))
             assert f"rank {rank}: " in str(error) or mine, error
         else:
             raise AssertionError(f"nothing was raised: {said}")
@@ -555,8 +623,8 @@ def truth_of_rows() -> tuple[Tensor, list[Tensor]]:
 
 
 ON_ANY = (
-    process_group, dtensor, meshes_of_two, stale, empty_shards, sharded_logits, torch_plans,
-    refused,
+    process_group, dtensor, meshes_of_two, no_linear_heads, two_forwards, linear_losses, stale,
+    empty_shards, sharded_logits, torch_plans, refused,
 )  # fmt: skip
 
 
