@@ -38,7 +38,7 @@ def pair_numbers_of(want: Iterable[str]) -> int:
     return 4 + len(own) + bool(own - {"cross_entropy"})  # divergences: the two masses' log-ratio
 
 
-JSD_NUMBERS = 3
+JSD_NUMBERS = 2
 SLAB_BYTES = 512 << 20  # what LazyLogits take on a GPU unless told otherwise
 
 
@@ -68,10 +68,10 @@ class Call:
         return math.ceil(self.n_rows / self.slab_rows)
 
     def forward(self) -> list[Collective]:
-        """Layout [4] and agreement [5] in int64, and facts [F, rows of a slab] of each slab."""
+        """Layout [4] and agreement [7] in int64, and facts [F, rows of a slab] of each slab."""
         a_row = self.numbers + JSD_NUMBERS * self.jsd
         count = self.process_groups + self.compact + self.n_slabs * (1 + self.jsd)
-        small = 8 * (4 * self.process_groups + 5 * self.compact)
+        small = 8 * (4 * self.process_groups + 7 * self.compact)
         return [Collective("all_gather", count, small + self.number_bytes * a_row * self.n_rows)]
 
     def backward(self) -> list[Collective]:

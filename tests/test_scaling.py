@@ -204,7 +204,7 @@ def test_a_second_way_to_the_plans_numbers() -> None:
     cost = plan.sharded(8192, 8)
     assert cost.compute == pytest.approx(6 * 8192 * 2**18 * 8192 / 8 / 692.3e12)
     d_hidden, facts = 2 * 8192 * 8192, 4 * 3 * 8192
-    assert cost.received == 2 * d_hidden * 7 / 8 + 7 * (facts + 72)
+    assert cost.received == 2 * d_hidden * 7 / 8 + 7 * (facts + 88)
     assert cost.communication == pytest.approx(4 * 20e-6 + cost.received / 450e9)
     head_bytes = 2 * 2**18 * 8192
     gathered = plan.whole_head(8192, 8, 1)

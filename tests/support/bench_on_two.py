@@ -60,15 +60,15 @@ def rows_as_json(folder: Path, rank: int) -> None:
     d_hidden = ("backward", "all_reduce", 1, 64 * 64 * 4)
     for case in ("sharded_cross_entropy", "sharded_cross_entropy_frozen"):
         facts = 48 * 3 * 4
-        assert sent(rows, case, "onepass") == [forward(5, 32 + 40 + facts), d_hidden]
-        assert sent(rows, case, "onepass-dtensor") == [forward(4, 40 + facts), d_hidden]
+        assert sent(rows, case, "onepass") == [forward(5, 32 + 56 + facts), d_hidden]
+        assert sent(rows, case, "onepass-dtensor") == [forward(4, 56 + facts), d_hidden]
         assert sent(rows, case, "gathered-logits") == [forward(1, 64 * 4096 * 4), d_hidden]
         assert sent(rows, case, "gathered-head") == [forward(1, 4096 * 64 * 4)]
         three = ("forward", "all_reduce", 3, 3 * 64 * 4)
         assert sent(rows, case, "loss-parallel") == [three, d_hidden]
     kl, every = 48 * 6 * 4, 48 * 11 * 4
-    assert sent(rows, "sharded_kl", "onepass") == [forward(6, 64 + 40 + kl), d_hidden]
-    assert sent(rows, "sharded_statistics", "onepass") == [forward(5, 72 + every), d_hidden]
+    assert sent(rows, "sharded_kl", "onepass") == [forward(6, 64 + 56 + kl), d_hidden]
+    assert sent(rows, "sharded_statistics", "onepass") == [forward(5, 88 + every), d_hidden]
 
 
 def tables(folder: Path, rank: int) -> None:
@@ -173,7 +173,7 @@ def rows_in_shards(folder: Path, rank: int) -> None:
         loss = cross_entropy(LazyLogits(hidden, head), torch.arange(8) % 6)
     with counted(backward):
         loss.backward()
-    assert forward == [Collective("all_gather", 3, 4 * 4 * 4 + 40 + 8 * 3 * 4)]
+    assert forward == [Collective("all_gather", 3, 4 * 4 * 4 + 56 + 8 * 3 * 4)]
     assert backward == [Collective("all_reduce", 1, 8 * 4 * 4)]
     grad: Any = hidden.grad
     assert grad.to_local().shape == (4, 4)
