@@ -40,8 +40,6 @@ class Mass(NamedTuple):
         own = rest.gather(0, holder).squeeze(0)
         whole = (own + others).masked_fill(highest.isinf(), torch.nan)
         log_share = gap + torch.where(empty, 0.0, rest.log1p()) - whole.log1p()
-        # The holder's own from what the others have: exact however little that is.
-        log_share = torch.where(first, -torch.log1p(others / (1 + own)), log_share)
         return cls(highest, whole, first, mass / (1 + whole), log_share)
 
     @property

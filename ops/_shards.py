@@ -163,7 +163,7 @@ def check_alike(
         "number of rows": n_rows,
         "dtype": FLOATS.index(like.dtype),
         "max_slab_bytes (rows of a slab)": slab_rows,
-        "call (facts, gradients, caps, mode; a checksum)": zlib.crc32(repr(how).encode()),
+        "call (a checksum of facts, gradients, caps and mode)": zlib.crc32(repr(how).encode()),
     }
     mine = torch.tensor([0, *numbers.values(), 0, 0], device=like.device)
     if labels is not None:

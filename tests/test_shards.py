@@ -3,6 +3,7 @@ backward, is that of the whole one, and what goes between the ranks is a few num
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -273,6 +274,45 @@ def test_rows_with_inf(ruled_out: str, impl: str, monkeypatch: pytest.MonkeyPatc
         for name, value, truth in zip(("top", "rest", *FACTS), found, wanted, strict=False):
             if name in ("lse", "logp", "entropy", "sum_sq_probs") or ruled_out in columns:
                 torch.testing.assert_close(value, truth, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("lost", [1e-7, 1e-3, 0.4])
+def test_columns_that_one_side_rules_out(lost: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KL where the rows are equal but for a shard of columns that have no probability on one side:
+    -log(1 - lost), and infinite the other way; cross-entropies too."""
+    gen = torch.Generator().manual_seed(15)
+    z = torch.randn(4, 20, generator=gen)
+    shift = (
+        torch.tensor(lost / (1 - lost)).log() + z[:, :12].logsumexp(-1) - z[:, 12:].logsumexp(-1)
+    )
+    z[:, 12:] += shift[:, None]
+    t = z.clone()
+    t[:, 12:] = -torch.inf
+    want = ["cross_entropy", "kl", "reverse_kl"]
+    rest: list[Any] = [None, False, want, 0.5]
+    for sizes in ((12, 8), (5, 7, 8)):
+        outputs = on_logits("vocab_pair_stats", [z[None], t], rest, sizes, "torch", monkeypatch)
+        exact = torch.full((1, 4), -lost, dtype=torch.float64).log1p().neg()
+        torch.testing.assert_close(outputs[7].double(), exact, rtol=3e-6 + 3e-7 / lost, atol=0)
+        assert (outputs[8] == torch.inf).all()
+        outputs = on_logits("vocab_pair_stats", [t[None], z], rest, sizes, "torch", monkeypatch)
+        assert (outputs[6] == torch.inf).all() and (outputs[7] == torch.inf).all()
+        of_probs: list[Any] = [None, True, ["cross_entropy"], 0.5]
+        q = z.softmax(-1)
+        outputs = on_logits("vocab_pair_stats", [t[None], q], of_probs, sizes, "torch", monkeypatch)
+        assert (outputs[6] == torch.inf).all()
+
+
+def test_equal_rows_are_at_rest(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divergences of rows that differ by a constant are 0, and no rounding makes them negative."""
+    gen = torch.Generator().manual_seed(16)
+    z = 5 * torch.randn(200 if impl == "torch" else 12, 37, generator=gen)
+    for offset in (0.0, 0.3, 7.0):
+        rest: list[Any] = [None, False, ["kl", "reverse_kl", "jsd"], 0.5]
+        pair = [z[None], z + offset]
+        outputs = on_logits("vocab_pair_stats", pair, rest, (3, 20, 14), impl, monkeypatch)
+        for fact in outputs[7:10]:
+            assert fact.min() >= (-1e-9 if fact is outputs[9] else 0) and fact.max() < 1e-6
 
 
 # ---------------------------------------------------------------- losses
@@ -549,6 +589,19 @@ def test_parts_that_make_no_head(monkeypatch: pytest.MonkeyPatch) -> None:
     def one_is_wrong(rank: int, ranks: Ranks) -> None:
         LazyLogits(hidden, weight if rank else "weight", process_group=ranks)  # type: ignore[arg-type]
 
+    def bias_is_wrong(rank: int, ranks: Ranks) -> None:
+        bias = torch.randn(V - rank)
+        LazyLogits(hidden, weight, bias, process_group=ranks)
+
+    assert "bias must be [V] = (37,)" in str(refused(2, bias_is_wrong, monkeypatch)[1])
+
+    def below_0(rank: int, ranks: Ranks) -> None:
+        LazyLogits(hidden, weight, process_group=ranks, vocab_offset=-1 if rank else None)
+
+    assert "vocab_offset must be an int of 0 or more: got -1" in str(
+        refused(2, below_0, monkeypatch)[1]
+    )
+
     own, other = refused(2, one_is_wrong, monkeypatch)
     assert "weight must be a torch.Tensor: got str" in str(own)
     assert "rank 1: another rank of the group refuses" in str(other)
@@ -564,8 +617,8 @@ def test_ranks_that_do_not_do_the_same(what: str, monkeypatch: pytest.MonkeyPatc
         hidden = case.hidden[: 1 if odd and what == "number of rows" else 2]
         labels = case.labels[: len(hidden)].clone()
         dtype = torch.float64 if odd and what == "dtype" else torch.float32
-        if odd and what == "labels":
-            labels[0, 0] = 4
+        if odd and what == "labels":  # the same ones, elsewhere
+            labels = labels.flip(1)
         slab = 4 * V * (2 if odd and what == "max_slab_bytes" else 1)
         own = case.weight.split([19, 18])[rank].to(dtype).requires_grad_(odd and what == "call")
         z = LazyLogits(hidden.to(dtype), own, process_group=ranks, max_slab_bytes=8 * slab)
@@ -575,6 +628,41 @@ def test_ranks_that_do_not_do_the_same(what: str, monkeypatch: pytest.MonkeyPatc
         said = str(error)
         assert said.startswith(f"rank {rank}: ranks that share a vocabulary must")
         assert what in said and "on rank 0" in said and "on rank 1" in said
+
+
+def test_labels_that_no_rank_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case()
+    case.labels[1, 2] = V
+
+    def call(rank: int, ranks: Ranks) -> None:
+        z = LazyLogits(case.hidden, case.weight.split([19, 18])[rank], process_group=ranks)
+        onepass.vocab_stats(z, case.labels)
+
+    ranks = Ranks(2, monkeypatch)
+    with pytest.raises(IndexError, match=r"labels\[5\] is 37: wanted 0 <= label < 37"):
+        ranks.run(lambda rank: call(rank, ranks))
+    assert all(isinstance(error, IndexError) for error in ranks.raised)
+    from onepass.ops._shards import ELSEWHERE, Shard
+
+    ids = torch.tensor([18, 19, 36, 37, -1, -100])
+    assert Shard("", (19, 18), 1).labels(ids).tolist() == [ELSEWHERE, 0, 17, -1, -1, -100]  # type: ignore[union-attr]
+    assert Shard("", (19, 18), 0).ids(None, ids)[1].tolist() == [18, -100, -100, -1, -1, -100]
+
+
+def test_sums_of_unlike_shards_are_made_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case()
+
+    def call(rank: int) -> tuple[Tensor, str]:
+        z: Any = LazyLogits(case.hidden, case.weight.split([19, 18])[rank], process_group=ranks)
+        whole: Any = LazyLogits(case.hidden, case.weight)
+        with warnings.catch_warnings(action="ignore", category=onepass.MaterializedWarning):
+            both = z + whole
+        return both, type(both).__name__
+
+    ranks = Ranks(2, monkeypatch)
+    for both, kind in ranks.run(call):
+        assert kind == "Tensor"
+        torch.testing.assert_close(both, 2 * case.hidden @ case.weight.T)
 
 
 def test_what_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:

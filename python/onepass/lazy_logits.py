@@ -133,7 +133,7 @@ class LazyLogits(Lazy):
         mesh_dim: str | int | None = None,
     ) -> LazyLogits:
         given, where = (hidden, weight, bias), (process_group, vocab_offset, mesh_dim)
-        (hidden, weight, bias), shard = own_part(given, *where, check_part)
+        (hidden, weight, bias), shard = own_part(given, *where, bool(compact), check_part)
         with all_refuse(shard if compact else None, weight):  # who uses the logits would wait
             check_head(hidden, weight, bias, part=shard is not None)
             check_options(softcap, scale, temperature, max_slab_bytes, compact, mode)

@@ -248,8 +248,10 @@ def sums_over(group: Any, *numbers: Tensor) -> Tensor:
 
 def refuse(group: Any, like: object, n: int) -> None:
     """Comes to the others' collective of n numbers and says so: they would wait for this rank."""
-    if group is not None and group.size() > 1 and isinstance(like, Tensor):
-        told = torch.zeros(n + 1, dtype=torch.float64, device=like.device)
+    if group is not None and group.size() > 1:
+        device: Any = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+        device = like.device if isinstance(like, Tensor) else device
+        told = torch.zeros(n + 1, dtype=torch.float64, device=device)
         told[-1] = 1
         dist.all_reduce(told, group=group)
 

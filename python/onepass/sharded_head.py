@@ -15,6 +15,7 @@ from torch import Tensor
 from .ops._check import check_floating
 from .ops._dtensor import is_dtensor, shard_of
 from .ops._shards import Shard, laid_out, summed_gradient, this_rank
+from .ops._together import all_refuse
 
 Parts = tuple[Tensor, Tensor, Tensor | None]  # hidden states, weight, bias
 
@@ -24,10 +25,12 @@ def own_part(
     process_group: Any,
     vocab_offset: int | None,
     mesh_dim: str | int | None,
+    agrees: bool,
     check: Callable[..., None],
 ) -> tuple[Parts, Shard | None]:
     """This rank's part of a head and its hidden states, and which part it is; all of it and None
-    where the head is not sharded. `check` raises for parts that make no logits."""
+    where the head is not sharded. `agrees`: the ranks agree to a call before they make it; `check`
+    raises for parts that make no logits."""
     hidden, weight, bias = parts
     if is_dtensor(weight):
         if process_group is not None or vocab_offset is not None:
@@ -35,7 +38,7 @@ def own_part(
                 "a DTensor knows its process group and its place: leave process_group and "
                 "vocab_offset out"
             )
-        return _of_dtensor(hidden, weight, bias, mesh_dim)
+        return _of_dtensor(hidden, weight, bias, mesh_dim, agrees)
     if process_group is None:
         if vocab_offset is not None or mesh_dim is not None:
             name = "mesh_dim" if vocab_offset is None else "vocab_offset"
@@ -69,17 +72,25 @@ def _of_group(
 
 
 def _of_dtensor(
-    hidden: Any, weight: Any, bias: Any, mesh_dim: str | int | None
+    hidden: Any, weight: Any, bias: Any, mesh_dim: str | int | None, agrees: bool
 ) -> tuple[Parts, Shard | None]:
-    check_floating("hidden", hidden)
     shard = shard_of("the head", weight, 0, mesh_dim)
-    group = None if shard is None else shard.group
+    with all_refuse(shard if agrees else None, weight):
+        return _parts(hidden, weight, bias, shard), shard
+
+
+def _parts(hidden: Any, weight: Any, bias: Any, shard: Shard | None) -> Parts:
+    check_floating("hidden", hidden)
     if is_dtensor(hidden):
-        rows = _whole_rows(hidden, group)
+        rows = _whole_rows(hidden, None if shard is None else shard.group)
     else:
-        rows = hidden if group is None else summed_gradient(hidden, group)
-    own = _own_rows(weight, hidden)
+        rows = hidden if shard is None else summed_gradient(hidden, shard.group)
     if is_dtensor(bias):
+        if shard_of("the bias", bias, 0) != shard:
+            raise ValueError(
+                f"{this_rank()}: the bias must be sharded as its weight, or a whole tensor: got "
+                f"{list(bias.placements)}"
+            )
         bias = _own_rows(bias, hidden)
     elif bias is not None and shard is not None:
         if bias.requires_grad:
@@ -88,7 +99,7 @@ def _of_dtensor(
                 f"{tuple(bias.shape)}"
             )
         bias = shard.columns(bias)
-    return (rows, own, bias), shard
+    return rows, _own_rows(weight, hidden), bias
 
 
 def _groups(tensor: Any) -> list[str]:

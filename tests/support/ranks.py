@@ -91,7 +91,7 @@ class Ranks:
                 if self._arrived == self.n:
                     self._arrived, self._meeting = 0, meeting + 1
                     self._met.notify_all()
-                self._met.wait_for(lambda: self._meeting != meeting or self._left, timeout=20)
+                self._met.wait_for(lambda: self._meeting != meeting or self._left, timeout=60)
                 if self._meeting == meeting:
                     raise Alone("the other ranks do not come to this collective")
         finally:
