@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZE_LIMIT = 660_000  # Liger's is 910; a system, losses to command, is up to 100 kB of it
+SIZE_LIMIT = 720_000  # Liger's is 910; a system, losses to command, is up to 100 kB of it
 
 # A bare machine (a GPU box with torch and pytest alone) cannot build; the `test` extra brings this.
 pytest.importorskip("setuptools", minversion="77", reason="builds need setuptools>=77")
