@@ -191,9 +191,12 @@ def linear_losses() -> None:
     hidden, weight, _, labels = parts()
     head = distribute_tensor(weight, mesh_of_all(), [Shard(0)])
     flat, target = hidden.view(-1, D), labels.view(-1)
-    got = onepass.linear_cross_entropy(flat, head, target)
-    wanted = onepass.linear_cross_entropy(flat, weight, target)
-    torch.testing.assert_close(got, wanted)
+    for loss in (
+        onepass.linear_cross_entropy,
+        onepass.compat.cce.linear_cross_entropy,
+        lambda x, w, y: onepass.compat.liger.LigerFusedLinearCrossEntropyLoss()(w, x, y),
+    ):
+        torch.testing.assert_close(loss(flat, head, target), loss(flat, weight, target))
 
 
 def meshes_of_two() -> None:
