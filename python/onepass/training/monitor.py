@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..cli.files import replace_text, strict_json
 from ..cli.terminal import StopRequest, progress_bar, quiet_libraries
-from .processes import is_sharded
+from .processes import forget_measuring, is_sharded
 from .run_folder import METRICS, STATE, RunFolder, latest_checkpoint, tell
 
 
@@ -123,7 +123,9 @@ def forget_evaluation(trainer: Any) -> None:
     """To be called before a training over several processes: an evaluation marks the model as
     prepared, and the training would leave DDP away, each process with gradients of its own; under
     FSDP2 it leaves the head whole, and a checkpoint is loaded into shards."""
-    if is_sharded(trainer):
+    if trainer.is_deepspeed_enabled:
+        forget_measuring(trainer)
+    elif is_sharded(trainer):
         for module in trainer.model.modules():
             if hasattr(module, "reshard"):
                 module.reshard()
