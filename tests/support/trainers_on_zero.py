@@ -45,34 +45,35 @@ def cases(truths: Path, folder: Path) -> dict[str, Callable[[], None]]:
         found[name] = run
 
     for system in ("circuit_breaker", "dpo", "jigsaw"):
-        of = {"of": f"{system}_measured", "measures": True}
-        add(f"{system}-resumed", two.resumes, 3, system, truths, folder / system, **of)
-    of = {"of": "dpo_measured", "measures": True}
+        add(f"{system}-resumed", two.resumes, 3, system, truths, folder / system,
+            of=f"{system}_measured", measures=True, **two.CHECKPOINTED)  # fmt: skip
     precomputed = {"dpo": {"precompute_ref_log_probs": True}}
-    at = folder / "precomputed"
-    add("dpo-precomputed", two.same_as, 3, "dpo", truths, at, **of, **precomputed)
-    add("dpo-zero2", two.same_as, 2, "dpo", truths, folder / "zero2", **of)
+    add("dpo-precomputed", two.same_as, 3, "dpo", truths, folder / "precomputed", **precomputed)
     add("dpo-all_weights", two.same_as, 3, "dpo", truths, folder / "all", "all_weights", rank=0,
         **precomputed)  # fmt: skip
-    add("circuit_breaker-zero2", two.same_as, 2, "circuit_breaker", truths, folder / "cb2", frozen=True)
-    add("circuit_breaker-checkpointed", two.same_as, 3, "circuit_breaker", truths, folder / "cbc", **two.CHECKPOINTED)
-    add("circuit_breaker-reentrant", two.same_as, 3, "circuit_breaker", truths, folder / "cbr", **two.REENTRANT)
-    add("jigsaw-checkpointed", two.same_as, 3, "jigsaw", truths, folder / "jc", **two.CHECKPOINTED)
+    add("dpo-zero2", two.same_as, 2, "dpo", truths, folder / "zero2", "dpo_measured",
+        measures=True)  # fmt: skip
+    add("circuit_breaker-zero2", two.same_as, 2, "circuit_breaker", truths, folder / "copy",
+        frozen=True)  # fmt: skip
+    at = folder / "refused"
+    add("circuit_breaker-reentrant", two.refuses, 3, "circuit_breaker", at, RuntimeError,
+        "use_reentrant=True on several processes", **two.REENTRANT)  # fmt: skip
     for system, options in (("circuit_breaker", {"frozen": True}), ("dpo", {"rank": 0})):
-        add(f"{system}-refused", two.refuses, 3, system, folder / "r", ValueError,
+        add(f"{system}-own_reference", two.refuses, 3, system, at, ValueError,
             "ZeRO-3: a reference of its own would stand whole", **options)  # fmt: skip
     return found
 
 
+CASES = list(cases(Path(), Path()))
+
+
+def main(rank: int, rendezvous: str, truths: str, folder: str) -> None:
+    # accelerate and DeepSpeed ask
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    join(rank, rendezvous)
+    answer(cases(Path(truths), Path(folder)), Path(folder), rank)
+    leave()
+
+
 if __name__ == "__main__":
-    if os.environ["WORLD_SIZE"] == "1":
-        del os.environ["LOCAL_RANK"]
-        two.truths(Path(sys.argv[3]))
-    else:
-        os.environ |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-        join(int(sys.argv[1]), sys.argv[2])
-        every = cases(Path(sys.argv[3]), Path(sys.argv[4]))
-        if len(sys.argv) > 5:
-            every = {n: c for n, c in every.items() if n in sys.argv[5:]}
-        answer(every, Path(sys.argv[4]), int(sys.argv[1]))
-        leave()
+    main(int(sys.argv[1]), *sys.argv[2:])

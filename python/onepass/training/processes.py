@@ -85,6 +85,9 @@ def forget_measuring(trainer: Any) -> None:
         return
     if engine is not trainer.model:
         engine.destroy()
+        for module in trainer.model.modules():  # kept, they would be of this engine in the next
+            for name in ("pre_bwd_fn", "post_bwd_fn"):
+                module.__dict__.pop(name, None)
     trainer.accelerator.free_memory()
     trainer.model_wrapped, trainer.deepspeed = trainer.model, None
 
@@ -157,9 +160,9 @@ def _full(parameter: Any) -> Any:
 
 def fails_twice(model: nn.Module) -> bool:
     """Whether reentrant checkpoints fail a model that runs twice in one backward: DDP averages a
-    weight's gradient at each of them, and so not the sum; FSDP2's hooks end in a segmentation fault
+    weight's gradient at each of them, and so not the sum, and DeepSpeed wants it once; FSDP2's hooks end in a segmentation fault
     where transformers (below 5.2x) calls them inside of the checkpoint."""
-    is_ddp = type(model).__name__ == "DistributedDataParallel"
+    is_ddp = type(model).__name__ in ("DistributedDataParallel", "DeepSpeedEngine")
     if not is_ddp and not hasattr(model, "reshard"):
         return False
     for module in model.modules():
