@@ -1,8 +1,7 @@
-"""The three trainers under DeepSpeed's ZeRO on two processes, against `trainers_on_two`'s truths."""
+"""The three trainers under DeepSpeed's ZeRO on two processes, against the truths of one."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
@@ -12,7 +11,7 @@ from typing import Any
 
 os.environ |= {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
 warnings.simplefilter("ignore")  # torch's, of what DeepSpeed calls
-import deepspeed  # noqa: E402
+import deepspeed  # noqa: E402, F401
 from accelerate.state import AcceleratorState  # noqa: E402
 
 from . import trainers_on_two as two  # noqa: E402
@@ -62,9 +61,6 @@ def cases(truths: Path, folder: Path) -> dict[str, Callable[[], None]]:
         add(f"{system}-own_reference", two.refuses, 3, system, at, ValueError,
             "ZeRO-3: a reference of its own would stand whole", **options)  # fmt: skip
     return found
-
-
-CASES = list(cases(Path(), Path()))
 
 
 def main(rank: int, rendezvous: str, truths: str, folder: str) -> None:

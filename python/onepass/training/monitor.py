@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..cli.errors import Failed
 from ..cli.files import replace_text, strict_json
 from ..cli.terminal import StopRequest, progress_bar, quiet_libraries
 from .processes import forget_measuring, is_sharded
@@ -31,11 +32,17 @@ def fit(trainer: Any, run: RunFolder) -> None:
 
     Raises:
         Stopped: Ctrl-C came; a second one raises KeyboardInterrupt at once.
+        Failed: the training had ended, and the checkpoint is DeepSpeed's.
     """
     for theirs in (PrinterCallback, ProgressCallback):  # they print to stdout
         trainer.remove_callback(theirs)
     forget_evaluation(trainer)
     if run.checkpoint is not None and _is_finished(run.checkpoint):
+        if trainer.is_deepspeed_enabled:
+            raise Failed(
+                f"the training had come to its end at {run.checkpoint.name}, which DeepSpeed loads"
+                " only to train on: raise --max_steps or --num_train_epochs"
+            )
         tell(f"the training had come to its end at {run.checkpoint.name}")
         trainer._load_from_checkpoint(str(run.checkpoint))
         return

@@ -26,7 +26,7 @@ FAILED = ("gloo/", "NCCL", "ProcessGroup", "Connection closed by peer")  # in a 
 
 NO_SECOND = (
     "FSDP1 and ZeRO-3: a reference of its own would stand whole on every device: shard with FSDP2,"
-    " train an adapter, whose reference is the model without it, or precompute it (FSDP1: on one GPU)"
+    " train an adapter, whose reference is the model without it, or precompute it"
 )
 
 
@@ -125,7 +125,12 @@ def is_sharded(trainer: Any) -> bool:
 
 def whole_state(trainer: Any) -> dict[str, torch.Tensor]:
     """All weights, gathered on the main process, of a sharded model too; to be called on all."""
-    state: dict[str, torch.Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    state: dict[str, torch.Tensor]
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        # accelerate's, also where the configuration has no checkpoint save the weights whole
+        state = trainer.deepspeed._zero3_consolidated_16bit_state_dict()
+    else:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return state
 
 
@@ -140,9 +145,7 @@ def _gathered(module: Any) -> Any:
     made: Any = object.__new__(type(module))  # FSDP2's modules cannot be copied
     made.__dict__.update(module.__dict__)
     made._forward_hooks, made._forward_pre_hooks = OrderedDict(), OrderedDict()
-    made._parameters = {
-        name: _full(value) for name, value in module._parameters.items()
-    }
+    made._parameters = {name: _full(value) for name, value in module._parameters.items()}
     made._modules = {name: _gathered(child) for name, child in module._modules.items()}
     return made
 
@@ -160,8 +163,8 @@ def _full(parameter: Any) -> Any:
 
 def fails_twice(model: nn.Module) -> bool:
     """Whether reentrant checkpoints fail a model that runs twice in one backward: DDP averages a
-    weight's gradient at each of them, and so not the sum, and DeepSpeed wants it once; FSDP2's hooks end in a segmentation fault
-    where transformers (below 5.2x) calls them inside of the checkpoint."""
+    weight's gradient at each of them, and so not the sum, and DeepSpeed wants it once;
+    FSDP2's hooks end in a segmentation fault where transformers (below 5.2x) calls them inside of the checkpoint."""
     is_ddp = type(model).__name__ in ("DistributedDataParallel", "DeepSpeedEngine")
     if not is_ddp and not hasattr(model, "reshard"):
         return False
