@@ -164,7 +164,8 @@ def _full(parameter: Any) -> Any:
 def fails_twice(model: nn.Module) -> bool:
     """Whether reentrant checkpoints fail a model that runs twice in one backward: DDP averages a
     weight's gradient at each of them, and so not the sum, and DeepSpeed wants it once;
-    FSDP2's hooks end in a segmentation fault where transformers (below 5.2x) calls them inside of the checkpoint."""
+    FSDP2's hooks end in a segmentation fault where transformers (below 5.2x) calls them inside of
+    the checkpoint."""
     is_ddp = type(model).__name__ in ("DistributedDataParallel", "DeepSpeedEngine")
     if not is_ddp and not hasattr(model, "reshard"):
         return False
