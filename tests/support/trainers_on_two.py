@@ -253,7 +253,7 @@ def resumes(
     """From a checkpoint, a new trainer goes on with the same curve."""
     every = {"save_strategy": "steps", "save_steps": 2}
     same_as(system, truths, folder, of, measures=measures, **every, **options)
-    if "FSDP_VERSION" not in os.environ and not LOADS_ON_CPU:
+    if "FSDP_VERSION" not in os.environ and "deepspeed" not in options and not LOADS_ON_CPU:
         return  # transformers cannot
     with warnings.catch_warnings(), one_noise():
         warnings.simplefilter("ignore")

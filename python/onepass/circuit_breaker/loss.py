@@ -141,7 +141,7 @@ def rerouting_loss(
     if min(coefficients) > 0 and fails_twice(model):
         raise RuntimeError(
             "gradient checkpointing with use_reentrant=True on several processes: a step runs the"
-            " model twice, of which DDP would average one gradient alone; pass"
+            " model twice, and DDP and DeepSpeed take a weight's gradient once; pass"
             " gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
     n_blocks = len(blocks_of(model))

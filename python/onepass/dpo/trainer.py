@@ -259,7 +259,7 @@ class DPOTrainer(Trainer):
                 raise ValueError("sync_ref_model: is not for FSDP and DeepSpeed: leave it out")
             self.add_callback(SyncReference(self))
         if self.precomputes:
-            check_reference(self)
+            check_reference(self, is_itself=True)
             self.train_dataset = self.precompute(train_dataset)
             self.eval_dataset = self.precompute(eval_dataset)
             self.ref_model = None

@@ -22,14 +22,13 @@ def embedding_rows(model: nn.Module) -> Iterator[Tensor]:
         ValueError: a model without input embeddings.
     """
     getter: Any = getattr(model, "get_input_embeddings", None)
-    layer: Any = None if getter is None else getter()
+    layer: Any = None if getter is None else whole(getter())
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(
             f"{type(model).__name__} has no input embeddings: wanted get_input_embeddings() to"
             " return a layer with a weight [V, D]"
         )
-    layer = whole(layer)
     for start in range(0, weight.shape[0], ROWS):
         ids = torch.arange(start, min(start + ROWS, weight.shape[0]), device=weight.device)
         yield layer(ids)

@@ -29,6 +29,7 @@ from ..training.hidden_states import (
     training_mode,
     without_adapter,
 )
+from ..zero3 import shape_of
 from .cloak import CloakOutput, TransformerCloak
 from .input_losses import positions
 
@@ -152,15 +153,16 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         kind = type(inner).__name__
         if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
             raise ValueError(f"{kind} has an encoder: wanted a causal language model")
-        if not isinstance(weight, Tensor) or weight.dim() != 2:
+        if not isinstance(weight, Tensor) or len(shape_of(weight)) != 2:
             raise ValueError(
                 f"{kind} has no input embeddings: wanted get_input_embeddings() to return a layer"
                 " with a weight [V, D]"
             )
-        if weight.shape[1] != cloak.hidden_size:
+        width = shape_of(weight)[1]
+        if width != cloak.hidden_size:
             raise ValueError(
                 f"the transform is for embeddings of size {cloak.hidden_size}, those of {kind} have"
-                f" {weight.shape[1]}: make one with TransformerCloak.from_model"
+                f" {width}: make one with TransformerCloak.from_model"
             )
         n_layers = len(blocks_of(base_model))
         layer = _layer_of(distillation_layer_index, n_layers)
@@ -282,18 +284,18 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         shape, dtype = tuple(input_ids.shape), input_ids.dtype
         if dtype not in (torch.int64, torch.int32) or len(shape) != 2 or 0 in shape:
             raise ValueError(f"input_ids must be integers [B, S], not empty: got {dtype} {shape}")
-        weight = self._embedding_layer().weight
+        vocabulary, width = shape_of(self._embedding_layer().weight)
         if values_checked(input_ids):
             low, high = int(input_ids.min()), int(input_ids.max())
-            if low < 0 or high >= weight.shape[0]:
+            if low < 0 or high >= vocabulary:
                 raise ValueError(
-                    f"input_ids must be from 0 to {weight.shape[0] - 1}, the vocabulary: got"
+                    f"input_ids must be from 0 to {vocabulary - 1}, the vocabulary: got"
                     f" {low if low < 0 else high}"
                 )
         check_weights("attention_mask", attention_mask, shape)
         check_weights("loss_mask", loss_mask, shape)
         if noise_mask is not None:
-            positions(noise_mask, (*shape, weight.shape[1]))
+            positions(noise_mask, (*shape, width))
         masks = {
             "attention_mask": attention_mask,
             "noise_mask": noise_mask,

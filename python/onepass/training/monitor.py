@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..cli.errors import Failed
 from ..cli.files import replace_text, strict_json
 from ..cli.terminal import StopRequest, progress_bar, quiet_libraries
-from .processes import is_sharded
+from .processes import forget_measuring, is_sharded
 from .run_folder import METRICS, STATE, RunFolder, latest_checkpoint, tell
 
 
@@ -31,11 +32,17 @@ def fit(trainer: Any, run: RunFolder) -> None:
 
     Raises:
         Stopped: Ctrl-C came; a second one raises KeyboardInterrupt at once.
+        Failed: the training had ended, and the checkpoint is DeepSpeed's.
     """
     for theirs in (PrinterCallback, ProgressCallback):  # they print to stdout
         trainer.remove_callback(theirs)
     forget_evaluation(trainer)
     if run.checkpoint is not None and _is_finished(run.checkpoint):
+        if trainer.is_deepspeed_enabled:
+            raise Failed(
+                f"the training had come to its end at {run.checkpoint.name}, which DeepSpeed loads"
+                " only to train on: raise --max_steps or --num_train_epochs"
+            )
         tell(f"the training had come to its end at {run.checkpoint.name}")
         trainer._load_from_checkpoint(str(run.checkpoint))
         return
@@ -123,7 +130,9 @@ def forget_evaluation(trainer: Any) -> None:
     """To be called before a training over several processes: an evaluation marks the model as
     prepared, and the training would leave DDP away, each process with gradients of its own; under
     FSDP2 it leaves the head whole, and a checkpoint is loaded into shards."""
-    if is_sharded(trainer):
+    if trainer.is_deepspeed_enabled:
+        forget_measuring(trainer)
+    elif is_sharded(trainer):
         for module in trainer.model.modules():
             if hasattr(module, "reshard"):
                 module.reshard()

@@ -4,6 +4,7 @@ beside them, weights gathered whole, and who is lost where a collective fails.""
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ import torch
 from torch import distributed, nn
 
 from ..cli.errors import one_line
+from ..zero3 import is_released
 from .run_folder import n_processes
 
 ANSWER = 3.0  # seconds in which a process that lives says so
@@ -24,17 +26,21 @@ FAILED = ("gloo/", "NCCL", "ProcessGroup", "Connection closed by peer")  # in a 
 
 NO_SECOND = (
     "FSDP1 and ZeRO-3: a reference of its own would stand whole on every device: shard with FSDP2,"
-    " train an adapter, whose reference is the model without it, or precompute on one GPU"
+    " train an adapter, whose reference is the model without it, or precompute it"
 )
 
 
 def shard_now(trainer: Any, *methods: str) -> None:
-    """Shard the model under FSDP2 before the training does, so that it can be measured; elsewhere
-    nothing. accelerate does so only together with an optimizer: the training takes both.
+    """Shard the model under FSDP2 before the training does, so that it can be measured. accelerate
+    does so only together with an optimizer: the training takes both. Under DeepSpeed, until
+    `forget_measuring`, what is measured has no optimizer: ZeRO-3's shards, else whole weights.
+    Elsewhere nothing.
 
     `methods`: what else of the model is called from outside, beside its forward.
     """
     accelerator = trainer.accelerator
+    if trainer.is_deepspeed_enabled and trainer.deepspeed is None:
+        _measure_without_optimizer(trainer)
     if not getattr(accelerator, "is_fsdp2", False) or accelerator._models:
         return
     trainer.create_optimizer()
@@ -53,6 +59,39 @@ def shard_now(trainer: Any, *methods: str) -> None:
     accelerator.prepare = once
 
 
+def _measure_without_optimizer(trainer: Any) -> None:
+    accelerator, model = trainer.accelerator, trainer.model
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin.zero_stage < 3:  # transformers would refuse it
+        trainer._measuring = trainer.deepspeed = model.to(trainer.args.device)
+        accelerator._models.append(model)
+        return
+    from transformers.integrations.deepspeed import deepspeed_init
+
+    config = plugin.deepspeed_config
+    before = copy.deepcopy(config)
+    config.pop("scheduler", None)
+    deepspeed_init(trainer, num_training_steps=0, inference=True)
+    engine = accelerator.prepare(model)
+    trainer._measuring = trainer.deepspeed = trainer.model_wrapped = engine
+    config.clear()  # the training's optimizer and scheduler, and what is "auto"
+    config.update(before)
+
+
+def forget_measuring(trainer: Any) -> None:
+    """To be called before a training under DeepSpeed: its engine comes with an optimizer."""
+    engine = trainer.__dict__.pop("_measuring", None)
+    if engine is None:
+        return
+    if engine is not trainer.model:
+        engine.destroy()
+        for module in trainer.model.modules():  # kept, they would be of this engine in the next
+            for name in ("pre_bwd_fn", "post_bwd_fn"):
+                module.__dict__.pop(name, None)
+    trainer.accelerator.free_memory()
+    trainer.model_wrapped, trainer.deepspeed = trainer.model, None
+
+
 def prepare_reference(trainer: Any, reference: nn.Module) -> nn.Module:
     """A frozen model as the engine has the trained one: sharded by FSDP2, else on the device and
     under its autocast.
@@ -69,13 +108,13 @@ def prepare_reference(trainer: Any, reference: nn.Module) -> nn.Module:
     return accelerator.prepare_model(reference, evaluation_mode=True)  # type: ignore[no-any-return]
 
 
-def check_reference(trainer: Any) -> None:
+def check_reference(trainer: Any, is_itself: bool = False) -> None:
     """ValueError for a reference of its own under FSDP1 or ZeRO-3, which keep no second model in
-    shards."""
+    shards; `is_itself`: for the model before its training under FSDP1, which does not shard it."""
     if not is_sharded(trainer) or getattr(trainer.accelerator, "is_fsdp2", False):
         return
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if plugin is None or plugin.zero_stage == 3:
+    if plugin is None or plugin.zero_stage == 3 and not is_itself:
         raise ValueError(NO_SECOND)
 
 
@@ -86,14 +125,19 @@ def is_sharded(trainer: Any) -> bool:
 
 def whole_state(trainer: Any) -> dict[str, torch.Tensor]:
     """All weights, gathered on the main process, of a sharded model too; to be called on all."""
-    state: dict[str, torch.Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    state: dict[str, torch.Tensor]
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        # accelerate's, also where the configuration has no checkpoint save the weights whole
+        state = trainer.deepspeed._zero3_consolidated_16bit_state_dict()
+    else:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return state
 
 
 def whole(module: Any) -> Any:
-    """The module; where FSDP2 has it in shards, a copy with gathered weights and without hooks, to
-    be made on all processes. It is not for training."""
-    sharded = [p for p in module.parameters() if hasattr(p, "full_tensor")]
+    """The module; where FSDP2 or ZeRO-3 has it in shards, a copy with gathered weights and without
+    hooks, to be made on all processes. It is not for training."""
+    sharded = [p for p in module.parameters() if hasattr(p, "full_tensor") or is_released(p)]
     return _gathered(module) if sharded else module
 
 
@@ -101,19 +145,28 @@ def _gathered(module: Any) -> Any:
     made: Any = object.__new__(type(module))  # FSDP2's modules cannot be copied
     made.__dict__.update(module.__dict__)
     made._forward_hooks, made._forward_pre_hooks = OrderedDict(), OrderedDict()
-    made._parameters = {
-        name: value.detach().full_tensor() if hasattr(value, "full_tensor") else value
-        for name, value in module._parameters.items()
-    }
+    made._parameters = {name: _full(value) for name, value in module._parameters.items()}
     made._modules = {name: _gathered(child) for name, child in module._modules.items()}
     return made
 
 
+def _full(parameter: Any) -> Any:
+    if hasattr(parameter, "full_tensor"):
+        return parameter.detach().full_tensor()
+    if not is_released(parameter):
+        return parameter
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
 def fails_twice(model: nn.Module) -> bool:
     """Whether reentrant checkpoints fail a model that runs twice in one backward: DDP averages a
-    weight's gradient at each of them, and so not the sum; FSDP2's hooks end in a segmentation fault
-    where transformers (below 5.2x) calls them inside of the checkpoint."""
-    is_ddp = type(model).__name__ == "DistributedDataParallel"
+    weight's gradient at each of them, and so not the sum, and DeepSpeed wants it once;
+    FSDP2's hooks end in a segmentation fault where transformers (below 5.2x) calls them inside of
+    the checkpoint."""
+    is_ddp = type(model).__name__ in ("DistributedDataParallel", "DeepSpeedEngine")
     if not is_ddp and not hasattr(model, "reshard"):
         return False
     for module in model.modules():
