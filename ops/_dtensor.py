@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._shards import Shard, this_rank
+from ._shards import Shard, ranks_in, this_rank
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -36,12 +36,17 @@ def sharded_mesh_dim(
                 f"{this_rank()}: {name} has no mesh dimension {mesh_dim!r}: got {mesh} {have}"
             )
         wanted = names.index(mesh_dim)
+    elif mesh_dim is not None and not 0 <= mesh_dim < mesh.ndim:
+        raise ValueError(
+            f"{this_rank()}: {name} has no mesh dimension {mesh_dim}: got one of {mesh.ndim}"
+        )
     found = [d for d, placement in enumerate(placements) if not placement.is_replicate()]
     if len(found) > 1 or (wanted is not None and found != [wanted]):
         over = "one mesh dimension" if mesh_dim is None else f"mesh dimension {mesh_dim!r} alone"
         raise ValueError(
             f"{this_rank()}: {name} must be sharded over {over}: got {list(placements)}; "
-            "redistribute it (what FSDP shards is whole inside the model's forward)"
+            "redistribute it, or take this rank's rows, DTensor.from_local(x.to_local(), "
+            "mesh[dim], ...); what FSDP shards is whole inside the model's forward"
         )
     if not found:
         return None
@@ -79,6 +84,23 @@ def own_columns(name: str, logits: Tensor) -> tuple[Tensor, Shard | None]:
     return whole.to_local(), shard_of(name, whole, -1)
 
 
-def own_rows(rows: Any) -> Any:
-    """Labels or a mask, where they are a DTensor, as every rank has them."""
-    return rows.full_tensor() if is_dtensor(rows) else rows
+def mesh_ranks(tensor: Any) -> list[tuple[int, ...]]:
+    """Of every dimension of a DTensor's mesh, the ranks that this one shares it with."""
+    mesh = tensor.device_mesh
+    return [tuple(ranks_in(mesh.get_group(dim).group_name)) for dim in range(mesh.ndim)]
+
+
+def own_rows(rows: Any, logits: Tensor) -> Any:
+    """Labels or a mask, where they are a DTensor, for the rows that this rank has of the logits:
+    all of those over the ranks that share the vocabulary."""
+    if not is_dtensor(rows):
+        return rows
+    from torch.distributed.tensor import Replicate
+
+    head = getattr(logits, "onepass_head", None)
+    if head is None:
+        return rows.full_tensor()
+    ours = () if head.shard is None else tuple(ranks_in(head.shard.group))
+    both = zip(mesh_ranks(rows), rows.placements, strict=True)
+    wanted = [Replicate() if over == ours or p.is_partial() else p for over, p in both]
+    return rows.redistribute(placements=wanted).to_local()

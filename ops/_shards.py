@@ -46,6 +46,10 @@ class Shard(NamedTuple):
     def vocab_size(self) -> int:
         return sum(self.sizes)
 
+    def alike(self, other: Shard) -> bool:
+        """Whether the same ranks hold the same columns, whatever their group is called."""
+        return self.sizes == other.sizes and ranks_in(self.group) == ranks_in(other.group)
+
     def columns(self, of_all: Tensor | None, dim: int = -1) -> Tensor | None:
         """This rank's part of what holds all columns."""
         return None if of_all is None else of_all.narrow(dim, self.offset, self.size)
@@ -73,7 +77,15 @@ class Shard(NamedTuple):
         return dict(zip(parts, of_all.unbind(1), strict=True))
 
     def whole(self, mine: Tensor) -> Tensor:
-        """All columns [..., V] from every rank's own [..., V_r], differentiable."""
+        """All columns [..., V] from every rank's own [..., V_r], differentiable. ValueError on
+        every rank unless all have as many rows."""
+        n_rows = torch.tensor(mine.shape[:-1].numel(), device=mine.device)
+        came = all_gathered(n_rows, self.group).tolist()
+        if len(set(came)) > 1:
+            raise ValueError(
+                f"{this_rank()}: ranks that share a vocabulary must come with the same number of "
+                f"rows: got {on_ranks(self.group, came)}"
+            )
         made: Tensor = _Whole.apply(mine, self)  # type: ignore[no-untyped-call]
         return made
 
@@ -81,6 +93,11 @@ class Shard(NamedTuple):
 def group_named(name: str) -> Any:
     resolve: Any = torch.distributed.distributed_c10d._resolve_process_group
     return resolve(name)
+
+
+def ranks_in(group: str) -> list[int]:
+    """Its members, by their numbers among all processes."""
+    return torch.distributed.get_process_group_ranks(group_named(group))
 
 
 def rank_in(group: str) -> int:
@@ -181,9 +198,10 @@ def check_alike(
     names = (*numbers, "labels or mask (a checksum)", "weights of the vocabulary (a checksum)")
     for name, came in zip(names, of_all, strict=True):
         if len(set(came)) > 1:
+            told = [FLOATS[value] for value in came] if name == "dtype" else came
             raise ValueError(
                 f"{this_rank()}: ranks that share a vocabulary must come with the same {name}: "
-                f"got {on_ranks(shard.group, came)}"
+                f"got {on_ranks(shard.group, told)}"
             )
 
 
@@ -216,8 +234,7 @@ def this_rank() -> str:
 
 def on_ranks(group: str, values: Sequence[object]) -> str:
     """Who came with what, for a message."""
-    ranks = torch.distributed.get_process_group_ranks(group_named(group))
-    pairs = zip(ranks, values, strict=True)
+    pairs = zip(ranks_in(group), values, strict=True)
     return ", ".join(f"{value} on rank {rank}" for rank, value in pairs)
 
 

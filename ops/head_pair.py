@@ -23,6 +23,7 @@ from ._shards import (
     check_differentiable_twice,
     check_fixed,
     of_operator,
+    ranks_in,
     summed_gradient,
     this_rank,
 )
@@ -475,14 +476,14 @@ def _options(logits: Tensor, target: Tensor) -> tuple[str, bool, int | None]:
 
 def shard_of_sides(logits: Tensor, target: Tensor) -> Shard | None:
     """Which columns the sides hold, where one of them holds a part."""
-    found = {shard for shard in map(shard_of_side, (logits, target)) if shard is not None}
-    if len(found) > 1:
-        sides = " and ".join(str(list(shard.sizes)) for shard in found)
+    found = [shard for shard in map(shard_of_side, (logits, target)) if shard is not None]
+    if found and not found[0].alike(found[-1]):
+        sides = " and ".join(f"{list(s.sizes)} on ranks {ranks_in(s.group)}" for s in found)
         raise ValueError(
-            f"{this_rank()}: both sides must be sharded alike, over one group: got shards of "
-            f"{sides} columns"
+            f"{this_rank()}: both sides must be sharded alike, over the same ranks: got columns "
+            f"{sides}"
         )
-    return next(iter(found), None)
+    return found[0] if found else None
 
 
 def shard_of_side(logits: Tensor) -> Shard | None:

@@ -976,7 +976,7 @@ def pair_of_columns(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Sha
     shards = [shard for _, shard in sides if shard is not None]
     if not shards:
         return sides[0][0], sides[1][0], None
-    if shards[0] != shards[-1]:
+    if not shards[0].alike(shards[-1]):
         raise ValueError("logits and target must be sharded alike: redistribute one of them")
     own = []
     for side, shard in sides:
@@ -1039,7 +1039,7 @@ def vocab_pair_stats(
     jsd = beta sum q log(q / m) + (1 - beta) sum p log(p / m).
     """
     check_logits(logits)
-    mask = own_rows(mask)
+    mask = own_rows(mask, logits)
     if (target_logits is None) == (target_probs is None):
         came = "neither" if target_logits is None else "both"
         raise ValueError(f"pass one of target_logits and target_probs: got {came}")

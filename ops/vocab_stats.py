@@ -762,7 +762,7 @@ def vocab_stats(
     with m = max z, e = exp(z - m) and r = sum of e without the maximal element.
     """
     check_logits(logits)
-    labels, contrast_labels, mask = map(own_rows, (labels, contrast_labels, mask))
+    labels, contrast_labels, mask = (own_rows(t, logits) for t in (labels, contrast_labels, mask))
     if want is None:
         want = ("lse",) if labels is None else ("lse", "logp")
     want = check_want(want, FACTS)

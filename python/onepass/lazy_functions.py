@@ -351,7 +351,7 @@ def _summed(a: LazyLogits, b: LazyLogits, sign: float) -> Any:
     """The terms of both, where neither is capped yet."""
     left, right = a.onepass_head, b.onepass_head
     uncapped = not (left.softcap or right.softcap or a._normalized or b._normalized)
-    if not uncapped or left.shard != right.shard or a.shape != b.shape or a.device != b.device:
+    if not uncapped or not sharded_alike(left, right) or a.shape != b.shape or a.device != b.device:
         return NotImplemented
     left.check_weights()
     right.check_weights()
@@ -377,6 +377,12 @@ def _summed(a: LazyLogits, b: LazyLogits, sign: float) -> Any:
         versions=(*left.versions, *right.versions),
     )
     return make(head, torch.promote_types(a.dtype, b.dtype))
+
+
+def sharded_alike(left: Head, right: Head) -> bool:
+    if left.shard is None or right.shard is None:
+        return left.shard is right.shard
+    return left.shard.alike(right.shard)
 
 
 def _width(head: Head) -> int:

@@ -352,8 +352,9 @@ def check_head(
         check_floating(of_bias, bias)
         assert isinstance(bias, Tensor)
         if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
+            of_part = "one number for each of this rank's rows," if part else "[V] ="
             raise ValueError(
-                f"{of_bias} must be [V] = ({weight.shape[0]},) {weight.dtype}: "
+                f"{of_bias} must be {of_part} ({weight.shape[0]},) {weight.dtype}: "
                 f"got {tuple(bias.shape)} {bias.dtype}"
             )
         check_same_device(of_bias, bias, of_hidden, hidden)

@@ -58,7 +58,7 @@ def check_target(
         dtype = accumulation_dtype(logits.dtype)
         same_width = (dtype == torch.float64) == (target.dtype == torch.float64)
         return target if same_width else target.to(dtype)
-    target = check_tokens("target", own_rows(target), logits).to(torch.int64)
+    target = check_tokens("target", own_rows(target, logits), logits).to(torch.int64)
     if mask is not None:
         target = torch.where(mask != 0, target, ignore_index)
     if values_checked(target):
@@ -314,7 +314,7 @@ def masked_cross_entropy(
     check_cap(max_loss, ce_scaling_factor)
     if max_loss is not None and cap_scope == "mean" and reduction == "none":
         raise ValueError('reduction="none" has no mean to cap: pass cap_scope="token"')
-    mask = own_rows(mask)
+    mask = own_rows(mask, logits)
     check_weights("mask", mask, logits.shape[:-1])
     if mask is not None:
         check_same_device("mask", mask, "logits", logits)

@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from .ops._check import check_floating
-from .ops._dtensor import is_dtensor, shard_of
-from .ops._shards import Shard, laid_out, summed_gradient, this_rank
+from .ops._dtensor import is_dtensor, mesh_ranks, shard_of
+from .ops._shards import Shard, laid_out, ranks_in, summed_gradient, this_rank
 from .ops._together import all_refuse
+from .parallel import group_of
 
 Parts = tuple[Tensor, Tensor, Tensor | None]  # hidden states, weight, bias
 
@@ -56,10 +57,10 @@ def _of_group(
     hidden, weight, bias = parts
     group = getattr(process_group, "group_name", None)
     if group is None:
-        kind = type(process_group).__name__
-        raise TypeError(
-            f"process_group must be a ProcessGroup of torch.distributed with this rank: got {kind}"
-        )
+        found = group_of(process_group)
+        if found is None:
+            raise ValueError("process_group needs torch.distributed.init_process_group before it")
+        group = found.group_name
     trouble: Exception | None = None
     try:  # whoever is wrong alone would leave the others waiting
         check(*parts)
@@ -93,19 +94,19 @@ def _parts(hidden: Any, weight: Any, bias: Any, shard: Shard | None) -> Parts:
             )
         bias = _own_rows(bias, hidden)
     elif bias is not None and shard is not None:
+        check_floating("bias", bias)
         if bias.requires_grad:
             raise ValueError(
                 f"{this_rank()}: a trained bias must be sharded as its weight: got a whole one of "
                 f"{tuple(bias.shape)}"
             )
+        if bias.shape != (shard.vocab_size,):
+            raise ValueError(
+                f"{this_rank()}: the bias must be [V] = ({shard.vocab_size},): got "
+                f"{tuple(bias.shape)}"
+            )
         bias = shard.columns(bias)
     return rows, _own_rows(weight, hidden), bias
-
-
-def _groups(tensor: Any) -> list[str]:
-    """Of every dimension of a DTensor's mesh, the process group's name."""
-    mesh = tensor.device_mesh
-    return [mesh.get_group(d).group_name for d in range(mesh.ndim)]
 
 
 def _own_rows(weight: Any, hidden: Any) -> Tensor:
@@ -113,13 +114,13 @@ def _own_rows(weight: Any, hidden: Any) -> Tensor:
     gradient is a part of a sum."""
     apart = set()
     if is_dtensor(hidden):
-        places = zip(_groups(hidden), hidden.placements, strict=True)
-        apart = {group for group, placement in places if placement.is_shard()}
+        places = zip(mesh_ranks(hidden), hidden.placements, strict=True)
+        apart = {ranks for ranks, placement in places if placement.is_shard()}
     from torch.distributed.tensor import Partial
 
     grads = [
-        Partial() if group in apart and placement.is_replicate() else placement
-        for group, placement in zip(_groups(weight), weight.placements, strict=True)
+        Partial() if ranks in apart and placement.is_replicate() else placement
+        for ranks, placement in zip(mesh_ranks(weight), weight.placements, strict=True)
     ]
     own: Tensor = weight.to_local(grad_placements=grads)
     return own
@@ -130,14 +131,14 @@ def _whole_rows(hidden: Any, group: str | None) -> Tensor:
     gradient is then a part of a sum."""
     from torch.distributed.tensor import Partial, Replicate
 
-    groups = _groups(hidden)
-    if group is not None and group not in groups:
+    over, ours = mesh_ranks(hidden), None if group is None else tuple(ranks_in(group))
+    if ours is not None and ours not in over:
         raise ValueError(
-            f"{this_rank()}: hidden states and head must share a mesh: got hidden states on "
-            f"{hidden.device_mesh}"
+            f"{this_rank()}: hidden states and head must share a mesh dimension: got hidden states "
+            f"over ranks {over}, the head over {ours}"
         )
-    both = list(zip(groups, hidden.placements, strict=True))
-    wanted = [Replicate() if of == group or p.is_partial() else p for of, p in both]
-    grads = [Partial() if of == group else w for (of, _), w in zip(both, wanted, strict=True)]
+    both = list(zip(over, hidden.placements, strict=True))
+    wanted = [Replicate() if of == ours or p.is_partial() else p for of, p in both]
+    grads = [Partial() if of == ours else w for (of, _), w in zip(both, wanted, strict=True)]
     rows: Tensor = hidden.redistribute(placements=wanted).to_local(grad_placements=grads)
     return rows

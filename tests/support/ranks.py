@@ -8,7 +8,7 @@ to start. Real process groups: test_sharded_processes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import pytest
@@ -35,7 +35,7 @@ class Ranks:
         self._own = threading.local()
         monkeypatch.setattr(_shards, "rank_in", lambda group: self._own.rank)
         monkeypatch.setattr(_shards, "this_rank", lambda: f"rank {self._own.rank}")
-        monkeypatch.setattr(_shards, "on_ranks", self._on_ranks)
+        monkeypatch.setattr(_shards, "ranks_in", lambda group: list(range(n)))
         monkeypatch.setattr(_shards, "all_gathered", self._gathered)
         monkeypatch.setattr(_shards, "all_summed", self._summed)
 
@@ -103,6 +103,3 @@ class Ranks:
 
     def _summed(self, mine: Tensor, group: str) -> Tensor:
         return torch.stack(self._exchange("all_reduce", mine)).sum(0)
-
-    def _on_ranks(self, group: str, values: Sequence[object]) -> str:
-        return ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))

@@ -217,6 +217,10 @@ def meshes_of_two() -> None:
             own = distribute_tensor(labels, mesh, of_hidden).to_local() if over_tp else labels
             if not over_tp and of_hidden[0].is_shard():
                 own = labels.chunk(n // 2)[row]
+            # The same, laid out as the hidden states are.
+            laid = distribute_tensor(labels, mesh, of_hidden)
+            got = onepass.masked_cross_entropy(logits, laid)
+            torch.testing.assert_close(got, onepass.masked_cross_entropy(logits, own))
             total = onepass.vocab_stats(logits, own).logp.sum()
             total.backward()
             one = [t.detach().requires_grad_() for t in (hidden, weight, bias)]
@@ -229,6 +233,11 @@ def meshes_of_two() -> None:
     halves = DTensor.from_local(hidden / n, mesh, [Partial(), Partial()])
     head = distribute_tensor(weight, mesh, [Replicate(), Shard(0)])
     lse = LazyLogits(halves, head).logsumexp(-1)
+    # A second mesh of the same ranks: policy and reference may have one each.
+    again = init_device_mesh(device().type, (n // 2, 2), mesh_dim_names=("dp", "tp"))
+    other = LazyLogits(hidden, distribute_tensor(weight, again, [Replicate(), Shard(0)]))
+    kl = onepass.vocab_pair_stats(LazyLogits(hidden, head), other, want=("kl",)).kl
+    assert float(kl.abs().max()) < 1e-6
     torch.testing.assert_close(lse, LazyLogits(hidden, weight).logsumexp(-1))
 
 
@@ -372,6 +381,12 @@ def refused() -> None:
             lambda: LazyLogits(hidden[: 1 + rank % 2], row_wise).logsumexp(-1),
             "same number of rows: got 5 on rank 0, 10 on rank 1",
         ),
+        (
+            lambda: LazyLogits(hidden[: 1 + rank % 2], row_wise).materialize(),
+            "same number of rows: got 5 on rank 0, 10 on rank 1",
+        ),
+        (lambda: LazyLogits(hidden, row_wise, mesh_dim=3), "has no mesh dimension 3: got one of 1"),
+        (lambda: LazyLogits(hidden, row_wise, bias.detach()[:5]), "the bias must be [V] = (1013,)"),
         (
             lambda: onepass.masked_cross_entropy(
                 LazyLogits(hidden[: 2 - rank % 2], row_wise), labels
