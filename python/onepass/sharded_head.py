@@ -57,10 +57,7 @@ def _of_group(
     hidden, weight, bias = parts
     group = getattr(process_group, "group_name", None)
     if group is None:
-        found = group_of(process_group)
-        if found is None:
-            raise ValueError("process_group needs torch.distributed.init_process_group before it")
-        group = found.group_name
+        group = group_of(process_group).group_name
     trouble: Exception | None = None
     try:  # whoever is wrong alone would leave the others waiting
         check(*parts)
