@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._shards import Shard, ranks_in, this_rank
+from ._shards import Shard, alike, check_fixed, ranks_in, this_rank
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -82,6 +82,34 @@ def own_columns(name: str, logits: Tensor) -> tuple[Tensor, Shard | None]:
         return logits, None
     whole: Any = logits
     return whole.to_local(), shard_of(name, whole, -1)
+
+
+def shard_of_sides(logits: Tensor, target: Tensor) -> Shard | None:
+    """Which columns the sides of a pair hold, where one of them holds a part: LazyLogits of a
+    sharded head, or a DTensor."""
+    found = [shard for shard in map(_shard_of_side, (logits, target)) if shard is not None]
+    if found and not alike(found[0], found[-1]):
+        sides = " and ".join(f"{list(s.sizes)} on ranks {ranks_in(s.group)}" for s in found)
+        raise ValueError(
+            f"{this_rank()}: both sides must be sharded alike, over the same ranks: got columns "
+            f"{sides}"
+        )
+    return found[0] if found else None
+
+
+def _shard_of_side(logits: Tensor) -> Shard | None:
+    head = getattr(logits, "onepass_head", None)
+    return own_columns("logits", logits)[1] if head is None else head.shard
+
+
+def own_side(logits: Tensor, shard: Shard | None) -> Tensor:
+    """A side that is no LazyLogits, as this rank has it: of a whole one the shard's columns."""
+    own, held = own_columns("logits", logits)
+    if shard is None or held is not None:
+        return own
+    check_fixed(shard, own)
+    columns: Tensor = shard.columns(own)
+    return columns
 
 
 def mesh_ranks(tensor: Any) -> list[tuple[int, ...]]:

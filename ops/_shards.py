@@ -18,6 +18,7 @@ from torch import Tensor
 from ._check import FLOATS, IGNORED
 
 ELSEWHERE = -(1 << 31)  # the label of a row whose label is a column of another shard
+AGREED = 7  # numbers by which ranks see that they do the same
 
 
 class Shard(NamedTuple):
@@ -46,12 +47,8 @@ class Shard(NamedTuple):
     def vocab_size(self) -> int:
         return sum(self.sizes)
 
-    def alike(self, other: Shard) -> bool:
-        """Whether the same ranks hold the same columns, whatever their group is called."""
-        return self.sizes == other.sizes and ranks_in(self.group) == ranks_in(other.group)
-
-    def columns(self, of_all: Tensor | None, dim: int = -1) -> Tensor | None:
-        """This rank's part of what holds all columns."""
+    def columns(self, of_all: Any, dim: int = -1) -> Any:
+        """This rank's part of a tensor that holds all columns, if it is there."""
         return None if of_all is None else of_all.narrow(dim, self.offset, self.size)
 
     def labels(self, ids: Tensor | None, elsewhere: int = ELSEWHERE) -> Tensor | None:
@@ -80,14 +77,16 @@ class Shard(NamedTuple):
         """All columns [..., V] from every rank's own [..., V_r], differentiable. ValueError on
         every rank unless all have as many rows."""
         n_rows = torch.tensor(mine.shape[:-1].numel(), device=mine.device)
-        came = all_gathered(n_rows, self.group).tolist()
-        if len(set(came)) > 1:
-            raise ValueError(
-                f"{this_rank()}: ranks that share a vocabulary must come with the same number of "
-                f"rows: got {on_ranks(self.group, came)}"
-            )
+        check_same("number of rows", all_gathered(n_rows, self.group).tolist(), self.group)
         made: Tensor = _Whole.apply(mine, self)  # type: ignore[no-untyped-call]
         return made
+
+
+def alike(one: Shard | None, other: Shard | None) -> bool:
+    """Whether the same ranks hold the same columns, whatever their group is called."""
+    if one is None or other is None:
+        return one is other
+    return one.sizes == other.sizes and ranks_in(one.group) == ranks_in(other.group)
 
 
 def group_named(name: str) -> Any:
@@ -133,12 +132,7 @@ def laid_out(
     if trouble is not None:
         raise trouble
     refused, offsets, sizes, widths = came
-    if any(refused):
-        states = ["refused" if r else "fine" for r in refused]
-        raise ValueError(
-            f"{this_rank()}: another rank of the group refuses its part of the head, and says why: "
-            f"{on_ranks(group, states)}"
-        )
+    check_none_refused("its part of the head", refused, group)
     if len(set(widths)) > 1:
         raise ValueError(
             f"{this_rank()}: the ranks' parts of the head must be [V_r, D] with one D: got D = "
@@ -182,32 +176,24 @@ def check_alike(
         "max_slab_bytes (rows of a slab)": slab_rows,
         "call (a checksum of facts, gradients, caps and mode)": zlib.crc32(repr(how).encode()),
     }
-    mine = torch.tensor([0, *numbers.values(), 0, 0], device=like.device)
+    mine = torch.tensor([0, *numbers.values(), 0, 0], device=like.device)  # AGREED of them
     if labels is not None:
         order = torch.arange(1, labels.numel() + 1, device=labels.device)
         mine[-2] = (labels.reshape(-1) * order).sum()
     if weights is not None:
         mine[-1] = weights.double().sum().view(torch.int64)
     refused, *of_all = _agreement(mine, shard.group)
-    if any(refused):
-        states = ["refused" if r else "fine" for r in refused]
-        raise ValueError(
-            f"{this_rank()}: another rank of the group refuses this call, and says why: "
-            f"{on_ranks(shard.group, states)}"
-        )
+    check_none_refused("this call", refused, shard.group)
     names = (*numbers, "labels or mask (a checksum)", "weights of the vocabulary (a checksum)")
     for name, came in zip(names, of_all, strict=True):
-        if len(set(came)) > 1:
-            told = [FLOATS[value] for value in came] if name == "dtype" else came
-            raise ValueError(
-                f"{this_rank()}: ranks that share a vocabulary must come with the same {name}: "
-                f"got {on_ranks(shard.group, told)}"
-            )
+        check_same(name, [FLOATS[n] for n in came] if name == "dtype" else came, shard.group)
 
 
 def refuse(shard: Shard, like: Tensor) -> None:
     """Tells the ranks that wait in `check_alike` that this one does not come."""
-    _agreement(torch.tensor([1, 0, 0, 0, 0, 0, 0], device=like.device), shard.group)
+    told = torch.zeros(AGREED, dtype=torch.int64, device=like.device)
+    told[0] = 1
+    _agreement(told, shard.group)
 
 
 def _agreement(mine: Tensor, group: str) -> list[list[int]]:
@@ -216,6 +202,23 @@ def _agreement(mine: Tensor, group: str) -> list[list[int]]:
         state[0] = False
     found: list[list[int]] = all_gathered(mine, group).T.tolist()
     return found
+
+
+def check_none_refused(what: str, refused: Sequence[int], group: str) -> None:
+    if any(refused):
+        states = ["refused" if r else "fine" for r in refused]
+        raise ValueError(
+            f"{this_rank()}: another rank of the group refuses {what}, and says why: "
+            f"{on_ranks(group, states)}"
+        )
+
+
+def check_same(name: str, came: Sequence[object], group: str) -> None:
+    if len(set(came)) > 1:
+        raise ValueError(
+            f"{this_rank()}: ranks that share a vocabulary must come with the same {name}: "
+            f"got {on_ranks(group, came)}"
+        )
 
 
 def check_fixed(shard: Shard, *whole: Tensor) -> None:

@@ -59,12 +59,12 @@ def all_refuse(shard: Shard | None, like: Tensor) -> Iterator[None]:
     if shard is None or awaited.get() is not None:
         yield
         return
-    token = awaited.set([True])
+    state = [True]
+    token = awaited.set(state)
     try:
         yield
     except Exception:
-        state = awaited.get()
-        if state and state[0]:
+        if state[0]:
             with contextlib.suppress(RuntimeError):  # nobody waited
                 refuse(shard, like)
         raise

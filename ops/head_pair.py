@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._cap import NO_CAP, Cap
 from ._declare import declare
-from ._dtensor import own_columns
+from ._dtensor import own_side, shard_of_sides
 from ._launch import accumulation_dtype, capturing, choose
 from ._shards import (
     Shard,
@@ -23,9 +23,7 @@ from ._shards import (
     check_differentiable_twice,
     check_fixed,
     of_operator,
-    ranks_in,
     summed_gradient,
-    this_rank,
 )
 from .head import (
     Gradients,
@@ -474,40 +472,19 @@ def _options(logits: Tensor, target: Tensor) -> tuple[str, bool, int | None]:
     return given[0].mode, all(h.compact for h in given), budget
 
 
-def shard_of_sides(logits: Tensor, target: Tensor) -> Shard | None:
-    """Which columns the sides hold, where one of them holds a part."""
-    found = [shard for shard in map(shard_of_side, (logits, target)) if shard is not None]
-    if found and not found[0].alike(found[-1]):
-        sides = " and ".join(f"{list(s.sizes)} on ranks {ranks_in(s.group)}" for s in found)
-        raise ValueError(
-            f"{this_rank()}: both sides must be sharded alike, over the same ranks: got columns "
-            f"{sides}"
-        )
-    return found[0] if found else None
-
-
-def shard_of_side(logits: Tensor) -> Shard | None:
-    head: Head | None = getattr(logits, "onepass_head", None)
-    return own_columns("logits", logits)[1] if head is None else head.shard
-
-
 def _as_side(logits: Tensor, rows: Sequence[int], shard: Shard | None) -> tuple[Any, ...]:
     """hidden, weight, bias, softcap, scale as the operators take them: of a side that is whole, the
     shard's columns."""
-    whole = shard is not None and shard_of_side(logits) is None
     head: Head | None = getattr(logits, "onepass_head", None)
     if head is None:
-        logits, _ = own_columns("logits", logits)
-        if whole and shard is not None:
-            check_fixed(shard, logits)
-            logits = logits.narrow(-1, shard.offset, shard.size)
+        logits = own_side(logits, shard)
         return [logits.reshape(*rows, logits.shape[-1])], [], None, *NO_CAP
     head.check_weights()
     hidden, weight, bias = list(head.hidden), list(head.weight), head.bias
-    if whole and shard is not None:
+    if shard is not None and head.shard is None:
         check_fixed(shard, *weight, *([] if bias is None else [bias]))
         hidden = [summed_gradient(t, shard.group) for t in hidden]
-        weight = [w.narrow(0, shard.offset, shard.size) for w in weight]
+        weight = [shard.columns(w, dim=0) for w in weight]
         bias = shard.columns(bias)
     hidden = [t.reshape(*rows, t.shape[-1]) for t in hidden]
     return hidden, weight, bias, float(head.softcap), float(head.scale)

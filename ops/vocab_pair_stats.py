@@ -27,7 +27,7 @@ from ._check import (
     values_checked,
 )
 from ._declare import declare
-from ._dtensor import own_columns, own_rows
+from ._dtensor import own_rows, own_side, shard_of_sides
 from ._launch import (
     IMPLS,
     Rows,
@@ -42,7 +42,7 @@ from ._launch import (
     warps,
 )
 from ._merge import merged_pair_stats
-from ._shards import Shard, check_alike, check_differentiable_twice, check_fixed, of_operator
+from ._shards import Shard, check_alike, check_differentiable_twice, of_operator
 from ._softmax import exponentials
 from ._together import together
 from .vocab_stats import FORWARD_THREADS, SEGMENT, THREADS, mask_rows
@@ -969,24 +969,6 @@ _vocab_pair_stats = declare(
 )
 
 
-def pair_of_columns(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Shard | None]:
-    """Both sides as this rank has them: where one is a DTensor in shards, these columns of the
-    other."""
-    sides = [own_columns("logits", logits), own_columns("the target", target)]
-    shards = [shard for _, shard in sides if shard is not None]
-    if not shards:
-        return sides[0][0], sides[1][0], None
-    if not shards[0].alike(shards[-1]):
-        raise ValueError("logits and target must be sharded alike: redistribute one of them")
-    own = []
-    for side, shard in sides:
-        if shard is None:
-            check_fixed(shards[0], side)
-            side = side.narrow(-1, shards[0].offset, shards[0].size)
-        own.append(side)
-    return own[0], own[1], shards[0]
-
-
 def check_probabilities(name: str, target: Tensor, flags: Tensor | None) -> None:
     """ValueError for NaN in the probabilities of rows that count."""
     bad = target.isnan().any(-1)
@@ -1081,7 +1063,8 @@ def vocab_pair_stats(
             }
         outputs = head_pair_stats(logits, target, *given, impl, foretold)
     else:
-        logits, target, shard = pair_of_columns(logits, target)
+        shard = shard_of_sides(logits, target)
+        logits, target = own_side(logits, shard), own_side(target, shard)
         if shard is not None and not capturing(logits):
             counts = None if flags is None else flags.to(torch.int64)
             how = (want, probs, jsd_beta)

@@ -35,7 +35,7 @@ from .lazy_logits import (
 from .lazy_probs import difference, exp, kl_div, softmax
 from .losses import cross_entropy
 from .ops._check import IGNORED, values_checked
-from .ops._shards import summed_gradient
+from .ops._shards import alike, summed_gradient
 from .ops.head import Head
 from .ops.vocab_stats import vocab_stats
 from .zero3 import hooked
@@ -351,7 +351,12 @@ def _summed(a: LazyLogits, b: LazyLogits, sign: float) -> Any:
     """The terms of both, where neither is capped yet."""
     left, right = a.onepass_head, b.onepass_head
     uncapped = not (left.softcap or right.softcap or a._normalized or b._normalized)
-    if not uncapped or not sharded_alike(left, right) or a.shape != b.shape or a.device != b.device:
+    if (
+        not uncapped
+        or not alike(left.shard, right.shard)
+        or a.shape != b.shape
+        or a.device != b.device
+    ):
         return NotImplemented
     left.check_weights()
     right.check_weights()
@@ -377,12 +382,6 @@ def _summed(a: LazyLogits, b: LazyLogits, sign: float) -> Any:
         versions=(*left.versions, *right.versions),
     )
     return make(head, torch.promote_types(a.dtype, b.dtype))
-
-
-def sharded_alike(left: Head, right: Head) -> bool:
-    if left.shard is None or right.shard is None:
-        return left.shard is right.shard
-    return left.shard.alike(right.shard)
 
 
 def _width(head: Head) -> int:
@@ -415,7 +414,7 @@ def _plus_bias(lazy: LazyLogits, other: Any) -> Any:
     if head.shard is not None:
         if other.requires_grad:  # of which each rank would find the gradient of its own columns
             return NotImplemented
-        other = other.narrow(0, head.shard.offset, head.shard.size)
+        other = head.shard.columns(other)
     return with_head(lazy, bias=other if head.bias is None else head.bias + other)
 
 

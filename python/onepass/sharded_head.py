@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .ops._check import check_floating
 from .ops._dtensor import is_dtensor, mesh_ranks, shard_of
-from .ops._shards import Shard, laid_out, ranks_in, summed_gradient, this_rank
+from .ops._shards import Shard, alike, laid_out, ranks_in, summed_gradient, this_rank
 from .ops._together import all_refuse
 from .parallel import group_of
 
@@ -84,7 +84,7 @@ def _parts(hidden: Any, weight: Any, bias: Any, shard: Shard | None) -> Parts:
     else:
         rows = hidden if shard is None else summed_gradient(hidden, shard.group)
     if is_dtensor(bias):
-        if shard_of("the bias", bias, 0) != shard:
+        if not alike(shard_of("the bias", bias, 0), shard):
             raise ValueError(
                 f"{this_rank()}: the bias must be sharded as its weight, or a whole tensor: got "
                 f"{list(bias.placements)}"
